@@ -1,0 +1,156 @@
+"""Measures of JAX programs: interleaved medians, compile time, temporary memory and FLOPs."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled function, the arguments it was compiled for, and what the compiler said of it."""
+
+    compiled: Callable[..., Any]
+    args: tuple[Any, ...]
+    trace_seconds: float
+    compile_seconds: float
+    temp_bytes: int
+    flops: float
+
+    def __call__(self) -> Any:
+        return self.compiled(*self.args)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The seconds of one call, a number per round; rounds of one measurement belong together."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def over(self, other: Timing) -> float:
+        """The median, over rounds, of this time divided by the other's in the same round."""
+        return statistics.median(
+            mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)
+        )
+
+
+def compile_program(fun: Callable[..., Any], *args: Any, repeats: int = 1) -> Program:
+    """Trace and compile `fun` for `args`, from empty caches; times are medians of `repeats`."""
+    trace, build = [], []
+    for _ in range(repeats):
+        jax.clear_caches()
+        start = time.perf_counter()
+        traced = jax.jit(fun).trace(*args)
+        middle = time.perf_counter()
+        compiled = traced.lower().compile()
+        trace.append(middle - start)
+        build.append(time.perf_counter() - middle)
+    memory = compiled.memory_analysis()
+    return Program(
+        compiled=compiled,
+        args=args,
+        trace_seconds=statistics.median(trace),
+        compile_seconds=statistics.median(build),
+        temp_bytes=-1 if memory is None else int(memory.temp_size_in_bytes),
+        flops=float((compiled.cost_analysis() or {}).get("flops", float("nan"))),
+    )
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], Any]], *, seconds: float = 5.0, rounds: int = 7
+) -> dict[str, Timing]:
+    """Time every case once per round, in an order that rotates from round to round.
+
+    What else the machine does then falls on all cases alike, and no case always follows the same
+    neighbour. A case that ends too soon for the clock is called several times in each round. At
+    least `rounds` rounds are run, and more until about `seconds` have passed.
+    """
+    names = list(cases)
+    repeats = {}
+    for name in names:
+        jax.block_until_ready(cases[name]())  # compiles
+        repeats[name] = max(1, int(2e-3 / max(_seconds(cases[name], 1), 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        done = 0
+        while done < rounds or time.perf_counter() - start < seconds:
+            shift = done % len(names)
+            for name in names[shift:] + names[:shift]:
+                samples[name].append(_seconds(cases[name], repeats[name]))
+            done += 1
+    finally:
+        gc.enable()
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def _seconds(case: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        result = case()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / repeats
+
+
+def environment() -> str:
+    """One line that says what the figures were measured on."""
+    device = jax.devices()[0]
+    return (
+        f"Python {platform.python_version()}, jax {jax.__version__}, "
+        f"{len(jax.devices())} × {device.device_kind} ({device.platform}), "
+        f"{os.cpu_count()} cores, {platform.machine()}"
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = (
+        "|"
+        + "|".join(
+            f"{':' if i == 0 else '-'}{'-' * width}{'-' if i == 0 else ':'}"
+            for i, width in enumerate(widths)
+        )
+        + "|"
+    )
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration in the unit in which it reads best."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def human_bytes(count: float) -> str:
+    """A size in the unit in which it reads best."""
+    for unit, size in (("GiB", 2**30), ("MiB", MIB), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
