@@ -1,0 +1,312 @@
+"""The batch of one call: which axis of which argument holds the examples, and chunks of them.
+
+``resolve(fun, args, kwargs, argnums, in_axes)`` checks a call and returns a ``Batch``:
+
+====================  ==============================================================================
+``.size``             N
+``.argnums``          differentiated positions, non-negative, always a tuple
+``.in_axes``          tuple, one tree per positional argument: each leaf's axis >= 0, or None
+``.args, .kwargs``    the arguments; differentiated leaves are JAX arrays
+``.primals``          tuple of the differentiated arguments
+``.with_primals(p)``  the same batch with other differentiated arguments
+``.example_avals()``  (args, kwargs) of one example: ``ShapeDtypeStruct``, batch axes removed
+``.chunk(start, k)``  the Batch of examples start..start+k-1; ``start`` may be traced
+``.vmap(fun)``        ``fun(args, kwargs)`` mapped over the examples; results stack on axis 0
+``.require_shared()`` raises when a differentiated leaf is itself batched
+====================  ==============================================================================
+
+``map_chunks`` and ``fold_chunks`` run a function over the chunks of a batch in one compiled loop.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._checks import (
+    PyTree,
+    argument_names,
+    check_chunk_size,
+    check_differentiable,
+    describe,
+    describe_node,
+    is_array,
+    located,
+    normalize_argnums,
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one call, flat, with the axis of each leaf that holds the examples."""
+
+    leaves: tuple[Any, ...]
+    axes: tuple[int | None, ...]  # one per leaf, non-negative; None: shared by all examples
+    treedef: Any  # of (args, kwargs)
+    argnums: tuple[int, ...]
+    size: int
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The positional arguments."""
+        return jax.tree.unflatten(self.treedef, self.leaves)[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments."""
+        return jax.tree.unflatten(self.treedef, self.leaves)[1]
+
+    @property
+    def in_axes(self) -> tuple[PyTree, ...]:
+        """One tree of axes per positional argument, as ``jax.vmap`` takes it."""
+        return jax.tree.unflatten(self.treedef, self.axes)[0]
+
+    @property
+    def primals(self) -> tuple[PyTree, ...]:
+        """The differentiated arguments, in the order of ``argnums``."""
+        args = self.args
+        return tuple(args[i] for i in self.argnums)
+
+    def with_primals(self, primals: Sequence[PyTree]) -> "Batch":
+        """The same batch with other differentiated arguments, of the same structure."""
+        args = list(self.args)
+        for i, primal in zip(self.argnums, primals, strict=True):
+            args[i] = primal
+        return replace(self, leaves=tuple(jax.tree.leaves((tuple(args), self.kwargs))))
+
+    def example_avals(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` of one example, abstract.
+
+        Shared leaves that are not JAX arrays (functions, numbers, NumPy arrays) stay as they are.
+        """
+
+        def aval(leaf: Any, axis: int | None) -> Any:
+            if not isinstance(leaf, jax.Array):
+                return leaf
+            shape = leaf.shape if axis is None else leaf.shape[:axis] + leaf.shape[axis + 1 :]
+            return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+        return jax.tree.unflatten(self.treedef, list(map(aval, self.leaves, self.axes)))
+
+    def chunk(self, start: int | jax.Array, size: int) -> "Batch":
+        """The batch of the ``size`` examples from ``start`` on; ``start`` may be traced."""
+        leaves = [
+            leaf if axis is None else jax.lax.dynamic_slice_in_dim(leaf, start, size, axis)
+            for leaf, axis in zip(self.leaves, self.axes, strict=True)
+        ]
+        return replace(self, leaves=tuple(leaves), size=size)
+
+    def vmap(self, fun: Callable[[tuple[Any, ...], dict[str, Any]], PyTree]) -> PyTree:
+        """``fun(args, kwargs)`` for every example, results stacked on a leading axis."""
+        mapped = [i for i, axis in enumerate(self.axes) if axis is not None]
+
+        def one(values: list[Any]) -> PyTree:
+            leaves = list(self.leaves)
+            for i, value in zip(mapped, values, strict=True):
+                leaves[i] = value
+            return fun(*jax.tree.unflatten(self.treedef, leaves))
+
+        axes = [self.axes[i] for i in mapped]
+        return jax.vmap(one, in_axes=(axes,), axis_size=self.size)([self.leaves[i] for i in mapped])
+
+    def require_shared(self) -> None:
+        """Raise a ValueError if a differentiated leaf differs from example to example."""
+        arg_axes = self.in_axes
+        for i in self.argnums:
+            axes = jax.tree.leaves(arg_axes[i])
+            if axes:
+                raise ValueError(
+                    f"positional argument {i} is differentiated and mapped over axis {axes[0]}: a "
+                    "matrix of gradients needs parameters that all examples share; set its in_axes "
+                    "to None"
+                )
+
+
+def resolve(
+    fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    argnums: int | Sequence[int],
+    in_axes: int | Sequence[Any] | None = None,
+) -> Batch:
+    """Check the arguments of ``fun`` and find the examples in them.
+
+    Args:
+      fun: the function of one example; only its signature is read, for the names in messages.
+      args: the positional arguments that the caller passed.
+      kwargs: the keyword arguments, mapped over axis 0.
+      argnums: position or positions to differentiate.
+      in_axes: an int, or a tuple with a pytree prefix of ints and Nones per positional argument;
+        None means None for the differentiated arguments and 0 for all others.
+
+    Raises:
+      TypeError: a differentiated leaf has no gradient; a leaf to be mapped is not an array.
+      ValueError: an axis is out of range, batch sizes disagree, nothing is batched, or
+        ``argnums`` or ``in_axes`` does not fit the arguments.
+    """
+    positions = normalize_argnums(argnums, len(args))
+    names = argument_names(fun, len(args))
+    args = tuple(args)
+    for i in positions:
+        check_differentiable(names[i], args[i])
+    args = tuple(
+        jax.tree.map(jnp.asarray, arg) if i in positions else arg for i, arg in enumerate(args)
+    )
+    specs = _argument_specs(in_axes, len(args), positions)
+    leaves: list[Any] = []
+    axes: list[int | None] = []
+    sizes: list[tuple[int, str]] = []
+    named = [(name, arg, spec) for name, arg, spec in zip(names, args, specs, strict=True)]
+    named += [(key, kwargs[key], 0) for key in sorted(kwargs)]  # the order of a flattened dict
+    for i, (name, arg, spec) in enumerate(named):
+        prefix = f"in_axes[{i}]" if i < len(args) else "the axis of a keyword argument"
+        for path, leaf, axis in _leaf_axes(prefix, name, arg, spec):
+            where = located(name, path)
+            if axis is not None:
+                axis = _checked_axis(where, leaf, axis)
+                leaf = jnp.asarray(leaf)
+                sizes.append((leaf.shape[axis], f"axis {axis} of {where}"))
+            leaves.append(leaf)
+            axes.append(axis)
+    treedef = jax.tree.structure((args, kwargs))
+    return Batch(tuple(leaves), tuple(axes), treedef, positions, _common_size(sizes))
+
+
+def chunk_starts(size: int, chunk_size: int) -> np.ndarray:
+    """Where each chunk begins; the last one is moved back so that it is full.
+
+    >>> chunk_starts(7, 3)
+    array([0, 3, 4], dtype=int32)
+    """
+    count = math.ceil(size / chunk_size)
+    return np.minimum(np.arange(count) * chunk_size, size - chunk_size).astype(np.int32)
+
+
+def is_one_chunk(size: int, chunk_size: int | None) -> bool:
+    """Whether a batch is handled by one direct call rather than by a loop over chunks."""
+    check_chunk_size(chunk_size)
+    return chunk_size is None or size <= chunk_size
+
+
+def map_chunks(fun: Callable[[Batch], PyTree], batch: Batch, chunk_size: int | None) -> PyTree:
+    """``fun(chunk)`` for every chunk, its rows (leading axis) written into arrays of N rows.
+
+    Rows where the last chunk overlaps its predecessor are computed and written twice: they are the
+    same rows. ``fun`` is traced once.
+    """
+    if is_one_chunk(batch.size, chunk_size):
+        return fun(batch)
+    assert chunk_size is not None
+    # jit remembers its trace, so that finding the shapes first does not trace ``fun`` again.
+    rows_from = jax.jit(lambda start: fun(batch.chunk(start, chunk_size)), inline=True)
+    starts = chunk_starts(batch.size, chunk_size)
+    avals = jax.eval_shape(rows_from, jax.ShapeDtypeStruct((), starts.dtype))
+    empty = jax.tree.map(lambda a: jax.lax.full_like(a, 0, shape=(batch.size, *a.shape[1:])), avals)
+
+    def write(rows: PyTree, start: jax.Array) -> tuple[PyTree, None]:
+        update = jax.lax.dynamic_update_slice_in_dim
+        return jax.tree.map(lambda r, c: update(r, c, start, 0), rows, rows_from(start)), None
+
+    return jax.lax.scan(write, empty, jnp.asarray(starts))[0]
+
+
+def fold_chunks(
+    step: Callable[[PyTree, Batch, Any, jax.Array], PyTree],
+    init: PyTree,
+    batch: Batch,
+    chunk_size: int | None,
+) -> PyTree:
+    """``carry = step(carry, chunk, start, fresh)`` over the chunks of a batch.
+
+    ``fresh``, bool of shape (chunk.size,), is False for rows that the chunk before has had already:
+    leave them out by selection (``jnp.where``), for 0 * NaN is NaN.
+    """
+    if is_one_chunk(batch.size, chunk_size):
+        return step(init, batch, 0, jnp.ones(batch.size, bool))
+    assert chunk_size is not None
+    starts = chunk_starts(batch.size, chunk_size)
+    firsts = np.arange(len(starts), dtype=starts.dtype) * chunk_size
+
+    def body(carry: PyTree, xs: tuple[jax.Array, jax.Array]) -> tuple[PyTree, None]:
+        start, first = xs
+        fresh = start + jnp.arange(chunk_size, dtype=start.dtype) >= first
+        return step(carry, batch.chunk(start, chunk_size), start, fresh), None
+
+    return jax.lax.scan(body, init, (jnp.asarray(starts), jnp.asarray(firsts)))[0]
+
+
+def _argument_specs(
+    in_axes: int | Sequence[Any] | None, count: int, argnums: tuple[int, ...]
+) -> list[Any]:
+    """One axis specification per positional argument."""
+    if in_axes is None:
+        return [None if i in argnums else 0 for i in range(count)]
+    if isinstance(in_axes, int):
+        return [in_axes] * count
+    if not isinstance(in_axes, tuple | list):
+        raise TypeError(
+            "argument in_axes must be an int, or a tuple with an entry for each positional "
+            f"argument, got {describe(in_axes)}"
+        )
+    if len(in_axes) != count:
+        raise ValueError(
+            f"argument in_axes has {len(in_axes)} entries for {count} positional arguments"
+        )
+    return list(in_axes)
+
+
+def _leaf_axes(prefix: str, name: str, arg: PyTree, spec: PyTree) -> list[tuple[Any, Any, Any]]:
+    """(key path, leaf, axis) for every leaf of an argument, under a prefix tree of axes."""
+    for axis in jax.tree.leaves(spec):
+        if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
+            raise TypeError(f"{prefix} must hold ints and None only, got {describe(axis)}")
+    try:
+        axes_tree = jax.tree.broadcast(spec, arg, is_leaf=_is_none)
+    except ValueError:
+        raise ValueError(
+            f"{prefix} = {spec!r} is not a pytree prefix of argument {name}, {describe_node(arg)}: "
+            "give one axis for the whole argument, or a tree that branches as it does"
+        ) from None
+    axes = jax.tree.leaves(axes_tree, is_leaf=_is_none)
+    leaves = jax.tree.leaves_with_path(arg, is_leaf=_is_none)
+    return [(p, x, axis) for (p, x), axis in zip(leaves, axes, strict=True) if x is not None]
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _checked_axis(where: str, leaf: Any, axis: int) -> int:
+    """The axis as a non-negative int, if the leaf has it."""
+    if not is_array(leaf):
+        raise TypeError(
+            f"{where} would be mapped over axis {axis}, but it is {describe(leaf)}, not an array: "
+            "give it None in in_axes, or bind it beforehand with functools.partial"
+        )
+    if not -leaf.ndim <= axis < leaf.ndim:
+        raise ValueError(
+            f"{where} would be mapped over axis {axis}, but it is {describe(leaf)}, of rank "
+            f"{leaf.ndim}: in_axes says which axis holds the examples, or None if they share it"
+        )
+    return int(axis) % leaf.ndim
+
+
+def _common_size(sizes: list[tuple[int, str]]) -> int:
+    """The N on which all batched leaves agree."""
+    if not sizes:
+        raise ValueError(
+            "no argument is batched: at least one leaf needs an axis of examples in in_axes "
+            "(by default every argument that is not differentiated is mapped over axis 0)"
+        )
+    first_size, first_where = sizes[0]
+    for size, where in sizes:
+        if size != first_size:
+            raise ValueError(
+                f"the batch sizes disagree: {first_where} has size {first_size}, "
+                f"but {where} has size {size}"
+            )
+    return first_size

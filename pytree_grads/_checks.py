@@ -1,0 +1,191 @@
+"""Validators and the wording of errors: where it is, what was expected, what came, and the mend."""
+
+import inspect
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+KeyPath = tuple[Any, ...]
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf has a shape and a dtype: a JAX or NumPy array or scalar, or a tracer."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def is_float0(leaf: Any) -> bool:
+    """Whether a leaf is the empty tangent that ``jax.grad(..., allow_int=True)`` gives integers."""
+    return getattr(leaf, "dtype", None) == jax.dtypes.float0
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is a real or complex floating-point array, or a Python float or complex."""
+    if is_array(leaf):
+        return not is_float0(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return isinstance(leaf, float | complex)
+
+
+def describe(value: Any) -> str:
+    """What a value is, as JAX's own messages say it: ``float32[4,3]`` or ``a value of type str``.
+
+    >>> describe(np.zeros((4, 3), np.float32)), describe("relu"), describe(None)
+    ('float32[4,3]', 'a value of type str', 'None')
+    """
+    if value is None:
+        return "None"
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        return f"a value of type {type(value).__name__}"
+    name = "float0" if is_float0(value) else getattr(value.dtype, "name", str(value.dtype))
+    return f"{name}[{','.join(map(str, value.shape))}]"
+
+
+def describe_node(tree: PyTree) -> str:
+    """What stands at the top of a tree: ``a list of length 3``, ``a dict``, ``float32[4]``."""
+    if jax.tree_util.all_leaves([tree]) or tree is None:
+        return describe(tree)
+    if isinstance(tree, list | tuple):
+        return f"a {type(tree).__name__} of length {len(tree)}"
+    return f"a {type(tree).__name__}"
+
+
+def located(name: str, path: KeyPath) -> str:
+    """The words ``argument trees[1]['w']`` for a name and a key path."""
+    return f"argument {name}{jax.tree_util.keystr(path)}"
+
+
+def argument_names(fun: Callable[..., Any], count: int) -> list[str]:
+    """The names under which ``fun`` takes its first ``count`` positional arguments."""
+    try:
+        parameters = inspect.signature(fun).parameters.values()
+    except (TypeError, ValueError):  # a builtin, or a callable that hides its signature
+        parameters = ()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = [p.name for p in parameters if p.kind in kinds][:count]
+    return named + [f"args[{i}]" for i in range(len(named), count)]
+
+
+def check_callable(fun: Any, name: str) -> None:
+    """Raise a TypeError unless ``fun`` can be called."""
+    if not callable(fun):
+        raise TypeError(f"argument {name} must be a function, got {describe(fun)}")
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise unless ``chunk_size`` is None or a positive int."""
+    if chunk_size is None:
+        return
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int | np.integer):
+        raise TypeError(
+            f"argument chunk_size must be None or an int (it is static), got {describe(chunk_size)}"
+        )
+    if chunk_size < 1:
+        raise ValueError(f"argument chunk_size must be at least 1, got {chunk_size}")
+
+
+def normalize_argnums(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """``argnums`` as distinct non-negative positions among ``count`` positional arguments.
+
+    >>> normalize_argnums((0, -1), 3)
+    (0, 2)
+    """
+    try:
+        if isinstance(argnums, Sequence):
+            given = tuple(operator.index(i) for i in argnums)
+        else:
+            given = (operator.index(argnums),)
+    except TypeError:
+        raise TypeError(
+            f"argument argnums must be an int or a tuple of ints, got {argnums!r}"
+        ) from None
+    if not given:
+        raise ValueError("argument argnums is empty: name at least one argument to differentiate")
+    for i in given:
+        if not -count <= i < count:
+            raise ValueError(
+                f"argument argnums={argnums!r} needs a positional argument {i}, but {count} came "
+                "(an argument that is differentiated cannot be passed by keyword)"
+            )
+    positions = tuple(i % count for i in given)
+    if len(set(positions)) < len(positions):
+        raise ValueError(f"argument argnums={argnums!r} names the same argument twice")
+    return positions
+
+
+def check_differentiable(name: str, tree: PyTree) -> None:
+    """Raise a TypeError that names the first leaf of ``tree`` that has no gradient."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if is_inexact(leaf):
+            continue
+        if is_array(leaf) or isinstance(leaf, bool | int):
+            mend = "move it to an argument that is not differentiated, or cast it to a float dtype"
+        else:
+            mend = (
+                "split the arrays from the rest, with eqx.partition(model, eqx.is_inexact_array) "
+                "and eqx.combine inside the function, or keep only arrays with eqx.filter"
+            )
+        raise TypeError(
+            f"{located(name, path)} is differentiated and must be a real or complex floating-point "
+            f"array, got {describe(leaf)}: {mend}"
+        )
+
+
+def check_matching(
+    expected: PyTree, got: PyTree, expected_name: str, got_name: str, *, dtypes: bool = True
+) -> None:
+    """Raise a ValueError at the first leaf where two trees differ in structure, shape or dtype."""
+    if jax.tree.structure(expected) != jax.tree.structure(got):
+        path, clause = _structure_difference(expected, got, ())
+        raise ValueError(
+            f"{located(got_name, path)} does not match {expected_name}"
+            f"{jax.tree_util.keystr(path)}: {clause}"
+        )
+    for (path, want), have in zip(
+        jax.tree.leaves_with_path(expected), jax.tree.leaves(got), strict=True
+    ):
+        if want.shape == have.shape and (want.dtype == have.dtype or not dtypes):
+            continue
+        mend = (
+            "trees are never broadcast; reshape one of them"
+            if want.shape != have.shape
+            else "nothing is cast silently; cast one tree with optax.tree.cast"
+        )
+        raise ValueError(
+            f"{located(got_name, path)} does not match {expected_name}"
+            f"{jax.tree_util.keystr(path)}: expected {describe(want)}, "
+            f"got {describe(have)} ({mend})"
+        )
+
+
+def _one_level(tree: PyTree) -> tuple[list[tuple[KeyPath, Any]], Any]:
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+
+
+def _structure_difference(expected: PyTree, got: PyTree, path: KeyPath) -> tuple[KeyPath, str]:
+    """The key path of the first node that differs, and a clause that says how."""
+    expected_children, expected_node = _one_level(expected)
+    got_children, got_node = _one_level(got)
+    if expected_node != got_node:
+        return path, _node_difference(expected, got)
+    for (key, want), (_, have) in zip(expected_children, got_children, strict=True):
+        if jax.tree.structure(want) != jax.tree.structure(have):
+            return _structure_difference(want, have, path + key)
+    return path, "their static data differ"  # equal level by level, unequal only as a whole
+
+
+def _node_difference(expected: PyTree, got: PyTree) -> str:
+    if type(expected) is type(got):
+        if isinstance(expected, dict):
+            missing = [k for k in expected if k not in got]
+            surplus = [k for k in got if k not in expected]
+            if missing or surplus:
+                return f"missing keys {missing}, unexpected keys {surplus}"
+            return "the same keys in another order"
+        if isinstance(expected, list | tuple):
+            return f"expected {describe_node(expected)}, got {describe_node(got)}"
+        return f"two {type(expected).__name__} nodes whose static data differ"
+    return f"expected {describe_node(expected)}, got {describe_node(got)}"
