@@ -1,0 +1,192 @@
+"""Time linear combinations of trees against the peers and against a copy of the same bytes.
+
+    python benchmarks/linear_combination.py [--leaves 1 100 1000] [--megabytes 10 100 1000]
+
+K trees are combined with K traced coefficients. Everything that is compared is timed in the same
+run, call by call in turn, and medians are printed; a quotient of two times is the median, over
+rounds, of their quotient in one round. A combination reads K trees and writes one. The copy moves
+as many bytes: it reads (K+1)/2 trees and writes as many, and is what the memory allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import tree_math
+from _measure import (
+    Program,
+    Timing,
+    compile_program,
+    environment,
+    human_bytes,
+    human_seconds,
+    interleaved,
+    markdown_table,
+)
+
+from pytree_grads import Vector, linear_combination
+
+Combine = Callable[[jax.Array, list[Any]], Any]
+
+
+def vectors(coefficients, trees):
+    """Our operators."""
+    return sum(c * Vector(tree) for c, tree in zip(coefficients, trees, strict=True)).tree
+
+
+def with_optax(coefficients, trees):
+    """One `add_scale` after another."""
+    total = optax.tree.scale(coefficients[0], trees[0])
+    for c, tree in zip(coefficients[1:], trees[1:], strict=True):
+        total = optax.tree.add_scale(total, c, tree)
+    return total
+
+
+def with_tree_math(coefficients, trees):
+    """The operators of tree-math."""
+    terms = zip(coefficients, trees, strict=True)
+    return sum(c * tree_math.Vector(tree) for c, tree in terms).tree
+
+
+def plain(coefficients, trees):
+    """What one would write by hand."""
+    return jax.tree.map(
+        lambda *leaves: sum(c * leaf for c, leaf in zip(coefficients, leaves, strict=True)), *trees
+    )
+
+
+OURS = "linear_combination"
+PEERS = {"optax.tree.add_scale": with_optax, "tree_math.Vector": with_tree_math,
+         "jax.tree.map": plain}  # fmt: skip
+COMBINATIONS: dict[str, Combine] = {OURS: linear_combination, "Vector": vectors, **PEERS}
+
+
+@dataclass(frozen=True)
+class Case:
+    """K trees of so many equal leaves, and the bytes of all of them together."""
+
+    count: int
+    leaves: int
+    total_bytes: int
+
+    @property
+    def leaf_size(self) -> int:
+        """Float32 numbers in a leaf."""
+        return self.total_bytes // (4 * self.count * self.leaves)
+
+    @property
+    def moved_bytes(self) -> int:
+        """What a combination reads and writes."""
+        return 4 * self.leaf_size * self.leaves * (self.count + 1)
+
+    def arguments(self) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
+        """Coefficients and trees."""
+        names = [f"leaf{i}" for i in range(self.leaves)]
+        trees = [
+            {name: jnp.full(self.leaf_size, 1.0 + k) for name in names} for k in range(self.count)
+        ]
+        return jnp.linspace(0.5, 1.5, self.count), trees
+
+    def copied(self) -> dict[str, jax.Array]:
+        """As many leaves, with (K+1)/2 times the bytes of one tree."""
+        size = self.moved_bytes // (8 * self.leaves)
+        return {f"leaf{i}": jnp.ones(size) for i in range(self.leaves)}
+
+
+def copy(tree):
+    """Read and write every byte once."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def measure(case: Case, seconds: float) -> tuple[dict[str, Program], dict[str, Timing]]:
+    """Compile and time everything on one case; timings are named by (kind, combination)."""
+    coefficients, trees = case.arguments()
+    source = case.copied()
+    repeats = 3 if case.leaves > 1 else 5
+    programs = {
+        name: compile_program(combine, coefficients, trees, repeats=repeats)
+        for name, combine in COMBINATIONS.items()
+    }
+    programs["copy"] = compile_program(copy, source)
+    jitted = {f"jit {name}": _call(jax.jit(f), coefficients, trees)
+              for name, f in COMBINATIONS.items()}  # fmt: skip
+    eager = {f"eager {name}": _call(f, coefficients, trees) for name, f in COMBINATIONS.items()}
+    cases = {"jit copy": _call(jax.jit(copy), source), **jitted, **eager}
+    return programs, interleaved(cases, seconds=seconds)
+
+
+def _call(fun: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    return lambda: fun(*args)
+
+
+def rows_of(case: Case, programs: dict[str, Program], timings: dict[str, Timing]):
+    """The table's rows for one case."""
+    copy_time = timings["jit copy"]
+    for name in COMBINATIONS:
+        jitted, eager = timings[f"jit {name}"], timings[f"eager {name}"]
+        yield [
+            f"{case.leaves:,} leaves, {case.total_bytes // 10**6:,} MB",
+            name,
+            human_seconds(eager.median),
+            human_seconds(jitted.median),
+            f"{1 / jitted.over(copy_time):.2f}",
+            f"{case.moved_bytes / jitted.median / 1e9:.1f}",
+            human_seconds(programs[name].trace_seconds + programs[name].compile_seconds),
+            human_bytes(programs[name].temp_bytes),
+        ]
+
+
+HEADER = ["case", "way", "eager", "jitted", "of the copy's bandwidth", "GB/s",
+          "trace + compile", "temporary"]  # fmt: skip
+
+
+def verdict(case: Case, programs: dict[str, Program], timings: dict[str, Timing]) -> list[str]:
+    """Ours against the fastest peer, in each respect."""
+
+    def slowest(kind: str) -> str:
+        mine = timings[f"{kind} {OURS}"]
+        return f"{max(mine.over(timings[f'{kind} {peer}']) for peer in PEERS):.2f}"
+
+    compiling = {name: p.trace_seconds + p.compile_seconds for name, p in programs.items()}
+    return [
+        f"{case.leaves:,} leaves, {case.total_bytes // 10**6:,} MB",
+        slowest("eager"),
+        slowest("jit"),
+        f"{1 / timings[f'jit {OURS}'].over(timings['jit copy']):.2f}",
+        f"{compiling[OURS] / compiling['jax.tree.map']:.2f}",
+        f"{programs[OURS].compile_seconds / programs['jax.tree.map'].compile_seconds:.2f}",
+    ]
+
+
+VERDICT = ["case", "eager × fastest peer", "jitted × fastest peer", "of the copy's bandwidth",
+           "trace + compile × plain sum", "compile × plain sum"]  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print what it ran on and both tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--leaves", type=int, nargs="+", default=[1, 100, 1000])
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--trees", type=int, default=4, help="K (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="a case (%(default)s)")
+    options = parser.parse_args(argv)
+    rows, verdicts = [], []
+    for megabytes in options.megabytes:
+        for leaves in options.leaves:
+            case = Case(options.trees, leaves, megabytes * 10**6)
+            programs, timings = measure(case, options.seconds)
+            rows += rows_of(case, programs, timings)
+            verdicts.append(verdict(case, programs, timings))
+    print(f"{environment()}; K = {options.trees} trees of float32; MB are those of all K trees\n")
+    print(markdown_table(HEADER, rows), "\n")
+    print(markdown_table(VERDICT, verdicts))
+
+
+if __name__ == "__main__":
+    main()
