@@ -2,7 +2,15 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from ._chain_rule import chain_rule_grad as chain_rule_grad
+from ._chain_rule import chain_rule_value_and_grad as chain_rule_value_and_grad
+from ._combine import linear_combination as linear_combination
+from ._per_example import per_example_grad as per_example_grad
+from ._per_example import per_example_value_and_grad as per_example_value_and_grad
+from ._reassemble import reassemble as reassemble
+from ._vector import Vector as Vector
+
 try:
-    __version__ = version("pytree-grads")
+    __version__ = version("pytree_grads")
 except PackageNotFoundError:  # a checkout on the path that was never installed
     __version__ = "0+unknown"

@@ -18,6 +18,7 @@
 ``map_chunks`` and ``fold_chunks`` run a function over the chunks of a batch in one compiled loop.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -71,6 +72,18 @@ class Batch:
         args = self.args
         return tuple(args[i] for i in self.argnums)
 
+    @property
+    def primal_positions(self) -> tuple[int, ...]:
+        """Where the leaves of ``primals``, in their order, stand among all leaves."""
+        counts = [child.num_leaves for child in self.treedef.children()[0].children()]
+        ends = list(itertools.accumulate(counts))
+        return tuple(j for i in self.argnums for j in range(ends[i] - counts[i], ends[i]))
+
+    @property
+    def primal_axes(self) -> tuple[int | None, ...]:
+        """The batch axis of each leaf of ``primals``."""
+        return tuple(self.axes[i] for i in self.primal_positions)
+
     def with_primals(self, primals: Sequence[PyTree]) -> "Batch":
         """The same batch with other differentiated arguments, of the same structure."""
         args = list(self.args)
@@ -100,7 +113,9 @@ class Batch:
         ]
         return replace(self, leaves=tuple(leaves), size=size)
 
-    def vmap(self, fun: Callable[[tuple[Any, ...], dict[str, Any]], PyTree]) -> PyTree:
+    def vmap(
+        self, fun: Callable[[tuple[Any, ...], dict[str, Any]], PyTree], out_axes: Any = 0
+    ) -> PyTree:
         """``fun(args, kwargs)`` for every example, results stacked on a leading axis."""
         mapped = [i for i, axis in enumerate(self.axes) if axis is not None]
 
@@ -111,18 +126,17 @@ class Batch:
             return fun(*jax.tree.unflatten(self.treedef, leaves))
 
         axes = [self.axes[i] for i in mapped]
-        return jax.vmap(one, in_axes=(axes,), axis_size=self.size)([self.leaves[i] for i in mapped])
+        arrays = [self.leaves[i] for i in mapped]
+        return jax.vmap(one, in_axes=(axes,), out_axes=out_axes, axis_size=self.size)(arrays)
 
     def require_shared(self) -> None:
         """Raise a ValueError if a differentiated leaf differs from example to example."""
-        arg_axes = self.in_axes
         for i in self.argnums:
-            axes = jax.tree.leaves(arg_axes[i])
-            if axes:
+            for path, axis in jax.tree.leaves_with_path(self.in_axes[i]):
                 raise ValueError(
-                    f"positional argument {i} is differentiated and mapped over axis {axes[0]}: a "
-                    "matrix of gradients needs parameters that all examples share; set its in_axes "
-                    "to None"
+                    f"{located(f'args[{i}]', path)} is differentiated and mapped over axis {axis}: "
+                    "a matrix of gradients needs parameters that all examples share; give it None "
+                    "in in_axes"
                 )
 
 
@@ -186,10 +200,10 @@ def chunk_starts(size: int, chunk_size: int) -> np.ndarray:
     return np.minimum(np.arange(count) * chunk_size, size - chunk_size).astype(np.int32)
 
 
-def is_one_chunk(size: int, chunk_size: int | None) -> bool:
-    """Whether a batch is handled by one direct call rather than by a loop over chunks."""
+def loop_chunk(size: int, chunk_size: int | None) -> int | None:
+    """The size of the chunks to loop over, or None where one direct call takes the whole batch."""
     check_chunk_size(chunk_size)
-    return chunk_size is None or size <= chunk_size
+    return None if chunk_size is None or size <= chunk_size else int(chunk_size)
 
 
 def map_chunks(fun: Callable[[Batch], PyTree], batch: Batch, chunk_size: int | None) -> PyTree:
@@ -198,9 +212,9 @@ def map_chunks(fun: Callable[[Batch], PyTree], batch: Batch, chunk_size: int | N
     Rows where the last chunk overlaps its predecessor are computed and written twice: they are the
     same rows. ``fun`` is traced once.
     """
-    if is_one_chunk(batch.size, chunk_size):
+    chunk_size = loop_chunk(batch.size, chunk_size)
+    if chunk_size is None:
         return fun(batch)
-    assert chunk_size is not None
     # jit remembers its trace, so that finding the shapes first does not trace ``fun`` again.
     rows_from = jax.jit(lambda start: fun(batch.chunk(start, chunk_size)), inline=True)
     starts = chunk_starts(batch.size, chunk_size)
@@ -225,9 +239,9 @@ def fold_chunks(
     ``fresh``, bool of shape (chunk.size,), is False for rows that the chunk before has had already:
     leave them out by selection (``jnp.where``), for 0 * NaN is NaN.
     """
-    if is_one_chunk(batch.size, chunk_size):
+    chunk_size = loop_chunk(batch.size, chunk_size)
+    if chunk_size is None:
         return step(init, batch, 0, jnp.ones(batch.size, bool))
-    assert chunk_size is not None
     starts = chunk_starts(batch.size, chunk_size)
     firsts = np.arange(len(starts), dtype=starts.dtype) * chunk_size
 

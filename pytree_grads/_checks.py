@@ -1,5 +1,6 @@
 """Validators and the wording of errors: where it is, what was expected, what came, and the mend."""
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Sequence
@@ -132,6 +133,39 @@ def check_differentiable(name: str, tree: PyTree) -> None:
             f"{located(name, path)} is differentiated and must be a real or complex floating-point "
             f"array, got {describe(leaf)}: {mend}"
         )
+
+
+def check_scalar(value: Any, what: str, mend: str) -> None:
+    """Raise unless ``jax.grad`` could differentiate ``value``: a real floating-point scalar."""
+    if not is_inexact(value):
+        raise TypeError(f"{what} must be a floating-point scalar, got {describe(value)}: {mend}")
+    if jnp.iscomplexobj(value):
+        raise TypeError(f"{what} must be real, got {describe(value)}: take its real part, or abs")
+    if jnp.shape(value):
+        raise ValueError(f"{what} must be a scalar, got {describe(value)}: {mend}")
+
+
+def check_outer_value(value: Any) -> None:
+    """Raise unless an outer function returned a real floating-point scalar."""
+    mend = "outer maps the stacked outputs to one scalar, by a sum or a mean for instance"
+    check_scalar(value, "the value of outer", mend)
+
+
+def split_aux(result: Any, has_aux: bool, what: str) -> tuple[Any, Any]:
+    """``(value, aux)`` of what a function returned; without ``has_aux``, ``aux`` is None."""
+    if not has_aux:
+        return result, None
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            f"{what} must be a pair (value, aux) with has_aux, got {describe_node(result)}"
+        )
+    return result
+
+
+def like(fun: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that gives a function the name and the signature of ``fun``."""
+    names = ("__module__", "__name__", "__qualname__")
+    return functools.wraps(fun, assigned=names, updated=())
 
 
 def check_matching(

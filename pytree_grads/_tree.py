@@ -1,13 +1,21 @@
 """The strict algebra of trees: no broadcasting, no silent cast, sums in float32 or wider."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._checks import PyTree, check_matching, describe, is_float0, located
+from ._checks import (
+    PyTree,
+    check_matching,
+    describe,
+    is_array,
+    is_float0,
+    is_inexact,
+    located,
+)
 
 
 def carried_dtype(dtype: Any) -> np.dtype:
@@ -21,52 +29,138 @@ def carried_dtype(dtype: Any) -> np.dtype:
     return jnp.dtype(dtype)
 
 
+def widened(dtype: Any) -> np.dtype:
+    """The dtype in which a coefficient of this dtype is kept: inexact, float32 or wider."""
+    return carried_dtype(dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32)
+
+
+def map_inexact(fun: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """``jax.tree.map`` that leaves ``float0`` leaves as they are."""
+    return jax.tree.map(lambda x, *xs: x if is_float0(x) else fun(x, *xs), tree, *rest)
+
+
 def carry(tree: PyTree) -> PyTree:
-    """Every leaf in its carried dtype; ``float0`` leaves stay as they are."""
-    return jax.tree.map(
-        lambda x: x if is_float0(x) else jnp.asarray(x, carried_dtype(x.dtype)), tree
-    )
+    """Every leaf in its carried dtype."""
+    return map_inexact(lambda x: jnp.asarray(x, carried_dtype(x.dtype)), tree)
 
 
 def round_like(tree: PyTree, like: PyTree) -> PyTree:
     """Every leaf cast, once, to the dtype of its counterpart in ``like``."""
-    return jax.tree.map(lambda x, y: x if is_float0(x) else x.astype(y.dtype), tree, like)
+    return map_inexact(lambda x, y: x.astype(y.dtype), tree, like)
 
 
-def add(left: PyTree, right: PyTree) -> PyTree:
-    """The sum of two trees that were checked to match; ``float0`` leaves stay as they are."""
-    return jax.tree.map(lambda x, y: x if is_float0(x) else x + y, left, right)
+def host_array(name: str, numbers: Any) -> np.ndarray:
+    """Python and NumPy numbers as an array of the default float or complex dtype.
+
+    An int, a float64 or a float32 then looks the same to ``jax.jit``, which need not compile again.
+    """
+    try:
+        array = np.asarray(numbers)
+    except (ValueError, jax.errors.TracerArrayConversionError):  # ragged, or tracers in lists
+        raise ValueError(
+            f"{name} must be a sequence of K scalars, or one array of shape (K,) or (M, K), "
+            f"got {numbers!r}"
+        ) from None
+    check_numbers(name, array)
+    return array.astype(jnp.result_type(complex if np.iscomplexobj(array) else float))
 
 
-def scale(coefficient: jax.Array, leaf: jax.Array) -> jax.Array:
-    """``coefficient * leaf`` in the leaf's dtype, broadcasting the coefficient over the leaf.
+def check_numbers(name: str, array: Any) -> None:
+    """Raise a TypeError unless an array holds numbers or booleans."""
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise TypeError(f"{name} must hold numbers, got {describe(array)}")
 
-    A real coefficient multiplies the parts of a complex leaf one by one: promoting it to complex
-    would turn an infinity into NaN.
+
+def check_real_leaves(coefficients: Any, name: str, tree: PyTree, what: str) -> None:
+    """Raise a TypeError if complex coefficients meet a real leaf."""
+    if not jnp.iscomplexobj(coefficients):
+        return
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if not (is_float0(leaf) or jnp.iscomplexobj(leaf)):
+            raise TypeError(
+                f"{what} is complex, but {located(name, path)} is real ({describe(leaf)}): the "
+                "result would not fit its dtype; cast the tree to complex with optax.tree.cast, or "
+                "combine real and imaginary parts apart"
+            )
+
+
+def scale(coefficient: jax.Array, leaf: jax.Array, op: Callable = jnp.multiply) -> jax.Array:
+    """``op(leaf, coefficient)`` in the leaf's dtype, the coefficient broadcast over the leaf.
+
+    A real coefficient acts on the parts of a complex leaf one by one: promoted to complex it would
+    turn an infinity into NaN.
     """
     if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(coefficient):
         part = coefficient.astype(leaf.real.dtype)
-        return jax.lax.complex(part * leaf.real, part * leaf.imag)
-    return coefficient.astype(leaf.dtype) * leaf
+        return jax.lax.complex(op(leaf.real, part), op(leaf.imag, part))
+    return op(leaf, coefficient.astype(leaf.dtype))
+
+
+def contract(coefficients: jax.Array, leaf: jax.Array) -> jax.Array:
+    """The contraction of the last axis of ``coefficients`` with the first of ``leaf``, carried."""
+    leaf = leaf.astype(carried_dtype(leaf.dtype))
+    if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(coefficients):
+        return jax.lax.complex(contract(coefficients, leaf.real), contract(coefficients, leaf.imag))
+    return jnp.tensordot(
+        coefficients.astype(leaf.dtype), leaf, axes=([-1], [0]), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def inner(left: PyTree, right: PyTree) -> jax.Array:
+    """The sum over all entries of ``conj(left) * right``, for trees in their carried dtypes."""
+    parts = [
+        jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST)
+        for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+        if not is_float0(x)
+    ]
+    dtype = np.result_type(np.float32, *(part.dtype for part in parts))
+    return sum((part.astype(dtype) for part in parts), start=jnp.zeros((), dtype))
+
+
+def norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm of all entries of a tree in its carried dtypes; its gradient at 0 is 0.
+
+    The entries are divided by the largest first, so the squares neither overflow nor vanish.
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if not is_float0(x)]
+    parts = [p for x in leaves for p in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+    dtype = np.result_type(np.float32, *(part.dtype for part in parts))
+    largest = jnp.zeros((), dtype)
+    for part in parts:
+        peak = jnp.max(jnp.abs(jax.lax.stop_gradient(part)), initial=0.0)
+        largest = jnp.maximum(largest, peak.astype(dtype))
+    # An infinite or NaN entry must reach the result, which dividing infinity by itself would spoil.
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones((), dtype))
+    squares = [jnp.sum(jnp.square(p.astype(dtype) / unit)) for p in parts]
+    square = sum(squares, start=jnp.zeros((), dtype))
+    is_zero = square == 0
+    return jnp.where(is_zero, 0.0, unit * jnp.sqrt(jnp.where(is_zero, 1.0, square)))
+
+
+def summing_error(name: str, tree: PyTree) -> TypeError | None:
+    """The error for the first leaf of a tree that has no place in a sum of gradients, if any."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if is_inexact(leaf) or is_float0(leaf):
+            continue
+        mend = "leave it out of the tree (eqx.filter, eqx.partition, or a dict without it)"
+        if not (is_array(leaf) or isinstance(leaf, int)):
+            kind = "not an array"
+        elif jnp.issubdtype(getattr(leaf, "dtype", int), jax.dtypes.prng_key):
+            kind = "an array of PRNG keys"
+        else:
+            kind, mend = "an integer or boolean", f"cast it with optax.tree.cast, or {mend}"
+        return TypeError(
+            f"{located(name, path)} is {kind} ({describe(leaf)}), and only real or complex "
+            f"floating-point leaves can be combined: {mend}"
+        )
+    return None
 
 
 def check_summable(name: str, tree: PyTree) -> None:
-    """Raise a TypeError that names the first leaf which has no place in a sum of gradients."""
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None:
-            kind = "is not an array"
-        elif is_float0(leaf) or jnp.issubdtype(dtype, jnp.inexact):
-            continue
-        elif jnp.issubdtype(dtype, jax.dtypes.prng_key):
-            kind = "is an array of PRNG keys"
-        else:
-            kind = "is an integer or boolean array"
-        raise TypeError(
-            f"{located(name, path)} {kind} ({describe(leaf)}), and only real or complex "
-            "floating-point leaves can be combined: cast it with optax.tree.cast, or leave it out "
-            "of the tree (eqx.partition, optax.tree.map_params or a dict without it)"
-        )
+    """Raise a TypeError unless every leaf of a tree can be summed."""
+    error = summing_error(name, tree)
+    if error is not None:
+        raise error
 
 
 def check_all_matching(name: str, trees: Sequence[PyTree]) -> None:
@@ -74,3 +168,16 @@ def check_all_matching(name: str, trees: Sequence[PyTree]) -> None:
     for i, tree in enumerate(trees):
         check_summable(f"{name}[{i}]", tree)
         check_matching(trees[0], tree, f"{name}[0]", f"{name}[{i}]")
+
+
+def call(jitted: Callable[..., Any], *args: Any, **trees: PyTree) -> Any:
+    """Call a jitted function, with our own words for a leaf that jit itself does not take.
+
+    The checks inside ``jitted`` run while it is traced and cost nothing later; a leaf that is not
+    an array never gets there.
+    """
+    try:
+        return jitted(*args, **trees)
+    except TypeError as error:
+        clearer = (summing_error(name, tree) for name, tree in trees.items())
+        raise next((e for e in clearer if e is not None), error) from None

@@ -1,0 +1,250 @@
+"""The chain rule over a batch without the rows, in the memory of one chunk, for any outer loss."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _tree
+from ._batch import Batch, chunk_starts, fold_chunks, loop_chunk, map_chunks, resolve
+from ._checks import (
+    PyTree,
+    check_callable,
+    check_chunk_size,
+    check_outer_value,
+    describe,
+    is_float0,
+    like,
+    split_aux,
+)
+
+
+def chain_rule_value_and_grad(
+    outer: Callable[..., Any],
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    in_axes: Any = None,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    outer_has_params: bool = False,
+    outer_has_aux: bool = False,
+) -> Callable[..., Any]:
+    """The value and gradient of ``outer`` of the stacked outputs of ``fun``, without the rows.
+
+    With L = outer(f(p, x₁), …, f(p, x_N)), the gradient is Jᵀ ∂L/∂f: outputs first, then ∂L/∂f,
+    then one vector-Jacobian product. ``outer`` may couple all the examples (contrastive and ranking
+    losses, statistics of the batch). With ``chunk_size``, the outputs are found chunk by chunk and
+    nothing else is kept, ∂L/∂f is found once for the whole batch, and each chunk is evaluated again
+    for its own product. That is exact for every ``outer``, takes the memory of one chunk beside the
+    batch and its outputs, and costs one more evaluation of ``fun``.
+
+    Args:
+      outer: called as ``outer(outputs)``, or ``outer(outputs, params)`` with ``outer_has_params``,
+        each followed by the ``outer_args`` of the call; returns a real scalar, or
+        ``(scalar, aux)``. ``outputs`` holds what ``fun`` returns, every leaf with a leading axis N.
+      fun: the function of one example: any pytree of arrays, or ``(outputs, aux)``. Outputs may be
+        complex; integer outputs reach ``outer`` and have no gradient.
+      argnums: the positional argument of ``fun``, or arguments, to differentiate.
+      in_axes: an int, or a tuple with an entry per positional argument, as in ``jax.vmap``. By
+        default None for the differentiated arguments and 0 for all others. Keyword arguments are
+        mapped over axis 0.
+      has_aux: whether ``fun`` also returns auxiliary data, which is stacked.
+      chunk_size: how many examples to work on at once; None means all. It need not divide N.
+      outer_has_params: whether ``outer`` also takes the differentiated argument (a tuple of them
+        for a tuple of ``argnums``), whose direct gradient is added: a penalty on weights, say.
+      outer_has_aux: whether ``outer`` also returns auxiliary data.
+
+    Returns:
+      A function of the arguments of ``fun``, and of the keyword ``outer_args``, a tuple, empty by
+      default, that returns ``(value, grads)``: grads like the differentiated argument, summed over
+      chunks in float32 or wider. With one kind of auxiliary data, ``((value, aux), grads)``; with
+      both, ``((value, (aux, outer_aux)), grads)``.
+
+    Raises:
+      TypeError: a differentiated leaf is not a real or complex floating-point array, or ``outer``
+        returns something other than a real floating-point value.
+      ValueError: ``outer`` does not return a scalar, an axis is out of range, or sizes disagree.
+
+    ===========================  =================================================================
+    case                         result
+    ===========================  =================================================================
+    N = 0                        ``outer`` of arrays with a leading axis of 0; zero gradients
+    chunk_size >= N              one chunk, the same as None
+    a batched PRNG-key argument  both evaluations of an example see the same key
+    a differentiated argument    its gradient has the same batch axis (with ``in_axes``)
+    that is batched
+    a NaN or inf in ∂L/∂f or J   NaN or inf in the entries it touches, as with ``jax.grad``
+    ===========================  =================================================================
+
+    Source: the two passes are those of GradCache (Gao et al., 2021, arXiv:2101.06983).
+
+    >>> import jax.numpy as jnp
+    >>> f = lambda p, x: p["m"] * x + p["b"]
+    >>> params = {"m": jnp.array(2.0), "b": jnp.array(-1.0)}
+    >>> loss_and_grad = chain_rule_value_and_grad(lambda f: (f**2).sum(), f, chunk_size=1)
+    >>> loss, grads = loss_and_grad(params, jnp.array([0.25, 1.5]))
+    >>> print(loss, grads["m"], grads["b"])
+    4.25 5.75 3.0
+    """
+    check_callable(outer, "outer")
+    check_callable(fun, "fun")
+    check_chunk_size(chunk_size)
+    is_single = not isinstance(argnums, Sequence)
+
+    def apply(batch: Batch) -> tuple[PyTree, PyTree]:
+        return batch.vmap(
+            lambda args, kwargs: split_aux(fun(*args, **kwargs), has_aux, "the result of fun")
+        )
+
+    def loss(outputs: PyTree, primals: tuple[PyTree, ...], outer_args: Sequence[Any]) -> Any:
+        params = (primals[0] if is_single else primals,) if outer_has_params else ()
+        result = outer(outputs, *params, *outer_args)
+        value, aux = split_aux(result, outer_has_aux, "the result of outer")
+        check_outer_value(value)
+        return value, aux
+
+    # Integer outputs are allowed: their cotangent is float0.
+    pull_loss = jax.value_and_grad(
+        loss, (0, 1) if outer_has_params else (0,), has_aux=True, allow_int=True
+    )
+
+    @like(fun)
+    def value_and_grad(*args: Any, outer_args: Sequence[Any] = (), **kwargs: Any) -> Any:
+        if not isinstance(outer_args, tuple | list):
+            raise TypeError(
+                f"argument outer_args must be a tuple of arguments, got {describe(outer_args)}"
+            )
+        batch = resolve(fun, args, kwargs, argnums, in_axes)
+        chunk = loop_chunk(batch.size, chunk_size)
+        if chunk is None:
+            outputs, pull, aux = _vjp(apply, batch)
+        else:
+            outputs, aux = map_chunks(apply, batch, chunk)
+            pull = functools.partial(_pull_chunks, apply, batch, chunk)
+        (value, outer_aux), (cotangents, *direct) = pull_loss(outputs, batch.primals, outer_args)
+        total = _tree.carry(pull(cotangents))
+        for grads in direct:
+            total = jax.tree.map(jnp.add, total, _tree.carry(grads))
+        grads = _tree.round_like(total, batch.primals)
+        auxs = (aux,) * has_aux + (outer_aux,) * outer_has_aux
+        if auxs:
+            value = (value, auxs if len(auxs) == 2 else auxs[0])
+        return value, grads[0] if is_single else grads
+
+    return value_and_grad
+
+
+def chain_rule_grad(
+    outer: Callable[..., Any],
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    in_axes: Any = None,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    outer_has_params: bool = False,
+    outer_has_aux: bool = False,
+) -> Callable[..., Any]:
+    """The gradient of ``outer`` of the stacked outputs of ``fun``: Jᵀ ∂L/∂f, without the rows.
+
+    Args:
+      outer: as in :func:`chain_rule_value_and_grad`, as are the options that follow.
+      fun: the function of one example.
+      argnums: the positional argument of ``fun``, or arguments, to differentiate.
+      in_axes: the axis of the examples in each argument.
+      has_aux: whether ``fun`` also returns auxiliary data.
+      chunk_size: how many examples to work on at once.
+      outer_has_params: whether ``outer`` also takes the differentiated argument.
+      outer_has_aux: whether ``outer`` also returns auxiliary data.
+
+    Returns:
+      A function of the arguments of ``fun``, and of ``outer_args``, that returns ``grads``; with
+      one kind of auxiliary data ``(grads, aux)``, with both ``(grads, (aux, outer_aux))``.
+
+    Raises:
+      TypeError: as :func:`chain_rule_value_and_grad`.
+      ValueError: as :func:`chain_rule_value_and_grad`.
+
+    >>> import jax.numpy as jnp
+    >>> f = lambda p, x: p * x
+    >>> print(chain_rule_grad(jnp.max, f)(jnp.array(2.0), jnp.array([1.0, 3.0])))
+    3.0
+    """
+    value_and_grad = chain_rule_value_and_grad(
+        outer,
+        fun,
+        argnums,
+        in_axes=in_axes,
+        has_aux=has_aux,
+        chunk_size=chunk_size,
+        outer_has_params=outer_has_params,
+        outer_has_aux=outer_has_aux,
+    )
+
+    @like(fun)
+    def grad(*args: Any, **kwargs: Any) -> Any:
+        value, grads = value_and_grad(*args, **kwargs)
+        return (grads, value[1]) if has_aux or outer_has_aux else grads
+
+    return grad
+
+
+_Apply = Callable[[Batch], tuple[PyTree, PyTree]]
+
+
+def _vjp(apply: _Apply, batch: Batch) -> tuple[PyTree, Callable[..., Any], PyTree]:
+    """``(outputs, pull, aux)``; ``pull(cotangents)`` is the gradient of ``batch.primals``."""
+    outputs, pull, aux = jax.vjp(
+        lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
+    )
+    return outputs, lambda cotangents: pull(cotangents)[0], aux
+
+
+def _pull_chunks(apply: _Apply, batch: Batch, chunk_size: int, cotangents: PyTree) -> PyTree:
+    """The gradient of ``batch.primals``, carried, by one vector-Jacobian product per chunk."""
+    cotangents = _share_overlap(cotangents, batch.size, chunk_size)
+    axes = batch.primal_axes
+    leaves, treedef = jax.tree.flatten(batch.primals)
+    zeros = [jax.lax.full_like(x, 0, dtype=_tree.carried_dtype(x.dtype)) for x in leaves]
+
+    def cut(leaf: Any, start: Any) -> Any:
+        if is_float0(leaf):
+            return np.zeros((chunk_size, *leaf.shape[1:]), leaf.dtype)
+        return jax.lax.dynamic_slice_in_dim(leaf, start, chunk_size)
+
+    def step(totals: list[jax.Array], chunk: Batch, start: Any, _: Any) -> list[jax.Array]:
+        _, pull, _ = _vjp(apply, chunk)
+        grads = pull(jax.tree.map(lambda leaf: cut(leaf, start), cotangents))
+        wide = jax.tree.leaves(_tree.carry(grads))
+        return [_add_at(*args, start) for args in zip(totals, wide, axes, strict=True)]
+
+    return jax.tree.unflatten(treedef, fold_chunks(step, zeros, batch, chunk_size))
+
+
+def _add_at(total: jax.Array, part: jax.Array, axis: int | None, start: Any) -> jax.Array:
+    """``total + part``, at ``start`` on the batch axis of a leaf that has one."""
+    if axis is None:
+        return total + part
+    old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis)
+
+
+def _share_overlap(cotangents: PyTree, size: int, chunk_size: int) -> PyTree:
+    """Halve the cotangents of the rows that the last chunk shares with the one before it.
+
+    Each of the two then contributes half of a row's gradient. Halving is exact, and unlike a zero
+    cotangent it makes no NaN of an infinite derivative.
+    """
+    starts = chunk_starts(size, chunk_size)
+    last, end_before = starts[-1], (len(starts) - 1) * chunk_size
+    if last == end_before:
+        return cotangents
+    row = jnp.arange(size)
+    share = jnp.where((row >= last) & (row < end_before), 0.5, 1.0)
+    return _tree.map_inexact(
+        lambda x: _tree.scale(share.reshape(-1, *[1] * (x.ndim - 1)), x), cotangents
+    )

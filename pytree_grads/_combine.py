@@ -1,0 +1,146 @@
+"""Linear combinations of trees: K of them in one compiled call."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _tree
+from ._checks import PyTree, describe, is_float0, located
+
+_NAME = "argument coefficients"
+
+
+def linear_combination(coefficients: Any, trees: PyTree) -> PyTree:
+    """The linear combination Σₖ cₖ tₖ of K trees, in one compiled call.
+
+    The sum of a leaf is carried in float32, or in the leaf's own dtype if that is wider, and
+    rounded once to the leaf's dtype. Coefficients never change a leaf's dtype, and they are traced:
+    a new value, or an int in place of a float, does not compile again. Where no precision is at
+    stake and the trees are known to agree, ``optax.tree.add_scale`` adds two of them as well.
+
+    Args:
+      coefficients: K scalars, as a sequence or as an array of shape (K,); or a matrix of shape
+        (M, K), for M combinations at once. Python and NumPy numbers enter in the default float
+        dtype.
+      trees: a ``list`` or ``tuple`` of K trees; or anything else, which is one tree whose leaves
+        are stacked on a leading axis of length K. (A stacked tree that is itself a list or tuple
+        goes in as ``Vector(tree)``, and the result is a ``Vector``.)
+
+    Returns:
+      One tree like each of the K, with their dtypes; with a matrix, every leaf has a leading axis
+      of length M.
+
+    Raises:
+      TypeError: a leaf is not a real or complex floating-point array, or a complex coefficient
+        meets a real leaf.
+      ValueError: the trees disagree in structure, shape or dtype, or there are not K of them.
+
+    =========================================  =====================================================
+    case                                       result
+    =========================================  =====================================================
+    a leaf of dtype ``float0``                 stays ``float0``
+    an integer, bool or PRNG-key leaf          TypeError that names the leaf
+    a real coefficient and a complex leaf      scales both parts
+    a zero coefficient and a NaN or inf        NaN, as IEEE has it
+    K = 0                                      ValueError for a sequence; zeros for a stacked tree
+    =========================================  =====================================================
+
+    >>> import jax.numpy as jnp
+    >>> g1, g2 = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([10.0, 20.0])}
+    >>> print(linear_combination([2, 0.5], [g1, g2])["w"])
+    [ 7. 14.]
+    >>> stacked = {"w": jnp.array([[1.0, 2.0], [10.0, 20.0]])}
+    >>> print(linear_combination(jnp.array([[2.0, 0.5], [1.0, 1.0]]), stacked)["w"])
+    [[ 7. 14.]
+     [11. 22.]]
+    """
+    coefficients = _as_coefficients(coefficients)
+    if type(trees) in (list, tuple):
+        return _tree.call(_combine_sequence, coefficients, trees=trees)
+    return _tree.call(_combine_stacked, coefficients, trees=trees)
+
+
+@functools.partial(jax.jit, inline=True)
+def _combine_sequence(coefficients: Any, trees: Sequence[PyTree]) -> PyTree:
+    if not trees:
+        raise ValueError(
+            "argument trees is empty: a combination of no trees has no structure to give zeros in"
+        )
+    _tree.check_all_matching("trees", trees)
+    array = _coefficient_array(coefficients, len(trees))
+    _tree.check_real_leaves(array, "trees[0]", trees[0], _NAME)
+    columns = [array[..., k] for k in range(len(trees))]
+    lead = array.shape[:-1]  # () or (M,)
+
+    def combine(*leaves: Any) -> Any:
+        if is_float0(leaves[0]):
+            return np.zeros(lead + leaves[0].shape, leaves[0].dtype)
+        spread = lead + (1,) * leaves[0].ndim if lead else ()
+        total = None
+        for column, leaf in zip(columns, _tree.carry(leaves), strict=True):
+            # (M, 1, ...) times (1, ...) or () times (...)
+            term = _tree.scale(column.reshape(spread), leaf[None] if lead else leaf)
+            total = term if total is None else total + term
+        assert total is not None
+        return total.astype(leaves[0].dtype)
+
+    return jax.tree.map(combine, *trees)
+
+
+@functools.partial(jax.jit, inline=True)
+def _combine_stacked(coefficients: Any, trees: PyTree) -> PyTree:
+    _tree.check_summable("trees", trees)
+    array = _coefficient_array(coefficients, None)
+    _tree.check_real_leaves(array, "trees", trees, _NAME)
+
+    def combine(path: Any, leaf: Any) -> Any:
+        if leaf.ndim == 0 or leaf.shape[0] != array.shape[-1]:
+            raise ValueError(
+                f"{located('trees', path)} must be stacked on a leading axis of length "
+                f"{array.shape[-1]}, one entry per coefficient, got {describe(leaf)}"
+            )
+        if is_float0(leaf):
+            return np.zeros(array.shape[:-1] + leaf.shape[1:], leaf.dtype)
+        return _tree.contract(array, leaf).astype(leaf.dtype)
+
+    return jax.tree.map_with_path(combine, trees)
+
+
+def _as_coefficients(coefficients: Any) -> Any:
+    """Numbers of the host as one array of the default dtype; JAX arrays and tracers as they are."""
+    if isinstance(coefficients, jax.Array):
+        return coefficients
+    if isinstance(coefficients, list | tuple) and any(
+        isinstance(c, jax.Array) for c in coefficients
+    ):
+        return [c if isinstance(c, jax.Array) else _tree.host_array(_NAME, c) for c in coefficients]
+    return _tree.host_array(_NAME, coefficients)
+
+
+def _coefficient_array(coefficients: Any, count: int | None) -> jax.Array:
+    """The coefficients as an array (K,) or (M, K); ``count`` is the K of a sequence of trees."""
+    if isinstance(coefficients, list):
+        for k, c in enumerate(coefficients):
+            if c.shape:
+                raise ValueError(
+                    f"argument coefficients[{k}] must be a scalar, got {describe(c)}: give a "
+                    "matrix of coefficients as one array of shape (M, K)"
+                )
+        dtype = np.result_type(np.float32, *(_tree.widened(c.dtype) for c in coefficients))
+        coefficients = jnp.stack([c.astype(dtype) for c in coefficients])
+    _tree.check_numbers(_NAME, coefficients)
+    if coefficients.ndim not in (1, 2):
+        raise ValueError(
+            "argument coefficients must be K scalars, or an array of shape (K,) or (M, K), "
+            f"got {describe(coefficients)}"
+        )
+    if count is not None and coefficients.shape[-1] != count:
+        raise ValueError(
+            f"argument coefficients holds {coefficients.shape[-1]} scalars per combination for "
+            f"{count} trees, got {describe(coefficients)}"
+        )
+    return coefficients
