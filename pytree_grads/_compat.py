@@ -1,0 +1,63 @@
+"""Everything that depends on the JAX release: reading jaxprs and evaluating one equation.
+
+JAX 0.12 made `ClosedJaxpr` and `Jaxpr` one class and describes the operands of `scan` by
+`ft_in` instead of `num_consts` and `num_carry`. Nothing outside this file may know.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.extend.core import primitives
+
+# Calls whose body is simply a part of the program around it.
+INLINED_CALLS = tuple(
+    getattr(primitives, name)
+    for name in ("jit_p", "closed_call_p", "call_p")
+    if hasattr(primitives, name)
+)
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """The open jaxpr and the values of its constvars, for a closed or an open jaxpr."""
+    if isinstance(jaxpr, core.ClosedJaxpr):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, getattr(jaxpr, "consts", ())
+
+
+def call_jaxpr(equation: core.JaxprEqn) -> Any:
+    """The body of a call equation (`jit`, `closed_call`, `remat`)."""
+    params = equation.params
+    return params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """`(num_consts, num_carry)` of a scan equation."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def bind(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation of a jaxpr on new operands, keeping its source location."""
+    primitive = equation.primitive
+    params = primitive.get_bind_params(equation.params)
+    with _source(equation), equation.ctx.manager:
+        outputs = primitive.bind(*operands, **params)
+    return list(outputs) if primitive.multiple_results else [outputs]
+
+
+try:
+    from jax._src import source_info_util as _source_info
+except ImportError:  # a future release may move it: errors then point at this package
+    _source_info = None
+
+
+def _source(equation: core.JaxprEqn) -> Any:
+    if _source_info is None:
+        return jax.named_scope("pytree_grads")
+    info = equation.source_info
+    stack = _source_info.current_name_stack() + info.name_stack
+    return _source_info.user_context(info.traceback, name_stack=stack)

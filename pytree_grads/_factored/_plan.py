@@ -1,0 +1,232 @@
+"""The plan: for each gradient leaf, the places in the backward pass where its terms are made.
+
+`decompose` walks back from a value through linear steps (its tail) to the equations that make its
+terms. What the walk does not know becomes a dense term: slower, never wrong.
+"""
+
+from collections.abc import Container
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal, TypeAlias
+
+from jax.extend.core import primitives as p
+
+from ._graph import Atom, Equation, Value
+from ._layout import DotLayout, ScatterLayout, dot_layout, scatter_layout
+from ._tails import Reshape, Shape, Tail, is_zero, mapped, read_scale, read_step, simplified
+
+
+Route: TypeAlias = Literal["auto", "factored", "rows"]
+
+
+@dataclass(frozen=True)
+class AtValue:
+    """A dense term: the value itself."""
+
+    value: Atom
+
+    @property
+    def producer(self) -> Equation | None:
+        return self.value.producer if isinstance(self.value, Value) else None
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.value.aval.shape)
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def operands(self) -> tuple[Atom, ...]:
+        return (self.value,)
+
+
+@dataclass(frozen=True)
+class AtDot:
+    """An outer term, from the operands of a `dot_general`."""
+
+    equation: Equation
+    layout: DotLayout
+
+    @property
+    def shape(self) -> Shape:
+        return self.layout.shape
+
+    @property
+    def size(self) -> int:
+        return self.layout.size
+
+    @property
+    def operands(self) -> tuple[Atom, ...]:
+        return tuple(self.equation.inputs)
+
+
+@dataclass(frozen=True)
+class AtScatter:
+    """A scatter term, from the indices and updates of a `scatter-add`."""
+
+    equation: Equation
+    layout: ScatterLayout
+
+    @property
+    def shape(self) -> Shape:
+        return self.layout.shape
+
+    @property
+    def size(self) -> int:
+        return self.layout.size
+
+    @property
+    def operands(self) -> tuple[Atom, ...]:
+        return tuple(self.equation.inputs[1:])
+
+
+@dataclass(frozen=True)
+class AtScan:
+    """A term inside the body of a scan, stacked over its steps or added up over them."""
+
+    equation: Equation
+    site: "Site"
+    stacked: bool
+
+    @property
+    def length(self) -> int:
+        return self.equation.params["length"]
+
+    @property
+    def is_dense(self) -> bool:
+        return is_dense(self.site)
+
+    @property
+    def shape(self) -> Shape:
+        inner = self.site.shape
+        if not self.stacked:
+            return inner
+        return (self.length, *inner) if self.is_dense else (self.length * inner[0], *inner[1:])
+
+    @property
+    def size(self) -> int:
+        added_up = self.is_dense and not self.stacked
+        return self.site.size * (1 if added_up else self.length)
+
+
+Site: TypeAlias = AtValue | AtDot | AtScatter | AtScan
+
+
+def is_dense(site: Site) -> bool:
+    """Whether the term of a site is dense."""
+    return site.is_dense if isinstance(site, AtScan) else isinstance(site, AtValue)
+
+
+def origin(site: Site) -> str:
+    """The name of the primitive that makes a term, with the scans around it."""
+    if isinstance(site, AtScan):
+        return f"scan/{origin(site.site)}"
+    equation = site.equation if not isinstance(site, AtValue) else site.producer
+    return str(equation.primitive or "remat") if equation else "input"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`factor * tail(term)`, a summand of a leaf."""
+
+    site: Site
+    tail: Tail = ()
+    factor: float = 1.0
+
+
+def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> tuple[Piece, ...]:
+    """The pieces of a leaf: its terms, or the leaf itself where those would be no smaller.
+
+    `varying` holds what differs between examples; what does not is kept once, so its size is free.
+    """
+    whole = (Piece(AtValue(leaf)),)
+    if route == "rows":
+        return whole
+    pieces = decompose(leaf)
+    sites = (piece.site for piece in pieces)
+    kept = sum(s.size for s in sites if not (isinstance(s, AtValue) and s.value not in varying))
+    fits = kept < prod(leaf.aval.shape) or not kept
+    return pieces if fits or route == "factored" else whole
+
+
+def decompose(value: Atom) -> tuple[Piece, ...]:
+    """Pieces that add up to a value."""
+    pieces: list[Piece] = []
+    todo: list[tuple[Atom, Tail, float]] = [(value, (), 1.0)]
+
+    def found(site: Site, tail: Tail, factor: float) -> None:
+        pieces.append(Piece(site, simplified(tail, site.shape), factor))
+
+    while todo:
+        atom, tail, factor = todo.pop()
+        equation = atom.producer if isinstance(atom, Value) else None
+        if is_zero(atom):
+            continue
+        if equation is None:
+            found(AtValue(atom), tail, factor)
+        elif step := read_step(equation):
+            todo.append((step[1], (step[0], *tail), factor))
+        elif scale := read_scale(equation):
+            todo.append((scale[1], tail, factor * scale[0]))
+        elif signs := _signs(equation):
+            todo += [(x, tail, s * factor) for x, s in zip(equation.inputs, signs, strict=True)]
+        elif equation.primitive is p.dot_general_p:
+            layout, rest = dot_layout(equation, tail)
+            found(AtDot(equation, layout), rest, factor)
+        elif equation.primitive is p.scatter_add_p and (read := scatter_layout(equation)):
+            found(AtScatter(equation, read[0]), read[1] + tail, factor)
+            todo.append((equation.inputs[0], tail, factor))
+        elif equation.primitive is p.scan_p and (parts := _scan_parts(equation, atom.index)):
+            for part in parts:
+                if isinstance(part.site, AtScan):
+                    found(part.site, part.tail + tail, part.factor * factor)
+                else:  # an operand of the scan that goes through it
+                    todo.append((part.site.value, part.tail + tail, part.factor * factor))
+        else:
+            found(AtValue(atom), tail, factor)
+    return tuple(pieces)
+
+
+def _signs(equation: Equation) -> tuple[int, ...]:
+    """The signs with which an equation adds up its operands, or () if it does no such thing."""
+    if any(x.aval.shape != equation.outputs[0].aval.shape for x in equation.inputs):
+        return ()  # a scalar operand is broadcast
+    if equation.primitive in (p.add_p, p.add_jaxvals_p):
+        return (1, 1)
+    return (1, -1) if equation.primitive is p.sub_p else ()
+
+
+def _scan_parts(equation: Equation, index: int) -> list[Piece]:
+    """What adds up to output `index` of a scan: terms of its body, and operands that pass through.
+
+    Empty where the body tells nothing: the output is then a dense term of its own.
+    """
+    body = equation.body
+    carry_from, steps_from = equation.splits
+    carries = steps_from - carry_from
+    output = body.outputs[index]
+    length = equation.params["length"]
+    if not isinstance(output, Value):
+        return []
+    pieces = decompose(output)
+    parts: list[Piece] = []
+    if index < carries:
+        own = [q for q in pieces if q == Piece(AtValue(body.inputs[carry_from + index]))]
+        if len(own) != 1:
+            return []
+        parts.append(Piece(AtValue(equation.inputs[carry_from + index])))
+        for q in pieces:
+            if q is not own[0]:
+                parts.append(replace(q, site=AtScan(equation, q.site, stacked=False)))
+        return parts
+    for q in pieces:
+        site = AtScan(equation, q.site, stacked=True)
+        unfold = (Reshape((length, *q.site.shape)), *mapped(q.tail, length))
+        if isinstance(q.site, AtValue) and q.site.value in body.inputs[steps_from:]:
+            through = equation.inputs[body.inputs.index(q.site.value)]
+            parts.append(Piece(AtValue(through), unfold, q.factor))
+        else:
+            parts.append(Piece(site, unfold, q.factor))
+    return parts

@@ -1,0 +1,236 @@
+"""The products of one leaf: sums over rows, norms, inner products, projections."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+
+import jax
+import jax.numpy as jnp
+
+from .._batch import chunk_starts
+from .._tree import carried_dtype
+from . import _terms
+from ._leaves import (
+    ENTRIES_AT_ONCE,
+    Leaf,
+    Piece,
+    inner,
+    length,
+    materializes,
+    over_rows,
+    row,
+    safe_sqrt,
+    take,
+    times,
+)
+from ._tails import apply, transposed
+from ._terms import Dense, Outer, Scatter, Term, dot
+
+
+def rows(leaf: Leaf, *, carried: bool = False) -> jax.Array:
+    """All rows, stacked: shape (N, *leaf) or (N, K, *leaf), in the leaf's dtype or as carried."""
+    dtype = leaf.carried if carried else leaf.dtype
+    return over_rows(lambda terms: row(leaf, terms).astype(dtype), leaf)
+
+
+def norms(leaf: Leaf, *, bounded: bool = False) -> jax.Array:
+    """Row norms: shape (N,) or (N, K)."""
+
+    def norm(terms: Sequence[Term]) -> jax.Array:
+        return length(leaf, terms, bounded=bounded)
+
+    return over_rows(norm, leaf, materializes=materializes(leaf, leaf))
+
+
+def combined_norms(norms: Sequence[jax.Array]) -> jax.Array:
+    """The norms of rows from those of their leaves, without overflow or underflow on the way."""
+    dtype = jnp.result_type(*(x.dtype for x in norms))
+    stacked = jnp.stack([x.astype(dtype) for x in norms])
+    size = _terms.power_of_two(jnp.max(stacked, axis=0))
+    return size * safe_sqrt(jnp.sum((stacked / size) ** 2, axis=0))
+
+
+def applied(leaf: Leaf, v: jax.Array) -> jax.Array:
+    """The directional derivatives J v: real, shape (N,) or (N, K)."""
+    v = v.astype(leaf.carried)
+    pulled = [
+        transposed(piece.tail, piece.shape, v.astype(_terms.dtype_of(piece.term)))
+        for piece in leaf.pieces
+    ]
+
+    def one(terms: Sequence[Term]) -> jax.Array:
+        total = jnp.zeros((), leaf.real)
+        for piece, term, w in zip(leaf.pieces, terms, pulled, strict=True):
+            product = jnp.real(_terms.apply_row(term, w)).astype(leaf.real)
+            total += times(product, piece.factor)
+        return total
+
+    return over_rows(one, leaf)
+
+
+def gram(leaf: Leaf, other: Leaf) -> jax.Array:
+    """Inner products of all rows of two leaves: shape (*leaf.rows, *other.rows)."""
+    if _prefers_rows(leaf, other):
+        return _gram_of_rows(leaf, other)
+
+    def against(terms: Sequence[Term]) -> jax.Array:
+        return over_rows(lambda others: inner(leaf, terms, other, others), other)
+
+    return over_rows(against, leaf)
+
+
+def _prefers_rows(leaf: Leaf, other: Leaf) -> bool:
+    """Whether a Gramian is cheaper from materialised rows than from factors."""
+    if materializes(leaf, other):
+        return True
+    pairs = prod(leaf.rows) * prod(other.rows)
+    size = prod(leaf.shape)
+    by_factors = sum(
+        pairs * _terms.inner_cost(x.term, y.term) for x in leaf.pieces for y in other.pieces
+    )
+    make = prod(leaf.rows) * sum(_terms.row_cost(x.term) for x in leaf.pieces)
+    make += prod(other.rows) * sum(_terms.row_cost(x.term) for x in other.pieces)
+    return by_factors > make + 2 * pairs * size
+
+
+def _gram_of_rows(leaf: Leaf, other: Leaf) -> jax.Array:
+    """The same from rows as arrays, some rows of either leaf at a time."""
+    size = prod(leaf.shape)
+
+    def against(block: Leaf) -> jax.Array:  # (*block.rows, *other.rows)
+        mine = rows(block, carried=True).reshape(-1, size).conj()
+        if other.size * (other.outputs or 1) * size <= ENTRIES_AT_ONCE:
+            theirs = rows(other, carried=True).reshape(-1, size)
+            products = dot("ip,jp->ij", mine, theirs)
+        else:
+            products = over_rows(
+                lambda terms: dot("ip,p->i", mine, row(other, terms).reshape(size)),
+                other,
+                materializes=True,
+            )
+            products = jnp.moveaxis(products, -1, 0)
+        return products.reshape(*block.rows, *other.rows)
+
+    def write(result: jax.Array, block: Leaf, start: jax.Array, _: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(result, against(block), start, 0)
+
+    empty = jnp.zeros((*leaf.rows, *other.rows), leaf.carried)
+    return _over_blocks(write, empty, leaf)
+
+
+def _over_blocks(
+    step: Callable[[jax.Array, Leaf, jax.Array, jax.Array], jax.Array],
+    init: jax.Array,
+    leaf: Leaf,
+) -> jax.Array:
+    """`carry = step(carry, block of rows, start, fresh)`, blocks small enough to materialise.
+
+    `fresh` is False for the rows of the last block that the block before it has had already.
+    """
+    per_example = max(1, prod(leaf.shape) * (leaf.outputs or 1))
+    at_once = max(1, min(leaf.size, ENTRIES_AT_ONCE // per_example))
+    if at_once >= leaf.size:
+        return step(init, leaf, jnp.asarray(0), jnp.ones(leaf.size, bool))
+    starts = chunk_starts(leaf.size, at_once)
+    firsts = jnp.arange(len(starts), dtype=starts.dtype) * at_once
+
+    def body(carry: jax.Array, xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        start, first = xs
+        fresh = start + jnp.arange(at_once, dtype=start.dtype) >= first
+        return step(carry, take(leaf, start, at_once), start, fresh), None
+
+    return jax.lax.scan(body, init, (jnp.asarray(starts), firsts))[0]
+
+
+def square_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
+    """The sum over rows of weight times |entry|**2, entry by entry; in the real carried dtype."""
+    if len(leaf.pieces) == 1 and _terms.cannot_cancel(leaf.pieces[0].term):
+        (piece,) = leaf.pieces
+        squared = replace(piece, term=_terms.squared(piece.term), factor=piece.factor**2)
+        return weighted_sum(replace(leaf, pieces=(squared,), dtype=leaf.real), weights)
+
+
+    def add(total: jax.Array, block: Leaf, start: jax.Array, fresh: jax.Array) -> jax.Array:
+        squares = jnp.abs(rows(block, carried=True)) ** 2
+        where = fresh.reshape(-1, *[1] * (squares.ndim - 1))
+        squares = jnp.where(where, squares, jnp.zeros_like(squares))
+        squares = squares.reshape(-1, *leaf.shape)
+        if weights is None:
+            return total + jnp.sum(squares, axis=0)
+        own = jax.lax.dynamic_slice_in_dim(weights, start, block.size)
+        return total + jnp.tensordot(own.reshape(-1).astype(leaf.real), squares, 1)
+
+    return _over_blocks(add, jnp.zeros(leaf.shape, leaf.real), leaf)
+
+
+def weighted_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
+    """The sum over rows of weight times row, in the carried dtype; None stands for ones."""
+    total = jnp.zeros(leaf.shape, leaf.carried)
+    for piece in leaf.pieces:
+        block = apply(piece.tail, _summed(piece, leaf, weights)).astype(leaf.carried)
+        total += times(block, piece.factor)
+    return total
+
+
+def _summed(piece: Piece, leaf: Leaf, weights: jax.Array | None) -> jax.Array:
+    """The weighted sum of the rows of a piece, before its tail."""
+    arrays, treedef = jax.tree.flatten(piece.term)
+    levels = list(piece.levels)
+    n = leaf.size
+    if leaf.outputs is not None:
+        k = leaf.outputs
+        both = [i for i, level in enumerate(levels) if level == 2]
+        if not both:  # no row differs from the other rows of its example
+            weights = jnp.full((n,), k, leaf.real) if weights is None else jnp.sum(weights, axis=1)
+        elif len(both) < len(arrays):  # one factor does: add it up over the outputs first
+            (i,) = both
+            fold = jax.vmap(_contract, in_axes=(None if weights is None else 0, 0))
+            arrays[i], levels[i], weights = fold(weights, arrays[i]), 1, None
+        else:
+            arrays = [x.reshape(n * k, *x.shape[2:]) for x in arrays]
+            levels = [1] * len(arrays)
+            weights = None if weights is None else weights.reshape(n * k)
+    differing = [i for i, level in enumerate(levels) if level == 1]
+    if 0 < len(differing) < len(arrays) and isinstance(piece.term, Scatter) and differing == [0]:
+        arrays[1] = jnp.broadcast_to(arrays[1], (n, *arrays[1].shape))
+    elif len(differing) < len(arrays):  # a product of sums over rows
+        if differing:
+            (i,) = differing
+            arrays[i] = _contract(weights, arrays[i])
+        block = _terms.materialize(jax.tree.unflatten(treedef, arrays))
+        if not differing:
+            total = n if weights is None else jnp.sum(weights)
+            block = block * jnp.asarray(total, block.dtype)
+        return block
+    return _contract_term(jax.tree.unflatten(treedef, arrays), weights)
+
+
+def _contract(weights: jax.Array | None, x: jax.Array) -> jax.Array:
+    """The weighted sum over the leading axis, carried."""
+    dtype = carried_dtype(x.dtype)
+    if weights is None:
+        return jnp.sum(x, axis=0, dtype=dtype)
+    return jnp.tensordot(weights.astype(dtype), x.astype(dtype), 1)
+
+
+def _contract_term(term: Term, weights: jax.Array | None) -> jax.Array:
+    """The weighted sum of terms whose arrays all have a leading axis of rows."""
+
+    def weighted(x: jax.Array) -> jax.Array:
+        if weights is None:
+            return x
+        dtype = carried_dtype(x.dtype)
+        return x.astype(dtype) * weights.astype(dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+    match term:
+        case Dense(value):
+            return _contract(weights, value)
+        case Outer(left, right):
+            if left.shape[-1] < right.shape[-1]:
+                left = weighted(left)
+            else:
+                right = weighted(right)
+            return dot("zbtm,zbtn->bmn", left, right, precision=None)
+        case Scatter(_, right, _):
+            empty = jnp.zeros((term.shape), _terms.dtype_of(term))
+            return _terms.add_lines(empty, term.index, weighted(right).astype(empty.dtype))

@@ -1,0 +1,240 @@
+"""Tails: the linear steps between a term and its gradient leaf that know nothing of the example.
+
+A tail is a tuple of steps, applied in order. All steps but `Slice` keep inner products as they are
+(they move entries, or add zeros), so a norm may be taken before the tail.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives as p
+
+from ._graph import Atom, Equation, Known, Value
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reshape:
+    shape: Shape
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return lax.reshape(x, self.shape)
+
+
+@dataclass(frozen=True)
+class Transpose:
+    permutation: Shape
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return lax.transpose(x, self.permutation)
+
+
+@dataclass(frozen=True)
+class Slice:
+    start: Shape
+    limit: Shape
+    strides: Shape
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return lax.slice(x, self.start, self.limit, self.strides)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Put the array at `start:limit` of zeros of `shape`: the transpose of a contiguous slice."""
+
+    start: Shape
+    limit: Shape
+    shape: Shape
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        spaces = zip(self.start, self.limit, self.shape, strict=True)
+        config = [(start, size - limit, 0) for start, limit, size in spaces]
+        return lax.pad(x, jnp.zeros((), x.dtype), config)
+
+    def misses(self, other: "Place") -> bool:
+        """Whether the two boxes have no entry in common."""
+        pairs = zip(self.start, self.limit, other.start, other.limit, strict=True)
+        return any(start >= end or begin >= limit for start, limit, begin, end in pairs)
+
+
+@dataclass(frozen=True)
+class Reverse:
+    dimensions: Shape
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return lax.rev(x, self.dimensions)
+
+
+Step: TypeAlias = Reshape | Transpose | Slice | Place | Reverse
+Tail: TypeAlias = tuple[Step, ...]
+
+
+def apply(tail: Tail, x: jax.Array) -> jax.Array:
+    for step in tail:
+        x = step(x)
+    return x
+
+
+def transposed(tail: Tail, shape: Sequence[int], v: jax.Array) -> jax.Array:
+    """The transpose of a tail that takes arrays of `shape`, applied to `v`."""
+    if not tail:
+        return v
+    taken = jax.ShapeDtypeStruct(tuple(shape), v.dtype)
+    (x,) = jax.linear_transpose(lambda x: apply(tail, x), taken)(v)
+    return x
+
+
+def isometric(tail: Tail) -> bool:
+    """Whether the tail keeps inner products."""
+    return not any(isinstance(step, Slice) for step in tail)
+
+
+def mapped(tail: Tail, length: int) -> Tail:
+    """The tail that acts on every entry of a new leading axis (the steps of a scan)."""
+    return tuple(_mapped_step(step, length) for step in tail)
+
+
+def _mapped_step(step: Step, length: int) -> Step:
+    match step:
+        case Reshape(shape):
+            return Reshape((length, *shape))
+        case Transpose(permutation):
+            return Transpose((0, *(axis + 1 for axis in permutation)))
+        case Slice(start, limit, strides):
+            return Slice((0, *start), (length, *limit), (1, *strides))
+        case Place(start, limit, shape):
+            return Place((0, *start), (length, *limit), (length, *shape))
+        case Reverse(dimensions):
+            return Reverse(tuple(axis + 1 for axis in dimensions))
+
+
+def disjoint(one: Tail, other: Tail) -> bool:
+    """Whether the two tails write to places that cannot meet."""
+    if one and other and isinstance(one[-1], Place) and isinstance(other[-1], Place):
+        return one[-1].misses(other[-1])
+    return False
+
+
+def simplified(tail: Tail, shape: Shape) -> Tail:
+    """The same tail, for inputs of `shape`, without idle or repeated reshapes."""
+    steps: list[Step] = []
+    before = [shape]  # before[i] enters steps[i]
+    for step in tail:
+        if isinstance(step, Reshape) and steps and isinstance(steps[-1], Reshape):
+            steps.pop()
+            before.pop()
+        if isinstance(step, Reshape) and step.shape == before[-1]:
+            continue
+        steps.append(step)
+        entering = jax.ShapeDtypeStruct(before[-1], jnp.float32)
+        before.append(jax.eval_shape(step, entering).shape)
+    return tuple(steps)
+
+
+# --------------------------------------------------------------------------------------------------
+# Which equations are steps. Each reader returns the step, or None where the equation is none.
+
+
+def is_zero(atom: Atom) -> bool:
+    """Whether an atom is known to hold only zeros."""
+    if isinstance(atom, Known):
+        return concrete_scalar(atom) == 0
+    made = atom.producer
+    return made is not None and made.primitive is p.broadcast_in_dim_p and is_zero(made.inputs[0])
+
+
+def concrete_scalar(atom: Atom) -> float | None:
+    """The value of a real scalar that is known while tracing, else None."""
+    if not isinstance(atom, Known) or isinstance(atom.value, jax.core.Tracer):
+        return None
+    if atom.aval.shape != () or not jnp.issubdtype(atom.aval.dtype, jnp.number):
+        return None
+    return None if jnp.iscomplexobj(atom.value) else float(atom.value)
+
+
+def _reshape(equation: Equation) -> Step | None:
+    old, new = equation.inputs[0].aval, equation.outputs[0].aval
+    return Reshape(tuple(new.shape)) if prod(old.shape) == prod(new.shape) else None
+
+
+def _convert(equation: Equation) -> Step | None:
+    old, new = equation.inputs[0].aval, equation.outputs[0].aval
+    for kind in (jnp.floating, jnp.complexfloating):
+        if jnp.issubdtype(old.dtype, kind) and jnp.issubdtype(new.dtype, kind):
+            return Reshape(tuple(new.shape))
+    return None
+
+
+def _transpose(equation: Equation) -> Step:
+    return Transpose(tuple(equation.params["permutation"]))
+
+
+def _slice(equation: Equation) -> Step:
+    start, strides = equation.params["start_indices"], equation.params["strides"]
+    return Slice(
+        tuple(map(int, start)),
+        tuple(map(int, equation.params["limit_indices"])),
+        tuple(map(int, strides or (1,) * len(start))),
+    )
+
+
+def _pad(equation: Equation) -> Step | None:
+    operand, fill = equation.inputs
+    config = equation.params["padding_config"]
+    if not is_zero(fill) or any(low < 0 or high < 0 or inner for low, high, inner in config):
+        return None
+    start = tuple(int(low) for low, _, _ in config)
+    limit = tuple(s + size for s, size in zip(start, operand.aval.shape, strict=True))
+    return Place(start, limit, tuple(equation.outputs[0].aval.shape))
+
+
+def _reverse(equation: Equation) -> Step:
+    return Reverse(tuple(equation.params["dimensions"]))
+
+
+_READERS = {
+    p.reshape_p: _reshape,
+    p.squeeze_p: _reshape,
+    p.broadcast_in_dim_p: _reshape,
+    p.copy_p: _reshape,
+    p.name_p: _reshape,
+    p.convert_element_type_p: _convert,
+    p.transpose_p: _transpose,
+    p.slice_p: _slice,
+    p.pad_p: _pad,
+    p.rev_p: _reverse,
+}
+
+
+def read_step(equation: Equation) -> tuple[Step, Value] | None:
+    """The step that an equation takes, and the value that it takes it from."""
+    reader = _READERS.get(equation.primitive)
+    operand = equation.inputs[0] if equation.inputs else None
+    if reader is None or not isinstance(operand, Value):
+        return None
+    step = reader(equation)
+    return None if step is None else (step, operand)
+
+
+def read_scale(equation: Equation) -> tuple[float, Value] | None:
+    """`(factor, operand)` of an equation that multiplies by a number known while tracing."""
+    if equation.primitive is p.neg_p and isinstance(equation.inputs[0], Value):
+        return -1.0, equation.inputs[0]
+    if equation.primitive not in (p.mul_p, p.div_p):
+        return None
+    left, right = equation.inputs
+    if isinstance(left, Value) and (factor := concrete_scalar(right)) is not None:
+        if equation.primitive is p.mul_p:
+            return factor, left
+        return (1 / factor, left) if factor else None
+    if equation.primitive is p.mul_p and isinstance(right, Value):
+        factor = concrete_scalar(left)
+        return None if factor is None else (factor, right)
+    return None
