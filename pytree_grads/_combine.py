@@ -73,17 +73,17 @@ def _combine_sequence(coefficients: Any, trees: Sequence[PyTree]) -> PyTree:
     _tree.check_all_matching("trees", trees)
     array = _coefficient_array(coefficients, len(trees))
     _tree.check_real_leaves(array, "trees[0]", trees[0], _NAME)
-    columns = [array[..., k] for k in range(len(trees))]
+    columns = [jax.lax.index_in_dim(array, k, -1, keepdims=False) for k in range(len(trees))]
     lead = array.shape[:-1]  # () or (M,)
 
     def combine(*leaves: Any) -> Any:
         if is_float0(leaves[0]):
             return np.zeros(lead + leaves[0].shape, leaves[0].dtype)
-        spread = lead + (1,) * leaves[0].ndim if lead else ()
         total = None
         for column, leaf in zip(columns, _tree.carry(leaves), strict=True):
-            # (M, 1, ...) times (1, ...) or () times (...)
-            term = _tree.scale(column.reshape(spread), leaf[None] if lead else leaf)
+            if lead:  # (M, 1, ...) times (1, ...)
+                column, leaf = column.reshape(lead + (1,) * leaf.ndim), leaf[None]
+            term = _tree.scale(column, leaf)
             total = term if total is None else total + term
         assert total is not None
         return total.astype(leaves[0].dtype)

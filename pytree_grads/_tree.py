@@ -129,8 +129,9 @@ def norm(tree: PyTree) -> jax.Array:
     for part in parts:
         peak = jnp.max(jnp.abs(jax.lax.stop_gradient(part)), initial=0.0)
         largest = jnp.maximum(largest, peak.astype(dtype))
-    # An infinite or NaN entry must reach the result, which dividing infinity by itself would spoil.
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones((), dtype))
+    # Neither the unit nor its reciprocal may be subnormal: XLA takes such numbers for zero.
+    tiny = jnp.finfo(dtype).tiny
+    unit = jnp.clip(largest, tiny, 1 / tiny)
     squares = [jnp.sum(jnp.square(p.astype(dtype) / unit)) for p in parts]
     square = sum(squares, start=jnp.zeros((), dtype))
     is_zero = square == 0
