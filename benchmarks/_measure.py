@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -73,11 +74,12 @@ def compile_program(fun: Callable[..., Any], *args: Any, repeats: int = 1) -> Pr
 def interleaved(
     cases: Mapping[str, Callable[[], Any]], *, seconds: float = 5.0, rounds: int = 7
 ) -> dict[str, Timing]:
-    """Time every case once per round, in an order that rotates from round to round.
+    """Time every case once per round, each round in a shuffled order.
 
-    What else the machine does then falls on all cases alike, and no case always follows the same
-    neighbour. A case that ends too soon for the clock is called several times in each round. At
-    least `rounds` rounds are run, and more until about `seconds` have passed.
+    What else the machine does then falls on all cases alike, and so does what a case leaves behind
+    for the next (a cold cache, freed memory). A case that ends too soon for the clock is called
+    several times in each round. At least `rounds` rounds are run, and more until about `seconds`
+    have passed.
     """
     names = list(cases)
     repeats = {}
@@ -85,14 +87,14 @@ def interleaved(
         jax.block_until_ready(cases[name]())  # compiles
         repeats[name] = max(1, int(2e-3 / max(_seconds(cases[name], 1), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
         done = 0
         while done < rounds or time.perf_counter() - start < seconds:
-            shift = done % len(names)
-            for name in names[shift:] + names[:shift]:
+            for name in order.sample(names, len(names)):
                 samples[name].append(_seconds(cases[name], repeats[name]))
             done += 1
     finally:
