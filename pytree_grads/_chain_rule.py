@@ -240,7 +240,7 @@ def _share_overlap(cotangents: PyTree, size: int, chunk_size: int) -> PyTree:
     cotangent it makes no NaN of an infinite derivative.
     """
     starts = chunk_starts(size, chunk_size)
-    last, end_before = starts[-1], (len(starts) - 1) * chunk_size
+    last, end_before = int(starts[-1]), (len(starts) - 1) * chunk_size
     if last == end_before:
         return cotangents
     row = jnp.arange(size)
