@@ -5,6 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from ._chain_rule import chain_rule_grad as chain_rule_grad
 from ._chain_rule import chain_rule_value_and_grad as chain_rule_value_and_grad
 from ._combine import linear_combination as linear_combination
+from ._jacobian import Jacobian as Jacobian
+from ._jacobian_of import jacobian as jacobian
+from ._jacobian_of import value_and_jacobian as value_and_jacobian
 from ._per_example import per_example_grad as per_example_grad
 from ._per_example import per_example_value_and_grad as per_example_value_and_grad
 from ._reassemble import reassemble as reassemble

@@ -18,6 +18,7 @@
 ``map_chunks`` and ``fold_chunks`` run a function over the chunks of a batch in one compiled loop.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -206,17 +207,28 @@ def loop_chunk(size: int, chunk_size: int | None) -> int | None:
     return None if chunk_size is None or size <= chunk_size else int(chunk_size)
 
 
-def map_chunks(fun: Callable[[Batch], PyTree], batch: Batch, chunk_size: int | None) -> PyTree:
+def map_chunks(
+    fun: Callable[..., PyTree], batch: Batch, chunk_size: int | None, rows: PyTree = None
+) -> PyTree:
     """``fun(chunk)`` for every chunk, its rows (leading axis) written into arrays of N rows.
 
+    Where there are ``rows``, arrays of N rows themselves, it is ``fun(chunk, rows of the chunk)``.
     Rows where the last chunk overlaps its predecessor are computed and written twice: they are the
     same rows. ``fun`` is traced once.
     """
     chunk_size = loop_chunk(batch.size, chunk_size)
+    extra = () if rows is None else (rows,)
     if chunk_size is None:
-        return fun(batch)
+        return fun(batch, *extra)
+
+    def of_chunk(start: jax.Array) -> PyTree:
+        cut = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk_size
+        )
+        return fun(batch.chunk(start, chunk_size), *jax.tree.map(cut, extra))
+
     # jit remembers its trace, so that finding the shapes first does not trace ``fun`` again.
-    rows_from = jax.jit(lambda start: fun(batch.chunk(start, chunk_size)), inline=True)
+    rows_from = jax.jit(of_chunk, inline=True)
     starts = chunk_starts(batch.size, chunk_size)
     avals = jax.eval_shape(rows_from, jax.ShapeDtypeStruct((), starts.dtype))
     empty = jax.tree.map(lambda a: jax.lax.full_like(a, 0, shape=(batch.size, *a.shape[1:])), avals)

@@ -67,11 +67,10 @@ def per_example_value_and_grad(
         check_scalar(value, "the value of fun at one example", _NOT_SCALAR)
         return value, aux
 
-    row = jax.value_and_grad(checked, argnums, has_aux=True)
-
     @like(fun)
     def rows(*args: Any, **kwargs: Any) -> Any:
         batch = resolve(fun, args, kwargs, argnums, in_axes)
+        row = jax.value_and_grad(checked, argnums, has_aux=True)
         (values, aux), grads = map_chunks(
             lambda chunk: chunk.vmap(lambda args, kwargs: row(*args, **kwargs)), batch, chunk_size
         )

@@ -74,6 +74,7 @@ def _divided(scalar: jax.Array, left: _Carried) -> _Carried:
 
 
 def _apply_scalar(op: Callable[..., jax.Array], scalar: jax.Array, vector: _Carried) -> _Carried:
+    _tree.check_numbers("the scalar", scalar)
     if scalar.shape:
         raise ValueError(
             f"a Vector is scaled by a scalar, got {describe(scalar)}: linear_combination takes a "

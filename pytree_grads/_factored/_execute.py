@@ -4,7 +4,7 @@ A scan runs with only the carries and steps that the rest needs. What a term ins
 the loop stacked; the accumulators that it replaces are gone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ._graph import Atom, Equation, Graph, Known, Value
-from ._plan import AtDot, AtScan, AtScatter, AtValue, Site, is_dense
-from ._terms import Dense, Outer, Scatter, Term
+from ._plan import AtDot, AtNorm, AtScan, AtScatter, AtValue, Site, is_dense, scans_of
+from ._terms import Dense, Outer, Scatter, Term, norm
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,9 @@ class _ScanNeeds:
     body: _Needs
 
 
-def _needs(graph: Graph, sites: Iterable[Site], values: Iterable[Atom]) -> _Needs:
-    needed = set(values)
-    in_scans: dict[Equation, list[AtScan]] = {}
-    for site in sites:
-        if isinstance(site, AtScan):
-            in_scans.setdefault(site.equation, []).append(site)
-        else:
-            needed.update(site.operands)
+def _needs(graph: Graph, sites: Sequence[Site], values: Iterable[Atom]) -> _Needs:
+    in_scans = scans_of(sites)
+    needed = {*values, *(x for s in sites if not isinstance(s, AtScan) for x in s.operands)}
     scans: dict[Equation, _ScanNeeds] = {}
     for equation in reversed(graph.equations):
         if equation in in_scans:
@@ -86,30 +81,35 @@ def _run(
     needs: _Needs,
 ) -> tuple[list[Term], list[Any]]:
     terms: dict[Site, Term] = {}
+    in_scans = scans_of(sites)
 
     def read(atom: Atom) -> Any:
         return jnp.asarray(atom.value) if isinstance(atom, Known) else env[atom]
 
     for equation in graph.equations:
         if equation in needs.scans:
-            own = [s for s in sites if isinstance(s, AtScan) and s.equation is equation]
-            found, outputs = _run_scan(equation, needs.scans[equation], env, read)
-            terms.update(zip(own, found, strict=True))
+            found, outputs = _run_scan(equation, needs.scans[equation], read)
+            terms.update(zip(in_scans[equation], found, strict=True))
             env.update(outputs)
         elif any(output in needs.values for output in equation.outputs):
             operands = [a.value if isinstance(a, Known) else env[a] for a in equation.inputs]
             env.update(zip(equation.outputs, equation.evaluate(operands), strict=True))
-    for site in sites:
+
+    def term(site: Site) -> Term:
         match site:
             case AtValue(value):
-                terms[site] = Dense(read(value))
-            case AtDot(equation, layout) | AtScatter(equation, layout):
-                terms[site] = layout(*map(read, site.operands))
-    return [terms[site] for site in sites], [read(atom) for atom in values]
+                return Dense(read(value))
+            case AtDot(_, layout) | AtScatter(_, layout):
+                return layout(*map(read, site.operands))
+            case AtNorm(inner, bounded):
+                return Dense(norm(term(inner), bounded=bounded))
+        return terms[site]
+
+    return [term(site) for site in sites], [read(atom) for atom in values]
 
 
 def _run_scan(
-    equation: Equation, needs: _ScanNeeds, env: dict[Value, Any], read: Any
+    equation: Equation, needs: _ScanNeeds, read: Callable[[Atom], Any]
 ) -> tuple[list[Term], dict[Value, Any]]:
     """The terms that a scan's body makes, and those of the scan's own outputs that are read."""
     body, params = equation.body, equation.params
@@ -118,7 +118,8 @@ def _run_scan(
     consts = {body.inputs[i]: read(equation.inputs[i]) for i in used if i < carry_from}
     xs_at = [i for i in used if i >= steps_from]
     carries_at = [carry_from + i for i in needs.carries]
-    sums = [is_dense(s) and not stacked for s, stacked in zip(needs.sites, needs.stacked, strict=True)]
+    kinds = zip(needs.sites, needs.stacked, strict=True)
+    sums = [is_dense(site) and not stacked for site, stacked in kinds]
     wanted = [body.outputs[i] for i in [*needs.carries, *needs.steps]]
 
     def step(carry: Any, xs: Any) -> Any:
@@ -128,9 +129,9 @@ def _run_scan(
         inner.update(zip([body.inputs[i] for i in xs_at], xs, strict=True))
         terms, values = _run(body, inner, needs.sites, wanted, needs.body)
         state, steps = values[: len(state)], values[len(state) :]
-        added = [term for term, is_sum in zip(terms, sums, strict=True) if is_sum]
-        totals = jax.tree.map(jnp.add, totals, added)
-        return (state, totals), (steps, [t for t, is_sum in zip(terms, sums, strict=True) if not is_sum])
+        summands = [term for term, is_sum in zip(terms, sums, strict=True) if is_sum]
+        stacks = [term for term, is_sum in zip(terms, sums, strict=True) if not is_sum]
+        return (state, jax.tree.map(jnp.add, totals, summands)), (steps, stacks)
 
     zeros = [
         Dense(jnp.zeros(site.shape, _dtype(site)))
@@ -183,6 +184,8 @@ def _depends(site: Site, reached: set[Atom]) -> tuple[bool, ...]:
     match site:
         case AtScan(equation, inner, _):
             return _depends(inner, _reached_in_body(equation, reached))
+        case AtNorm(inner, _):
+            return (any(_depends(inner, reached)),)
         case AtDot(equation, layout):
             sides = tuple(atom in reached for atom in equation.inputs)
             return sides[::-1] if layout.swapped else sides

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .._tree import carried_dtype
 from . import _terms
-from ._tails import Shape, Tail, apply, disjoint, isometric
+from ._tails import Shape, Tail, apply, disjoint, isometric, transposed
 from ._terms import Dense, Term
 
 ENTRIES_AT_ONCE = 1 << 22  # of materialised rows, in loops that materialise some rows at a time
@@ -148,66 +148,67 @@ def times(x: jax.Array, factor: float) -> jax.Array:
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
-def shares_layout(x: Piece, y: Piece) -> bool:
-    """Whether inner products of two pieces can be taken before their tails."""
-    return x.shape == y.shape and x.tail == y.tail and isometric(x.tail)
-
-
-def materializes(one: Leaf, other: Leaf) -> bool:
-    """Whether inner products of rows of two leaves need rows as arrays."""
-    pairs = ((x, y) for x in one.pieces for y in other.pieces)
-    return not all(disjoint(x.tail, y.tail) or shares_layout(x, y) for x, y in pairs)
-
-
 def inner(one: Leaf, xs: Sequence[Term], other: Leaf, ys: Sequence[Term]) -> jax.Array:
     """The inner product of two rows; the left one is conjugated."""
     total = jnp.zeros((), one.carried)
     for a, x in zip(one.pieces, xs, strict=True):
         for b, y in zip(other.pieces, ys, strict=True):
-            if disjoint(a.tail, b.tail):
-                continue
-            if shares_layout(a, b):
-                product = _terms.inner(x, y)
-            else:
-                left, right = (
-                    apply(piece.tail, _terms.materialize(term)).astype(one.carried)
-                    for piece, term in ((a, x), (b, y))
-                )
-                product = jnp.sum(left.conj() * right)
-            total += times(product, a.factor * b.factor).astype(one.carried)
+            product = _pair(a, x, b, y).astype(one.carried)
+            total += times(product, a.factor * b.factor)
     return total
 
 
-def length(leaf: Leaf, terms: Sequence[Term], *, bounded: bool) -> jax.Array:
-    """The norm of one row, without overflow or underflow on the way to it.
+def _pair(a: Piece, x: Term, b: Piece, y: Term) -> jax.Array:
+    if disjoint(a.tail, b.tail):
+        return jnp.zeros((), _terms.dtype_of(x))
+    if _alike(a, b):
+        return _terms.inner(x, y)
+    if isinstance(x, Dense):
+        return _terms.apply_row(y, _pulled(b, y, _block(a, x).conj()))
+    if isinstance(y, Dense):
+        return _terms.apply_row(x, _pulled(a, x, _block(b, y).conj())).conj()
+    return jnp.sum(_block(a, x).conj() * _block(b, y))
 
-    The inner product of T > 1 pairs subtracts, and loses the digits of a row whose parts nearly
-    cancel: its rounding is of order eps * mass**2. With `bounded`, where that is more than a
-    thousandth of the squared norm, it is added, and the result is not too small.
-    """
+
+def _alike(x: Piece, y: Piece) -> bool:
+    """Whether inner products of two pieces can be taken before their tails."""
+    return x.shape == y.shape and x.tail == y.tail and isometric(x.tail)
+
+
+def _block(piece: Piece, term: Term) -> jax.Array:
+    return apply(piece.tail, _terms.materialize(term))
+
+
+def _pulled(piece: Piece, term: Term, v: jax.Array) -> jax.Array:
+    return transposed(piece.tail, piece.shape, v.astype(_terms.dtype_of(term)))
+
+
+def materializes(one: Leaf, other: Leaf) -> bool:
+    """Whether inner products of rows of two leaves need rows as arrays."""
+
+    def free(a: Piece, b: Piece) -> bool:
+        dense = isinstance(a.term, Dense) or isinstance(b.term, Dense)
+        return dense or disjoint(a.tail, b.tail) or _alike(a, b)
+
+    return not all(free(a, b) for a in one.pieces for b in other.pieces)
+
+
+def length(leaf: Leaf, terms: Sequence[Term], *, bounded: bool) -> jax.Array:
+    """The norm of one row of a leaf; with `bounded`, never too small (see `not_too_small`)."""
+    pieces = leaf.pieces
     if not terms:
         return jnp.zeros((), leaf.real)
-    if len(terms) > 1 and materializes(leaf, leaf):
-        terms, pieces = [Dense(row(leaf, terms))], ()
-    else:
-        pieces = leaf.pieces
-    normal, sizes = zip(*map(_terms.normalized, terms), strict=True)
-    size = jnp.max(jnp.stack(sizes))
-    if len(terms) > 1:
-        normal = [_terms.scaled(x, s / size) for x, s in zip(normal, sizes, strict=True)]
-    if not pieces:
-        return size * safe_sqrt(jnp.sum(jnp.abs(normal[0].value) ** 2))
-    square = jnp.real(inner(leaf, normal, leaf, normal)).astype(leaf.real)
-    square = jnp.where(square < 0, jnp.zeros_like(square), square)  # keeps NaN
-    if bounded and not (len(terms) == 1 and _terms.cannot_cancel(terms[0])):
-        masses = [times(_terms.mass(x), abs(p.factor)) for x, p in zip(normal, pieces, strict=True)]
-        mass = jax.lax.stop_gradient(jnp.sum(jnp.stack(masses)))
-        rounding = times(mass**2, 4 * float(jnp.finfo(leaf.real).eps))
-        square = jnp.where(rounding > times(square, 1e-3), square + rounding, square)
-    return size * safe_sqrt(square)
-
-
-def safe_sqrt(x: jax.Array) -> jax.Array:
-    """The square root, with derivative 0 at 0."""
-    root = jnp.sqrt(jnp.where(x == 0, jnp.ones_like(x), x))
-    return jnp.where(x == 0, jnp.zeros_like(x), root)
+    if len(terms) == 1 and isometric(pieces[0].tail):
+        norm = _terms.norm(terms[0], bounded=bounded).astype(leaf.real)
+        return times(norm, abs(pieces[0].factor))
+    if materializes(leaf, leaf):
+        return _terms.norm(Dense(row(leaf, terms)), bounded=bounded).astype(leaf.real)
+    units, sizes = zip(*map(_terms.normalized, terms), strict=True)
+    sizes = jnp.stack([size.astype(leaf.real) for size in sizes])
+    size = jnp.max(sizes)
+    units = [_terms.scaled(x, s) for x, s in zip(units, sizes / size, strict=True)]
+    square = jnp.real(inner(leaf, units, leaf, units)).astype(leaf.real)
+    if bounded:
+        masses = [times(_terms.mass(x), abs(p.factor)) for x, p in zip(units, pieces, strict=True)]
+        square = _terms.not_too_small(square, jnp.sum(jnp.stack(masses).astype(leaf.real)))
+    return size * _terms.safe_sqrt(square)

@@ -4,8 +4,9 @@
 terms. What the walk does not know becomes a dense term: slower, never wrong.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import prod
 from typing import Literal, TypeAlias
 
@@ -13,10 +14,22 @@ from jax.extend.core import primitives as p
 
 from ._graph import Atom, Equation, Value
 from ._layout import DotLayout, ScatterLayout, dot_layout, scatter_layout
-from ._tails import Reshape, Shape, Tail, is_zero, mapped, read_scale, read_step, simplified
+from ._tails import (
+    Place,
+    Reshape,
+    Shape,
+    Tail,
+    disjoint,
+    is_zero,
+    isometric,
+    mapped,
+    read_scale,
+    read_step,
+    simplified,
+)
 
 
-Route: TypeAlias = Literal["auto", "factored", "rows"]
+Route: TypeAlias = Literal["auto", "factored", "rows", "norms", "bounded norms"]
 
 
 @dataclass(frozen=True)
@@ -111,18 +124,44 @@ class AtScan:
         return self.site.size * (1 if added_up else self.length)
 
 
-Site: TypeAlias = AtValue | AtDot | AtScatter | AtScan
+@dataclass(frozen=True)
+class AtNorm:
+    """The norm of a row of another term, a dense term of its own: what is left of it in memory."""
+
+    site: "Site"
+    bounded: bool
+    shape: Shape = ()
+    size: int = 1
+
+    @property
+    def operands(self) -> tuple[Atom, ...]:
+        return () if isinstance(self.site, AtScan) else self.site.operands
+
+
+Site: TypeAlias = AtValue | AtDot | AtScatter | AtScan | AtNorm
 
 
 def is_dense(site: Site) -> bool:
     """Whether the term of a site is dense."""
-    return site.is_dense if isinstance(site, AtScan) else isinstance(site, AtValue)
+    return site.is_dense if isinstance(site, AtScan) else isinstance(site, AtValue | AtNorm)
+
+
+def scans_of(sites: Iterable[Site]) -> dict[Equation, list[AtScan]]:
+    """The sites in the bodies of scans, each once, by scan."""
+    found: dict[Equation, dict[AtScan, None]] = {}
+    for site in sites:
+        site = site.site if isinstance(site, AtNorm) else site
+        if isinstance(site, AtScan):
+            found.setdefault(site.equation, {})[site] = None
+    return {equation: list(sites) for equation, sites in found.items()}
 
 
 def origin(site: Site) -> str:
     """The name of the primitive that makes a term, with the scans around it."""
     if isinstance(site, AtScan):
         return f"scan/{origin(site.site)}"
+    if isinstance(site, AtNorm):
+        return origin(site.site)
     equation = site.equation if not isinstance(site, AtValue) else site.producer
     return str(equation.primitive or "remat") if equation else "input"
 
@@ -148,7 +187,45 @@ def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> tuple[Piece
     sites = (piece.site for piece in pieces)
     kept = sum(s.size for s in sites if not (isinstance(s, AtValue) and s.value not in varying))
     fits = kept < prod(leaf.aval.shape) or not kept
+    if route == "norms" or route == "bounded norms":
+        return _norms_of(pieces if fits else whole, route == "bounded norms")
     return pieces if fits or route == "factored" else whole
+
+
+def _norms_of(pieces: tuple[Piece, ...], bounded: bool) -> tuple[Piece, ...]:
+    """Pieces with the same norm that hold little more than norms, where the pieces do not meet."""
+    pairs = combinations(pieces, 2)
+    if not all(isometric(piece.tail) for piece in pieces):
+        return pieces
+    if not all(disjoint(x.tail, y.tail) for x, y in pairs):
+        return pieces
+    sites = [_norm_at(piece.site, bounded) for piece in pieces]
+    total, start, found = sum(site.size for site in sites), 0, []
+    for site, piece in zip(sites, pieces, strict=True):
+        place = Place((start,), (start + site.size,), (total,))
+        found.append(Piece(site, (Reshape((site.size,)), place), piece.factor))
+        start += site.size
+    return tuple(found)
+
+
+def shape_of(pieces: Sequence[Piece], leaf_shape: Shape) -> Shape:
+    """The shape of what some pieces add up to: the leaf's, unless only norms are left of it."""
+    for piece in pieces:
+        site = piece.site
+        while isinstance(site, AtScan):
+            site = site.site
+        if isinstance(site, AtNorm):
+            place = piece.tail[-1]
+            assert isinstance(place, Place)
+            return place.shape
+    return leaf_shape
+
+
+def _norm_at(site: Site, bounded: bool) -> Site:
+    """Norms taken where a term arises: in the body, if the steps of a scan are rows of their own."""
+    if isinstance(site, AtScan) and site.stacked:
+        return replace(site, site=_norm_at(site.site, bounded))
+    return AtNorm(site, bounded)
 
 
 def decompose(value: Atom) -> tuple[Piece, ...]:

@@ -19,7 +19,6 @@ from ._leaves import (
     materializes,
     over_rows,
     row,
-    safe_sqrt,
     take,
     times,
 )
@@ -47,7 +46,7 @@ def combined_norms(norms: Sequence[jax.Array]) -> jax.Array:
     dtype = jnp.result_type(*(x.dtype for x in norms))
     stacked = jnp.stack([x.astype(dtype) for x in norms])
     size = _terms.power_of_two(jnp.max(stacked, axis=0))
-    return size * safe_sqrt(jnp.sum((stacked / size) ** 2, axis=0))
+    return size * _terms.safe_sqrt(jnp.sum((stacked / size) ** 2, axis=0))
 
 
 def applied(leaf: Leaf, v: jax.Array) -> jax.Array:
@@ -148,7 +147,6 @@ def square_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
         (piece,) = leaf.pieces
         squared = replace(piece, term=_terms.squared(piece.term), factor=piece.factor**2)
         return weighted_sum(replace(leaf, pieces=(squared,), dtype=leaf.real), weights)
-
 
     def add(total: jax.Array, block: Leaf, start: jax.Array, fresh: jax.Array) -> jax.Array:
         squares = jnp.abs(rows(block, carried=True)) ** 2

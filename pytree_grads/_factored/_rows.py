@@ -112,12 +112,10 @@ def _leaf(
         )
         for piece in pieces
     )
-    return Leaf(found, primal.shape, primal.dtype, size, outputs)
+    return Leaf(found, _plan.shape_of(pieces, primal.shape), primal.dtype, size, outputs)
 
 
-def _trace(
-    fun: Callable[..., Any], batch: Batch, args: Any, kwargs: Any, has_aux: bool
-) -> _Trace:
+def _trace(fun: Callable[..., Any], batch: Batch, args: Any, kwargs: Any, has_aux: bool) -> _Trace:
     flat, treedef = jax.tree.flatten((args, kwargs))
     primal_at = batch.primal_positions
     mapped_at = [i for i, axis in enumerate(batch.axes) if axis is not None and i not in primal_at]
@@ -134,7 +132,7 @@ def _trace(
             outputs, vjp, aux = jax.vjp(forward, primals, has_aux=True)
         else:
             (outputs, vjp), aux = jax.vjp(forward, primals), None
-        _check_outputs(outputs)
+        check_outputs(outputs)
         if cotangents is None:
             if not isinstance(outputs, jax.Array) or outputs.shape != ():
                 raise _NotScalar(jax.tree.map(jax.typeof, outputs))
@@ -157,7 +155,7 @@ def _zeros(aval: Any) -> jax.Array:
     return jnp.zeros(aval.shape, aval.dtype)
 
 
-def _check_outputs(outputs: PyTree) -> None:
+def check_outputs(outputs: PyTree) -> None:
     leaves = jax.tree.leaves_with_path(outputs)
     if not leaves:
         raise TypeError("the function to differentiate returned no arrays")
@@ -186,7 +184,9 @@ def _basis(output_avals: PyTree) -> list[jax.Array] | None:
     leaves = jax.tree.leaves(output_avals)
     ends = list(accumulate(prod(leaf.shape) for leaf in leaves))
     return [
-        jnp.eye(count, dtype=leaf.dtype)[:, end - prod(leaf.shape) : end].reshape(count, *leaf.shape)
+        jnp.eye(count, dtype=leaf.dtype)[:, end - prod(leaf.shape) : end].reshape(
+            count, *leaf.shape
+        )
         for leaf, end in zip(leaves, ends, strict=True)
     ]
 

@@ -203,6 +203,36 @@ def scaled(term: Term, factor: jax.Array) -> Term:
             return Scatter(index, right.astype(dtype_of(term)) * factor, length)
 
 
+def norm(term: Term, *, bounded: bool) -> jax.Array:
+    """The norm of one row, without overflow or underflow on the way to it."""
+    unit, size = normalized(term)
+    square = jnp.real(inner(unit, unit))
+    if bounded and not cannot_cancel(term):
+        square = not_too_small(square, mass(unit))
+    return size.astype(square.dtype) * safe_sqrt(square)
+
+
+def not_too_small(square: jax.Array, mass: jax.Array) -> jax.Array:
+    """A squared norm that is no smaller than the true one, for a row with parts of total `mass`.
+
+    The inner product of T > 1 pairs subtracts, and loses the digits of a row whose parts nearly
+    cancel: it is rounded by the order of eps * mass**2. Where that is more than a thousandth of
+    the squared norm, it is added.
+    """
+    mass = lax.stop_gradient(mass.astype(square.dtype))
+    rounding = mass**2 * jnp.asarray(4 * jnp.finfo(square.dtype).eps, square.dtype)
+    square = jnp.where(square < 0, jnp.zeros_like(square), square)  # keeps NaN
+    in_doubt = rounding > square * jnp.asarray(1e-3, square.dtype)
+    return jnp.where(in_doubt, square + rounding, square)
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """The square root of x, 0 where x is not positive, with derivative 0 there; keeps NaN."""
+    idle = x <= 0
+    root = jnp.sqrt(jnp.where(idle, jnp.ones_like(x), x))
+    return jnp.where(idle, jnp.zeros_like(x), root)
+
+
 def squared(term: Term) -> Term:
     """The row with each entry's |entry|**2, for a term that cannot cancel."""
     match term:

@@ -1,0 +1,363 @@
+"""J, the matrix whose row i is the gradient of a function at example i, as an operator."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _clip, _report, _sketch
+from ._checks import PyTree, check_matching, describe
+from ._factored._leaves import Leaf
+from ._factored._matrix import Matrix
+from ._factored._plan import Route
+from ._outputs import Outputs
+from ._source import Source
+from ._tree import carried_dtype
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["_source", "_leaves", "_weights", "_valid"],
+    meta_fields=["_outputs", "_uniform"],
+)
+@dataclass(frozen=True, repr=False, eq=False)
+class Jacobian:
+    """J: a row for each example, or for each output of each example.
+
+    Made by ``jacobian`` and ``value_and_jacobian``. N is the number of examples, P the number of
+    parameters. Where the function returns a scalar, "a number per row" is an array of shape (N,);
+    otherwise it is a tree like the function's output, with leaves of shape (N, *k).
+
+    Rows are kept as factors, from which every product is computed without the rows; or nothing is
+    kept, and each product makes what it needs (``recompute=True``, ``chunk_size=k``). A Jacobian is
+    a pytree: it may leave ``jit``, and enter ``vmap``, ``scan`` and ``grad``.
+
+    ===========================  =================================================================
+    case                         result
+    ===========================  =================================================================
+    N = 0                        sums are zero, ``mean()`` is NaN, a number per row has shape (0,)
+    a row of zeros               norm 0, with derivative 0; ``clip`` leaves it
+    a row with a NaN or infinity its norm is NaN or infinite, and it poisons every sum, unless
+                                 ``clip(..., nan_safe=True)`` has made it zero
+    complex parameters           rows follow ``jax.grad``'s convention (step along the conjugate);
+                                 ``gram`` conjugates the left row, ``J @ v`` is real
+    ===========================  =================================================================
+    """
+
+    _source: Source
+    _leaves: tuple[Leaf, ...] | None  # None: made again for each product
+    _weights: tuple[jax.Array, ...] | None  # of rows, for each leaf
+    _valid: jax.Array | None  # rows that count; the others are zero
+    _outputs: Outputs
+    _uniform: bool = True  # whether the weights are the same for all leaves
+
+    def __len__(self) -> int:
+        return self._source.batch.size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(N, P)``, or ``(N, *k, P)`` for outputs of shape k; a tree of K numbers counts (K,)."""
+        outputs = self._outputs
+        is_array = jax.tree_util.treedef_is_leaf(outputs.treedef)
+        middle = outputs.shapes[0] if is_array else (outputs.count,)
+        return (len(self), *middle, sum(x.size for x in self._primals))
+
+    def __repr__(self) -> str:
+        kept = "recomputed" if self._leaves is None else "factored"
+        return f"Jacobian(shape={self.shape}, leaves={len(self._primals)}, rows {kept})"
+
+    def __getitem__(self, index: slice) -> "Jacobian":
+        """The rows of a slice of examples, with step 1."""
+        if not isinstance(index, slice) or index.step not in (None, 1):
+            raise TypeError(
+                f"a Jacobian takes slices of examples such as J[2:5], got {index!r}; for one row "
+                "as a tree use J[i : i + 1].to_rows()"
+            )
+        start, stop, _ = index.indices(len(self))
+        size = max(stop - start, 0)
+        cut = Matrix(self._leaves or (), self._weights, self._valid).taken(start, size)
+        return replace(
+            self,
+            _source=replace(self._source, batch=self._source.batch.chunk(start, size)),
+            _leaves=None if self._leaves is None else cut.leaves,
+            _weights=cut.weights,
+            _valid=cut.valid,
+        )
+
+    @property
+    def T(self) -> "TransposedJacobian":  # noqa: N802
+        """The transpose, for ``J.T @ c`` and ``J @ other.T``."""
+        return TransposedJacobian(self)
+
+    def __matmul__(self, other: Any) -> PyTree:
+        """Directional derivatives ``J @ v``, or inner products of rows ``J @ other.T``.
+
+        Args:
+          other: a tree v like the parameters (or a ``Vector`` of one), or a transposed Jacobian.
+
+        Returns:
+          For a tree, a real number per row, as ``jax.jvp`` gives it; else ``J.gram(other)``.
+        """
+        if isinstance(other, TransposedJacobian):
+            return self.gram(other.T)
+        v = other.tree if hasattr(other, "tree") else other
+        check_matching(self._params, v, "the parameters", "v", dtypes=False)
+        vectors = jax.tree.leaves(v)
+        return self._outputs.expand(self._map(lambda matrix: matrix.apply(vectors)))
+
+    def weighted_sum(self, c: PyTree) -> PyTree:
+        """The weighted sum of rows, Jᵀ c = Σᵢ cᵢ Jᵢ, at the cost of one ordinary gradient.
+
+        Args:
+          c: a real number per row, traced.
+
+        Returns:
+          A tree like the parameters, in their dtypes; the sum is carried in float32 or wider.
+
+        Raises:
+          TypeError: ``c`` does not hold real numbers.
+          ValueError: ``c`` has not one number per row.
+
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+        >>> J.weighted_sum(jnp.array([1.0, -1.0]))
+        {'w': Array([-2., -2.], dtype=float32)}
+        """
+        return self._sum(self._outputs.flatten("c", c, len(self)))
+
+    def sum(self) -> PyTree:
+        """The sum of all rows: a tree like the parameters, zero where there are no rows."""
+        return self._sum(None)
+
+    def mean(self) -> PyTree:
+        """The sum of all rows divided by their number; NaN where there are none."""
+        count = np.prod(self._rows)
+        return jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), self._sum(None))
+
+    def norms(self) -> PyTree:
+        """The Euclidean norms of the rows: a real number per row, float32 or wider.
+
+        There is no overflow or underflow on the way to a norm that is itself representable.
+
+        Accuracy: norms of single outer products, of biases and of materialised rows are sums of
+        squares, right to rounding. Where a row adds up T > 1 outer products of aₜ and bₜ, its
+        squared norm comes from inner products of those, with an error of about
+        eps·(Σₜ‖aₜ‖‖bₜ‖)²: of no weight unless the parts of a row nearly cancel.
+        """
+        return self._outputs.expand(self._norms())
+
+    def squared_norms(self) -> PyTree:
+        """The squared norms of the rows; they overflow where the square itself does."""
+        return jax.tree.map(jnp.square, self.norms())
+
+    def gram(self, other: "Jacobian | None" = None) -> PyTree:
+        """Inner products of rows, J J′ᵀ, where J′ is J by default.
+
+        Returns:
+          Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k, the empirical
+          neural tangent kernel; for trees of outputs, a tree of such trees. Carried in float32 or
+          wider; rows of complex leaves are conjugated on the left.
+
+        Raises:
+          TypeError: ``other`` is not a Jacobian.
+          ValueError: its parameters have another structure or other shapes.
+        """
+        other = self if other is None else other
+        if not isinstance(other, Jacobian):
+            raise TypeError(f"argument other must be a Jacobian, got {describe(other)}")
+        check_matching(self._params, other._params, "the parameters", "other", dtypes=False)
+        depth = len(self._rows)
+        theirs_first = [*range(depth, depth + len(other._rows)), *range(depth)]
+
+        def against(mine: Matrix) -> jax.Array:
+            products = other._map(lambda theirs: mine.gram(theirs).transpose(theirs_first))
+            return products.transpose(np.argsort(theirs_first))
+
+        columns = other._outputs.expand(self._map(against), axis=depth)
+        return jax.tree.map(lambda x: self._outputs.expand(x, axis=0), columns)
+
+    def square_sum(self, c: PyTree = None) -> PyTree:
+        """The weighted sum of the squares of rows, entry by entry: Σᵢ cᵢ Jᵢ∘Jᵢ.
+
+        For a loss per example, and ``c=None`` (all ones), N times the diagonal of the empirical
+        Fisher matrix. Complex entries count their squared absolute value.
+
+        Args:
+          c: a real number per row, or None.
+
+        Returns:
+          A tree like the parameters, real, in their precision.
+        """
+        c = None if c is None else self._outputs.flatten("c", c, len(self))
+        sums = self._fold(lambda matrix, c: matrix.square_sum(c), c, _real)
+        narrow = [x.astype(_real(p.dtype)) for x, p in zip(sums, self._primals, strict=True)]
+        return self._like_params(narrow)
+
+    def scale(self, s: PyTree) -> "Jacobian":
+        """diag(s) J: every row times a real number of its own."""
+        factors = self._outputs.flatten("s", s, len(self))
+        return self._scaled([factors] * len(self._primals), uniform=True)
+
+    def clip(self, max_norm: PyTree, *, nan_safe: bool = False) -> "Jacobian":
+        """Every row scaled down to a norm of at most ``max_norm``: Jᵢ · min(1, max_norm/‖Jᵢ‖).
+
+        Guarantee: no clipped row's norm exceeds its bound by more than rounding. Where the norm of
+        a row is in doubt because its parts nearly cancel (see ``norms``), the bound is kept by
+        clipping with the upper end of the norm's error, so such a row may come out too short.
+
+        Args:
+          max_norm: a non-negative bound for the whole row, or a prefix tree of the parameters that
+            holds a bound for each of its parts (a layer, say), which are then clipped one by one.
+          nan_safe: whether a row that holds a NaN or an infinity counts as zero. Otherwise it
+            poisons every sum, as it would without clipping.
+
+        Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, Algorithm 1.
+        """
+        groups = _clip.groups(max_norm, self._params)
+        lengths = self._map(
+            lambda matrix: tuple(matrix.leaf_norms(bounded=True)), route="bounded norms"
+        )
+        factors, finite = _clip.factors(lengths, groups)
+        clipped = self._scaled(factors, uniform=self._uniform and len(groups) == 1)
+        if not nan_safe:
+            return clipped
+        return replace(clipped, _valid=finite if self._valid is None else finite & self._valid)
+
+    def sketch(self, key: jax.Array, dim: int) -> PyTree:
+        """A random projection of every row to ``dim`` numbers, J R, that keeps inner products.
+
+        R has independent entries ±1/√dim, which are made from ``key`` and never stored: the same
+        key gives the same R for another batch, so that sketches of different batches compare. The
+        expected inner product of two sketches is that of the rows, with a standard deviation of
+        at most √(2/dim) times the product of their norms.
+
+        Returns:
+          A number per row as described for the class, with a last axis of length ``dim``.
+
+        Source: Achlioptas, "Database-friendly random projections", 2003.
+        """
+        dim = _sketch.checked_dim(dim)
+        projected = self._map(lambda matrix: _sketch.project(matrix, key, dim))
+        return self._outputs.expand(projected)
+
+    def to_rows(self) -> PyTree:
+        """The rows, stacked, as ``per_example_grad`` gives them: N times the parameters' memory.
+
+        For outputs that are not scalar the result is as from ``jax.jacrev``: a tree like the
+        output that holds trees like the parameters, with leaves of shape (N, *k, *leaf).
+        """
+        stacked = self._map(lambda matrix: tuple(matrix.rows()))
+        if self._outputs.is_scalar:
+            return self._like_params(list(stacked))
+        parts = [self._outputs.expand(x) for x in stacked]
+        outer = self._outputs.treedef
+        columns = zip(*(outer.flatten_up_to(part) for part in parts), strict=True)
+        return jax.tree.unflatten(outer, [self._like_params(list(x)) for x in columns])
+
+    def explain(self) -> str:
+        """A table of the leaves: how their rows are kept, what that costs, and why.
+
+        Print it. A row per leaf with its key path, its terms, the route of its norm, FLOPs per
+        example of norm and weighted sum, bytes kept per example, and, for a leaf that is
+        materialised, the primitive at which the search for factors ended.
+        """
+        return _report.explain(self)
+
+    def check(self, rows: int = 4) -> None:
+        """Compare the first rows, and the products of them, with plain ``jax.grad``.
+
+        Runs outside ``jit`` only, since it looks at values.
+
+        Args:
+          rows: how many examples to recompute.
+
+        Raises:
+          ValueError: a product is wrong by more than rounding; the message names the leaf.
+        """
+        _report.check(self, rows)
+
+    # ---------------------------------------------------------------------------------------------
+
+    @property
+    def _params(self) -> PyTree:
+        primals = self._source.batch.primals
+        return primals if self._source.many else primals[0]
+
+    @property
+    def _primals(self) -> list[jax.Array]:
+        return jax.tree.leaves(self._params)
+
+    @property
+    def _rows(self) -> tuple[int, ...]:
+        return self._outputs.rows(len(self))
+
+    def _like_params(self, leaves: list[jax.Array]) -> PyTree:
+        return jax.tree.unflatten(jax.tree.structure(self._params), leaves)
+
+    def _map(self, fun: Callable[[Matrix], PyTree], route: Route = "auto") -> PyTree:
+        """`fun` of the rows, which gives arrays that begin with a row each."""
+        if self._leaves is not None:
+            return fun(Matrix(self._leaves, self._weights, self._valid))
+        return self._source.map(fun, self._weights, self._valid, route)
+
+    def _fold(
+        self,
+        fun: Callable[[Matrix, Any], list[jax.Array]],
+        extra: jax.Array | None,
+        dtype: Callable[[Any], Any] = lambda dtype: dtype,
+    ) -> list[jax.Array]:
+        """`fun` of the rows, which gives sums over them: arrays like the leaves, carried."""
+        if self._leaves is not None:
+            return fun(Matrix(self._leaves, self._weights, self._valid), extra)
+        zeros = [jnp.zeros(x.shape, dtype(carried_dtype(x.dtype))) for x in self._primals]
+        return self._source.fold(fun, zeros, self._weights, self._valid, extra)
+
+    def _sum(self, c: jax.Array | None) -> PyTree:
+        if self._can_pull_back:
+            ones = jnp.ones(self._rows) if c is None else c
+            own = ones if self._weights is None else ones * self._weights[0].astype(ones.dtype)
+            return self._like_params(self._source.pull_back(own))
+        sums = self._fold(lambda matrix, c: matrix.weighted_sum(c), c)
+        narrow = [x.astype(p.dtype) for x, p in zip(sums, self._primals, strict=True)]
+        return self._like_params(narrow)
+
+    @property
+    def _can_pull_back(self) -> bool:
+        """Whether a sum of recomputed rows may be one pass backward, in the parameters' dtype."""
+        wide = all(carried_dtype(x.dtype) == x.dtype for x in self._primals)
+        alike = self._uniform and self._valid is None
+        return self._leaves is None and self._outputs.is_scalar and wide and alike
+
+    def _norms(self) -> jax.Array:
+        return self._map(lambda matrix: matrix.norms(), route="norms")
+
+    def _scaled(self, factors: list[jax.Array], *, uniform: bool) -> "Jacobian":
+        if self._weights is not None:
+            factors = [f * w.astype(f.dtype) for f, w in zip(factors, self._weights, strict=True)]
+        return replace(self, _weights=tuple(factors), _uniform=self._uniform and uniform)
+
+
+def _real(dtype: Any) -> Any:
+    return jnp.finfo(dtype).dtype
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["T"], meta_fields=[])
+@dataclass(frozen=True, eq=False)
+class TransposedJacobian:
+    """Jᵀ, as it stands in ``J.T @ c`` and ``J @ other.T``."""
+
+    T: Jacobian
+
+    def __matmul__(self, c: PyTree) -> PyTree:
+        """Jᵀ c, the weighted sum of rows."""
+        if isinstance(c, Jacobian):
+            raise TypeError(
+                "J.T @ J is a P x P matrix, which is not built; use J.square_sum() for its "
+                "diagonal, or J.T @ (J @ v) for its product with a tree v"
+            )
+        return self.T.weighted_sum(c)

@@ -1,0 +1,122 @@
+"""The two ways to make a Jacobian: ``jacobian`` and ``value_and_jacobian``."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ._batch import resolve
+from ._checks import check_callable, check_chunk_size, like
+from ._jacobian import Jacobian
+from ._outputs import Outputs
+from ._source import Source
+
+
+def jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    in_axes: Any = None,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    recompute: bool = False,
+) -> Callable[..., Any]:
+    """J, the rows of a function's gradients at every example, without building them.
+
+    Row i is ∇ₚf(p, xᵢ). The function of one example is traced once, its backward pass is cut
+    where a parameter's gradient would be put together, and the pieces (a layer's input and the
+    cotangent of its output, say) are computed for the whole batch in one forward and one backward
+    pass. Norms, clipping, inner products and weighted sums of rows follow from those. Any JAX
+    function will do; what the engine does not know it materialises (see ``Jacobian.explain``).
+
+    Args:
+      fun: the function of one example; returns a real floating-point scalar, array or tree of
+        arrays, and with ``has_aux`` a pair of that and auxiliary data.
+      argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
+      in_axes: an int, or a tuple with an entry per positional argument, as in ``jax.vmap``. By
+        default None for the differentiated arguments and 0 for all others. Keyword arguments are
+        mapped over axis 0.
+      has_aux: whether ``fun`` also returns auxiliary data, stacked like the outputs.
+      chunk_size: keep nothing, and make each product from this many examples at a time. It need
+        not divide N.
+      recompute: keep nothing between products. Norms are taken where rows arise (inside the body
+        of a scan over layers), and a weighted sum is one vector-Jacobian product.
+
+    Returns:
+      A function of the arguments of ``fun`` that returns a ``Jacobian``, or with ``has_aux`` the
+      pair of a ``Jacobian`` and the auxiliary data.
+
+    Raises:
+      TypeError: a differentiated leaf is not a real or complex floating-point array, or an output
+        is not real and floating-point.
+      ValueError: a differentiated argument is mapped, an axis is out of range, or sizes disagree.
+
+    >>> import jax.numpy as jnp
+    >>> loss = lambda p, x, y: (jnp.dot(p["w"], x) + p["b"] - y) ** 2
+    >>> params = {"w": jnp.array([1.0, 2.0]), "b": jnp.array(0.5)}
+    >>> x, y = jnp.array([[1.0, 0.0], [3.0, 4.0]]), jnp.array([0.5, 1.5])
+    >>> J = jacobian(loss)(params, x, y)
+    >>> print(J.shape, J.norms())
+    (2, 3) [  2.828427 101.98039 ]
+    >>> print(J.clip(1.0).sum()["b"])
+    0.90322864
+    """
+    return _make(fun, argnums, in_axes, has_aux, chunk_size, recompute, with_outputs=False)
+
+
+def value_and_jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    in_axes: Any = None,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    recompute: bool = False,
+) -> Callable[..., Any]:
+    """The outputs of a function at every example, and J, from one forward pass.
+
+    Arguments and errors are those of ``jacobian``.
+
+    Returns:
+      A function of the arguments of ``fun`` that returns ``(outputs, J)``, or with ``has_aux``
+      ``((outputs, aux), J)``; outputs and aux have a leading axis N.
+
+    >>> import jax.numpy as jnp
+    >>> f = lambda p, x: jnp.dot(p, x)
+    >>> outputs, J = value_and_jacobian(f)(jnp.array([1.0, 2.0]), jnp.array([[1.0, 1.0]]))
+    >>> print(outputs, J.norms())
+    [3.] [1.4142135]
+    """
+    return _make(fun, argnums, in_axes, has_aux, chunk_size, recompute, with_outputs=True)
+
+
+def _make(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int],
+    in_axes: Any,
+    has_aux: bool,
+    chunk_size: int | None,
+    recompute: bool,
+    *,
+    with_outputs: bool,
+) -> Callable[..., Any]:
+    check_callable(fun, "fun")
+    check_chunk_size(chunk_size)
+
+    @like(fun)
+    def jacobian_of(*args: Any, **kwargs: Any) -> Any:
+        batch = resolve(fun, args, kwargs, argnums, in_axes)
+        batch.require_shared()
+        source = Source(fun, batch, has_aux, chunk_size, many=not isinstance(argnums, int))
+        if recompute or chunk_size is not None:
+            outputs = Outputs.of(source.output_avals())
+            made = Jacobian(source, None, None, None, outputs)
+            values, aux = source.outputs() if with_outputs or has_aux else (None, None)
+        else:
+            factored = source.factor(batch)
+            outputs = Outputs.of(factored.output_avals)
+            made = Jacobian(source, factored.leaves, None, None, outputs)
+            values, aux = factored.outputs, factored.aux
+        if with_outputs:
+            return ((values, aux) if has_aux else values), made
+        return (made, aux) if has_aux else made
+
+    return jacobian_of

@@ -1,0 +1,167 @@
+"""Where the rows of J come from: a function and a batch, from which they can be made again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._batch import Batch, fold_chunks, loop_chunk, map_chunks
+from ._checks import PyTree
+from ._factored import _rows
+from ._factored._matrix import Matrix
+from ._factored._plan import Route
+from ._tree import carried_dtype
+
+
+@dataclass(frozen=True)
+class _Static:
+    """A function or another object without arrays, compared by identity inside a treedef."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The function of one example and the batch, with the chunks in which rows are made."""
+
+    fun: Callable[..., Any]
+    batch: Batch
+    has_aux: bool
+    chunk_size: int | None
+    many: bool  # whether argnums is a sequence: trees like the parameters are then tuples
+
+    def factor(self, batch: Batch, route: Route = "auto") -> _rows.Factored:
+        return _rows.factor(self.fun, batch, has_aux=self.has_aux, route=route)
+
+    def matrix(self, batch: Batch, weights: Any, valid: Any, route: Route = "auto") -> Matrix:
+        return Matrix(self.factor(batch, route).leaves, weights, valid)
+
+    def map(
+        self,
+        fun: Callable[[Matrix], PyTree],
+        weights: Any,
+        valid: Any,
+        route: Route = "auto",
+    ) -> PyTree:
+        """`fun(matrix)`, which gives arrays of a row each, chunk by chunk."""
+
+        def of_chunk(chunk: Batch, rows: Any) -> PyTree:
+            return fun(self.matrix(chunk, *rows, route))
+
+        return map_chunks(of_chunk, self.batch, self.chunk_size, (weights, valid))
+
+    def fold(
+        self,
+        fun: Callable[[Matrix, Any], list[jax.Array]],
+        init: list[jax.Array],
+        weights: Any,
+        valid: Any,
+        extra: Any,
+    ) -> list[jax.Array]:
+        """The sum of `fun(matrix, extra)` over the chunks; `extra` holds arrays of N rows."""
+        chunk_size = loop_chunk(self.batch.size, self.chunk_size)
+
+        def step(carry: Any, chunk: Batch, start: Any, fresh: jax.Array) -> Any:
+            rows = _cut((weights, valid, extra), start, chunk.size)
+            own_weights, own_valid, own_extra = rows
+            matrix = self.matrix(chunk, own_weights, own_valid)
+            if chunk_size is not None and self.batch.size % chunk_size:
+                seen = fresh.reshape(-1, *[1] * (len(matrix.leaves[0].rows) - 1))
+                seen = jnp.broadcast_to(seen, matrix.leaves[0].rows)
+                own_valid = seen if own_valid is None else own_valid & seen
+                matrix = replace(matrix, valid=own_valid)
+            return jax.tree.map(jnp.add, carry, fun(matrix, own_extra))
+
+        return fold_chunks(step, init, self.batch, self.chunk_size)
+
+    def pull_back(self, weights: jax.Array) -> list[jax.Array]:
+        """The sum of the rows of a scalar function times weights: one ordinary gradient."""
+
+        def step(carry: Any, chunk: Batch, start: Any, fresh: jax.Array) -> Any:
+            own = jax.lax.dynamic_slice_in_dim(weights, start, chunk.size)
+            own = jnp.where(fresh, own, jnp.zeros_like(own))
+            _, vjp, *_ = jax.vjp(
+                lambda primals: self._values(chunk.with_primals(primals)), chunk.primals
+            )
+            (sums,) = vjp(own)
+            return jax.tree.map(jnp.add, carry, jax.tree.leaves(sums))
+
+        zeros = [jnp.zeros_like(x) for x in jax.tree.leaves(self.batch.primals)]
+        return fold_chunks(step, zeros, self.batch, self.chunk_size)
+
+    def _values(self, batch: Batch) -> jax.Array:
+        def one(args: Any, kwargs: Any) -> Any:
+            result = self.fun(*args, **kwargs)
+            return result[0] if self.has_aux else result
+
+        values = batch.vmap(one)
+        return values.astype(carried_dtype(values.dtype))
+
+    def outputs(self) -> tuple[PyTree, PyTree]:
+        """Outputs and aux of all examples, by forward passes alone."""
+
+        def of_chunk(chunk: Batch) -> Any:
+            result = chunk.vmap(lambda args, kwargs: self.fun(*args, **kwargs))
+            return result if self.has_aux else (result, None)
+
+        return map_chunks(of_chunk, self.batch, self.chunk_size)
+
+    def output_avals(self) -> PyTree:
+        """The output of one example, abstract."""
+        args, kwargs = self.batch.example_avals()
+        arrays, rebuild = _split(args, kwargs)
+
+        def one(arrays: Any) -> Any:
+            args, kwargs = rebuild(arrays)
+            result = self.fun(*args, **kwargs)
+            return result[0] if self.has_aux else result
+
+        avals = jax.eval_shape(one, arrays)
+        _rows.check_outputs(avals)
+        return avals
+
+
+def _cut(tree: PyTree, start: Any, size: int) -> PyTree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), tree)
+
+
+def _split(args: Any, kwargs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The arrays among arguments, and how to put them back."""
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    at = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
+
+    def rebuild(arrays: list[Any]) -> Any:
+        filled = list(leaves)
+        for i, x in zip(at, arrays, strict=True):
+            filled[i] = x
+        return jax.tree.unflatten(treedef, filled)
+
+    return [leaves[i] for i in at], rebuild
+
+
+def _flatten(source: Source) -> tuple[list[Any], Any]:
+    batch = source.batch
+    is_array = tuple(isinstance(x, jax.Array) for x in batch.leaves)
+    arrays = [x for x, yes in zip(batch.leaves, is_array, strict=True) if yes]
+    rest = tuple(None if yes else _Static(x) for x, yes in zip(batch.leaves, is_array, strict=True))
+    static = (batch.axes, batch.treedef, batch.argnums, batch.size, rest)
+    settings = (source.has_aux, source.chunk_size, source.many)
+    return arrays, (_Static(source.fun), settings, static)
+
+
+def _unflatten(meta: Any, arrays: Any) -> Source:
+    fun, settings, (axes, treedef, argnums, size, rest) = meta
+    given = iter(arrays)
+    leaves = tuple(next(given) if x is None else x.value for x in rest)
+    return Source(fun.value, Batch(leaves, axes, treedef, argnums, size), *settings)
+
+
+jax.tree_util.register_pytree_node(Source, _flatten, _unflatten)
