@@ -104,7 +104,7 @@ class Jacobian:
         """
         if isinstance(other, TransposedJacobian):
             return self.gram(other.T)
-        v = other.tree if hasattr(other, "tree") else other
+        v = jax.tree.map(jnp.asarray, other.tree if hasattr(other, "tree") else other)
         check_matching(self._params, v, "the parameters", "v", dtypes=False)
         vectors = jax.tree.leaves(v)
         return self._outputs.expand(self._map(lambda matrix: matrix.apply(vectors)))
