@@ -1,0 +1,489 @@
+"""The error table: for every misuse, the kind and the words of the message."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pytree_grads import (
+    Vector,
+    chain_rule_grad,
+    chain_rule_value_and_grad,
+    linear_combination,
+    per_example_grad,
+    per_example_value_and_grad,
+    reassemble,
+)
+
+W = {"w": jnp.ones(2)}
+U, V = Vector(W), Vector({"w": jnp.ones(2)})
+X = jnp.ones((5, 2))
+KEYS = jax.random.split(jax.random.key(0), 5)
+
+
+def combine(*trees, coefficients=None):
+    return lambda: linear_combination(
+        [1.0] * len(trees) if coefficients is None else coefficients, trees
+    )
+
+
+def stacked(coefficients, tree):
+    return lambda: linear_combination(coefficients, tree)
+
+
+def f(params, x):
+    return jnp.sum(params["w"] * x)
+
+
+def rows(*args, fun=f, **options):
+    return lambda: per_example_grad(fun, **options)(*args)
+
+
+def chain(*args, outer=jnp.sum, fun=f, call=None, **options):
+    return lambda: chain_rule_grad(outer, fun, **options)(*args, **(call or {}))
+
+
+def assembled(outputs, rows, outer=jnp.sum):
+    return lambda: reassemble(outer, outputs, rows)
+
+
+layers = {"layers": [{"w": jnp.ones((3, 1))}, {"w": jnp.ones(3)}]}
+shorter = {"layers": [{"w": jnp.ones((3, 1))}]}
+broadcastable = {"layers": [{"w": jnp.ones((3, 1))}, {"w": jnp.ones((3, 1))}]}
+FLOATS = "and only real or complex floating-point leaves can be combined"
+
+TABLE = {
+    # Trees that do not agree
+    "shape": (
+        combine(layers, layers, broadcastable),
+        ValueError,
+        "argument trees[2]['layers'][1]['w'] does not match trees[0]['layers'][1]['w']: expected "
+        "float32[3], got float32[3,1] (trees are never broadcast; reshape one of them)",
+    ),
+    "length": (
+        combine(layers, shorter),
+        ValueError,
+        "argument trees[1]['layers'] does not match trees[0]['layers']: expected a list of length "
+        "2, got a list of length 1",
+    ),
+    "dtype": (
+        combine(W, {"w": jnp.ones(2, jnp.bfloat16)}),
+        ValueError,
+        "expected float32[2], got bfloat16[2] (nothing is cast silently; cast one tree with "
+        "optax.tree.cast)",
+    ),
+    "keys": (
+        combine({"a": jnp.ones(2), "b": jnp.ones(2)}, {"a": jnp.ones(2), "c": jnp.ones(2)}),
+        ValueError,
+        "argument trees[1] does not match trees[0]: missing keys ['b'], unexpected keys ['c']",
+    ),
+    "None": (combine(W, {"w": None}), ValueError, "expected float32[2], got None"),
+    "node": (
+        combine([jnp.ones(1)], (jnp.ones(1),)),
+        ValueError,
+        "expected a list of length 1, got a tuple of length 1",
+    ),
+    "static data": (
+        combine(jax.tree_util.Partial(min, jnp.ones(1)), jax.tree_util.Partial(max, jnp.ones(1))),
+        ValueError,
+        "two Partial nodes whose static data differ",
+    ),
+    # Leaves that have no place in a sum
+    "integer": (
+        combine(W, {"w": jnp.arange(2)}),
+        TypeError,
+        f"argument trees[1]['w'] is an integer or boolean (int32[2]), {FLOATS}: cast it with "
+        "optax.tree.cast, or leave it out",
+    ),
+    "bool": (combine({"w": jnp.array(True)}), TypeError, "is an integer or boolean (bool[])"),
+    "key": (
+        combine({"k": KEYS}),
+        TypeError,
+        "trees[0]['k'] is an array of PRNG keys (key<fry>[5])",
+    ),
+    "string": (
+        combine(W, {"w": "relu"}),
+        TypeError,
+        f"argument trees[1]['w'] is not an array (a value of type str), {FLOATS}: leave it out",
+    ),
+    "stacked string": (
+        stacked([1.0], {"w": "s"}),
+        TypeError,
+        "argument trees['w'] is not an array",
+    ),
+    "stacked integer": (
+        stacked([1.0], {"w": jnp.ones(1, int)}),
+        TypeError,
+        "argument trees['w'] is",
+    ),
+    # Coefficients
+    "no trees": (combine(), ValueError, "argument trees is empty"),
+    "count": (
+        combine(W, W, coefficients=[1, 2, 3]),
+        ValueError,
+        "argument coefficients holds 3 scalars per combination for 2 trees, got float32[3]",
+    ),
+    "a scalar": (
+        combine(W, coefficients=2.0),
+        ValueError,
+        "of shape (K,) or (M, K), got float32[]",
+    ),
+    "rank 3": (
+        combine(W, coefficients=jnp.ones((1, 1, 1))),
+        ValueError,
+        "of shape (K,) or (M, K), got float32[1,1,1]",
+    ),
+    "ragged": (
+        combine(W, W, coefficients=[[1, 2], [3]]),
+        ValueError,
+        "must be a sequence of K scal",
+    ),
+    "arrays in a list": (
+        combine(W, W, coefficients=[jnp.ones(2), 1.0]),
+        ValueError,
+        "argument coefficients[0] must be a scalar, got float32[2]: give a matrix",
+    ),
+    "words": (combine(W, coefficients=["a"]), TypeError, "argument coefficients must hold numbers"),
+    "a dict": (combine(W, coefficients={"a": 1}), TypeError, "argument coefficients must hold num"),
+    "keys as coefficients": (
+        combine(*[W] * 5, coefficients=KEYS),
+        TypeError,
+        "argument coefficients must hold numbers, got key<fry>[5]",
+    ),
+    "complex": (
+        combine(W, W, coefficients=[1j, 2]),
+        TypeError,
+        "argument coefficients is complex, but argument trees[0]['w'] is real (float32[2])",
+    ),
+    "complex stacked": (
+        stacked([1j, 2], {"w": jnp.ones((2, 3))}),
+        TypeError,
+        "argument coefficients is complex, but argument trees['w'] is real",
+    ),
+    "stack length": (
+        stacked([1, 2], {"w": jnp.ones(3)}),
+        ValueError,
+        "argument trees['w'] must be stacked on a leading axis of length 2, one entry per "
+        "coefficient, got float32[3]",
+    ),
+    "stack scalar": (stacked([1], {"w": jnp.ones(())}), ValueError, "got float32[]"),
+    # Vector
+    "vector * vector": (
+        lambda: U * V,
+        TypeError,
+        "Vector * Vector is not defined: u @ v is the inner",
+    ),
+    "vector / vector": (lambda: U / V, TypeError, "Vector / Vector is not defined"),
+    "vector + number": (lambda: U + 1.0, TypeError, "jax.tree.map(lambda x: x + 1.0, v.tree)"),
+    "number - vector": (lambda: 1.0 - U, TypeError, "nothing is broadcast over a tree"),
+    "float zero": (lambda: 0.0 + U, TypeError, "nothing is broadcast over a tree"),
+    "array + vector": (lambda: jnp.ones(2) + U, TypeError, "Vector + float32[2] is not defined"),
+    "vector @ array": (lambda: U @ jnp.ones(2), TypeError, "Vector @ float32[2] is not defined"),
+    "array @ vector": (lambda: np.ones(2) @ U, TypeError, "Vector @ float64[2] is not defined"),
+    "vector + tree": (
+        lambda: U + W,
+        TypeError,
+        "got a value of type dict: wrap it as Vector(tree)",
+    ),
+    "array * vector": (
+        lambda: np.ones(2) * U,
+        ValueError,
+        "a Vector is scaled by a scalar, got float32[2]",
+    ),
+    "word * vector": (
+        lambda: U * "2",
+        TypeError,
+        "Vector * takes a scalar, got a value of type str",
+    ),
+    "number / vector": (lambda: 1 / U, TypeError, "unsupported operand"),
+    "complex * real": (
+        lambda: 1j * U,
+        TypeError,
+        "the scalar is complex, but argument left.tree['w'] is real (float32[2])",
+    ),
+    "key * vector": (
+        lambda: KEYS[0] * U,
+        TypeError,
+        "the scalar must hold numbers, got key<fry>[]",
+    ),
+    "vector shape": (
+        lambda: U + Vector({"w": jnp.ones((2, 1))}),
+        ValueError,
+        "argument right.tree['w'] does not match left.tree['w']: expected float32[2], got "
+        "float32[2,1]",
+    ),
+    "vector dtype": (
+        lambda: U @ Vector({"w": jnp.ones(2, jnp.bfloat16)}),
+        ValueError,
+        "expected float32[2], got bfloat16[2]",
+    ),
+    "vector string": (
+        lambda: -Vector({"a": "s"}),
+        TypeError,
+        "argument left.tree['a'] is not an array",
+    ),
+    "vector integer": (lambda: Vector({"a": 3}) / 2, TypeError, "left.tree['a'] is an integer"),
+    # The batch of a call
+    "no function": (
+        rows(W, X, fun=3),
+        TypeError,
+        "argument fun must be a function, got a value of ty",
+    ),
+    "argnums range": (
+        rows(W, X, argnums=2),
+        ValueError,
+        "argument argnums=2 needs a positional argument 2, but 2 came",
+    ),
+    "argnums type": (
+        rows(W, X, argnums=1.0),
+        TypeError,
+        "argnums must be an int or a tuple of ints",
+    ),
+    "argnums string": (
+        rows(W, X, argnums="0"),
+        TypeError,
+        "argnums must be an int or a tuple of i",
+    ),
+    "argnums twice": (rows(W, X, argnums=(0, -2)), ValueError, "names the same argument twice"),
+    "argnums empty": (rows(W, X, argnums=()), ValueError, "argument argnums is empty"),
+    "integer parameter": (
+        rows({"w": jnp.ones(2), "step": jnp.int32(3)}, X),
+        TypeError,
+        "argument params['step'] is differentiated and must be a real or complex floating-point "
+        "array, got int32[]: move it to an argument that is not differentiated",
+    ),
+    "number parameter": (
+        rows({"w": 3}, X),
+        TypeError,
+        "argument params['w'] is differentiated and",
+    ),
+    "function parameter": (
+        rows({"w": jnp.ones(2), "act": jnp.tanh}, X),
+        TypeError,
+        "split the arrays from the rest, with eqx.partition(model, eqx.is_inexact_array) and "
+        "eqx.combine inside the function, or keep only arrays with eqx.filter",
+    ),
+    "sizes": (
+        rows(W, {"a": X, "b": jnp.ones(4)}),
+        ValueError,
+        "the batch sizes disagree: axis 0 of argument x['a'] has size 5, but axis 0 of argument "
+        "x['b'] has size 4",
+    ),
+    "rank": (
+        rows(W, X, in_axes=(None, 2)),
+        ValueError,
+        "argument x would be mapped over axis 2, but it is float32[5,2], of rank 2",
+    ),
+    "a scalar batch": (
+        rows(W, jnp.ones(())),
+        ValueError,
+        "over axis 0, but it is float32[], of rank 0",
+    ),
+    "a function batch": (
+        rows(W, jnp.tanh),
+        TypeError,
+        "not an array: give it None in in_axes, or bind it beforehand with functools.partial",
+    ),
+    "a keyword flag": (
+        lambda: per_example_grad(lambda p, x, train: p)(jnp.ones(()), X, train=True),
+        TypeError,
+        "argument train would be mapped over axis 0, but it is a value of type bool, not an array",
+    ),
+    "nothing batched": (rows(W, X, in_axes=(None, None)), ValueError, "no argument is batched"),
+    "in_axes length": (
+        rows(W, X, in_axes=(None, 0, 0)),
+        ValueError,
+        "argument in_axes has 3 entries for 2 positional arguments",
+    ),
+    "in_axes prefix": (
+        rows(W, (X, X), in_axes=(None, [0, 0])),
+        ValueError,
+        "in_axes[1] = [0, 0] is not a pytree prefix of argument x, a tuple of length 2",
+    ),
+    "in_axes dict": (
+        rows(W, X, in_axes={"x": 0}),
+        TypeError,
+        "argument in_axes must be an int, or a tuple with an entry for each positional argument",
+    ),
+    "in_axes words": (
+        rows(W, X, in_axes=(None, "0")),
+        TypeError,
+        "in_axes[1] must hold ints and Non",
+    ),
+    "in_axes bool": (
+        rows(W, X, in_axes=(None, True)),
+        TypeError,
+        "in_axes[1] must hold ints and Non",
+    ),
+    "names without a signature": (
+        lambda: per_example_grad(jax.tree_util.Partial(max))(3, X),
+        TypeError,
+        "argument args[0] is differentiated",
+    ),
+    # Chunks
+    "chunk type": (
+        rows(W, X, chunk_size=2.0),
+        TypeError,
+        "chunk_size must be None or an int (it is s",
+    ),
+    "chunk bool": (rows(W, X, chunk_size=True), TypeError, "chunk_size must be None or an int"),
+    "chunk zero": (rows(W, X, chunk_size=0), ValueError, "chunk_size must be at least 1, got 0"),
+    "chain chunk": (
+        chain(W, X, chunk_size=-1),
+        ValueError,
+        "chunk_size must be at least 1, got -1",
+    ),
+    # What functions return
+    "vector value": (
+        rows(W, X, fun=lambda p, x: p["w"] * x),
+        ValueError,
+        "the value of fun at one example must be a scalar, got float32[2]: the rows of a function "
+        "with several outputs are those of jacobian",
+    ),
+    "integer value": (
+        rows(W, X, fun=lambda p, x: 1),
+        TypeError,
+        "must be a floating-point scalar, got",
+    ),
+    "tree value": (rows(W, X, fun=lambda p, x: p), TypeError, "got a value of type dict"),
+    "complex value": (
+        rows(W, X, fun=lambda p, x: jnp.complex64(1)),
+        TypeError,
+        "must be real, got complex64[]: take its real part, or abs",
+    ),
+    "no aux": (
+        rows(W, X, has_aux=True),
+        TypeError,
+        "the result of fun must be a pair (value, aux) with has_aux, got float32[]",
+    ),
+    "chain no aux": (chain(W, X, has_aux=True), TypeError, "the result of fun must be a pair"),
+    "outer no aux": (
+        chain(W, X, outer_has_aux=True, outer=lambda f: [jnp.sum(f), 1]),
+        TypeError,
+        "the result of outer must be a pair (value, aux) with has_aux, got a list of length 2",
+    ),
+    "outer vector": (
+        chain(W, X, outer=lambda f: f),
+        ValueError,
+        "the value of outer must be a scalar, got float32[5]: outer maps the stacked outputs to "
+        "one scalar, by a sum or a mean for instance",
+    ),
+    "outer pair": (
+        chain(W, X, outer=lambda f: (1.0, f)),
+        TypeError,
+        "got a value of type tuple: out",
+    ),
+    "outer complex": (
+        chain(W, X, outer=lambda f: jnp.sum(f).astype(jnp.complex64)),
+        TypeError,
+        "the value of outer must be real, got complex64[]",
+    ),
+    "outer integer": (chain(W, X, outer=jnp.argmax), TypeError, "must be a floating-point scalar"),
+    "outer none": (
+        chain(W, X, outer=None),
+        TypeError,
+        "argument outer must be a function, got None",
+    ),
+    "outer args": (
+        chain(W, X, call={"outer_args": jnp.ones(2)}),
+        TypeError,
+        "argument outer_args must be a tuple of arguments, got float32[2]",
+    ),
+    "chain function": (chain(W, X, fun="f"), TypeError, "argument fun must be a function"),
+    # Reassembly
+    "reassemble outer": (
+        assembled(jnp.ones(5), X, outer=1),
+        TypeError,
+        "argument outer must be a fun",
+    ),
+    "reassemble scalar": (
+        assembled(jnp.ones(5), X, outer=lambda f: f),
+        ValueError,
+        "the value of outer must be a scalar, got float32[5]",
+    ),
+    "wrong length": (
+        assembled(jnp.ones(5), {"w": jnp.ones((4, 2))}),
+        ValueError,
+        "argument rows['w'] must have the leading axes (5) of its output, got float32[4,2]",
+    ),
+    "rows too small": (
+        assembled(jnp.ones((5, 2)), {"w": jnp.ones(5)}),
+        ValueError,
+        "leading axes (5,2)",
+    ),
+    "no outputs": (assembled({}, {}), ValueError, "argument outputs holds no arrays"),
+    "scalar output": (
+        assembled(jnp.ones(()), W),
+        ValueError,
+        "argument outputs must have a leading axis of examples, got float32[]",
+    ),
+    "uneven outputs": (
+        assembled((jnp.ones(5), jnp.ones(4)), (X, X)),
+        ValueError,
+        "argument outputs[1] must hold 5 examples as others do: float32[4]",
+    ),
+    "complex outputs": (
+        assembled(jnp.ones(5, jnp.complex64), X),
+        TypeError,
+        "argument outputs is complex (complex64[5]), and rows of a complex function are not "
+        "gradients: chain_rule_grad takes complex outputs",
+    ),
+    "integer outputs": (
+        assembled({"n": jnp.arange(5)}, {"n": X}),
+        TypeError,
+        "argument outputs['n'] must be a floating-point array, got int32[5]",
+    ),
+    "rows of other outputs": (
+        assembled({"a": jnp.ones(5)}, [X]),
+        ValueError,
+        "argument rows must hold a tree of gradients in the place of each output: outputs is a "
+        "dict, rows is a list of length 1",
+    ),
+    "rows that differ": (
+        assembled((jnp.ones(5), jnp.ones(5)), ({"w": X}, {"w": jnp.ones((5, 3))})),
+        ValueError,
+        "argument rows[1]['w'] does not match the rows of the first output['w']: expected "
+        "float32[2], got float32[3]",
+    ),
+    "integer rows": (
+        assembled(jnp.ones(5), {"w": jnp.ones((5, 2), int)}),
+        TypeError,
+        "argument rows['w'] is an integer or boolean (int32[5,2])",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_error_table(name):
+    call, kind, words = TABLE[name]
+    with pytest.raises(kind, match=re.escape(words)) as caught:
+        call()
+    assert caught.type is kind  # not a subclass that JAX raised before us
+
+
+@pytest.mark.parametrize(
+    "name", ["shape", "integer", "count", "rank", "vector value", "wrong length"]
+)
+def test_errors_are_the_same_under_jit(name):
+    call, kind, words = TABLE[name]
+    with pytest.raises(kind, match=re.escape(words)):
+        jax.jit(call)()
+
+
+@pytest.mark.parametrize(
+    "bad", [lambda: per_example_value_and_grad(3), lambda: chain_rule_value_and_grad(jnp.sum, 3)]
+)
+def test_a_wrong_function_is_found_when_it_is_given(bad):
+    with pytest.raises(TypeError, match="argument fun must be a function"):
+        bad()
+
+
+def test_traced_coefficients_in_nested_lists_are_refused():
+    @jax.jit
+    def combined(c):
+        return linear_combination([[c, 1.0]], [W, W])
+
+    with pytest.raises(ValueError, match="one array of shape"):
+        combined(2.0)
