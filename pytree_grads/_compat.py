@@ -40,6 +40,11 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def trace_state() -> Any:
+    """Equal for two moments in one trace (or both in none): values of one may be used in the other."""
+    return core.get_opaque_trace_state()
+
+
 def bind(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     """Evaluate one equation of a jaxpr on new operands, keeping its source location."""
     primitive = equation.primitive

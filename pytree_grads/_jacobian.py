@@ -11,9 +11,11 @@ import numpy as np
 
 from . import _clip, _report, _sketch
 from ._checks import PyTree, check_matching, describe
+from ._compat import trace_state
 from ._factored._leaves import Leaf
 from ._factored._matrix import Matrix
 from ._factored._plan import Route
+from ._factored._products import combined_norms
 from ._outputs import Outputs
 from ._source import Source
 from ._tree import carried_dtype
@@ -146,10 +148,11 @@ class Jacobian:
 
         Accuracy: norms of single outer products, of biases and of materialised rows are sums of
         squares, right to rounding. Where a row adds up T > 1 outer products of aₜ and bₜ, its
-        squared norm comes from inner products of those, with an error of about
-        eps·(Σₜ‖aₜ‖‖bₜ‖)²: of no weight unless the parts of a row nearly cancel.
+        squared norm comes from inner products of those, and is off by about eps·(Σₜ‖aₜ‖‖bₜ‖)²,
+        of no weight unless the parts of a row nearly cancel. Where it has weight (a thousandth of
+        the squared norm), that error is added: a norm may then be too large, but not too small.
         """
-        return self._outputs.expand(self._norms())
+        return self._outputs.expand(combined_norms(self._leaf_norms()))
 
     def squared_norms(self) -> PyTree:
         """The squared norms of the rows; they overflow where the square itself does."""
@@ -206,9 +209,8 @@ class Jacobian:
     def clip(self, max_norm: PyTree, *, nan_safe: bool = False) -> "Jacobian":
         """Every row scaled down to a norm of at most ``max_norm``: Jᵢ · min(1, max_norm/‖Jᵢ‖).
 
-        Guarantee: no clipped row's norm exceeds its bound by more than rounding. Where the norm of
-        a row is in doubt because its parts nearly cancel (see ``norms``), the bound is kept by
-        clipping with the upper end of the norm's error, so such a row may come out too short.
+        Guarantee: no clipped row's norm exceeds its bound by more than rounding. A row whose parts
+        nearly cancel may come out too short, for its norm may be overestimated (see ``norms``).
 
         Args:
           max_norm: a non-negative bound for the whole row, or a prefix tree of the parameters that
@@ -219,10 +221,7 @@ class Jacobian:
         Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, Algorithm 1.
         """
         groups = _clip.groups(max_norm, self._params)
-        lengths = self._map(
-            lambda matrix: tuple(matrix.leaf_norms(bounded=True)), route="bounded norms"
-        )
-        factors, finite = _clip.factors(lengths, groups)
+        factors, finite = _clip.factors(self._leaf_norms(), groups)
         clipped = self._scaled(factors, uniform=self._uniform and len(groups) == 1)
         if not nan_safe:
             return clipped
@@ -333,8 +332,14 @@ class Jacobian:
         alike = self._uniform and self._valid is None
         return self._leaves is None and self._outputs.is_scalar and wide and alike
 
-    def _norms(self) -> jax.Array:
-        return self._map(lambda matrix: matrix.norms(), route="norms")
+    def _leaf_norms(self) -> tuple[jax.Array, ...]:
+        """The norms of each leaf's rows; made once where several products in one trace need them."""
+        trace = trace_state()
+        made_in, norms = self.__dict__.get("_norms_made", (None, ()))
+        if made_in != trace:
+            norms = self._map(lambda matrix: tuple(matrix.leaf_norms()), route="norms")
+            self.__dict__["_norms_made"] = (trace, norms)
+        return norms
 
     def _scaled(self, factors: list[jax.Array], *, uniform: bool) -> "Jacobian":
         if self._weights is not None:

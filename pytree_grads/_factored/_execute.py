@@ -101,8 +101,8 @@ def _run(
                 return Dense(read(value))
             case AtDot(_, layout) | AtScatter(_, layout):
                 return layout(*map(read, site.operands))
-            case AtNorm(inner, bounded):
-                return Dense(norm(term(inner), bounded=bounded))
+            case AtNorm(inner):
+                return Dense(norm(term(inner)))
         return terms[site]
 
     return [term(site) for site in sites], [read(atom) for atom in values]
@@ -184,7 +184,7 @@ def _depends(site: Site, reached: set[Atom]) -> tuple[bool, ...]:
     match site:
         case AtScan(equation, inner, _):
             return _depends(inner, _reached_in_body(equation, reached))
-        case AtNorm(inner, _):
+        case AtNorm(inner):
             return (any(_depends(inner, reached)),)
         case AtDot(equation, layout):
             sides = tuple(atom in reached for atom in equation.inputs)

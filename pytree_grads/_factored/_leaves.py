@@ -193,22 +193,20 @@ def materializes(one: Leaf, other: Leaf) -> bool:
     return not all(free(a, b) for a in one.pieces for b in other.pieces)
 
 
-def length(leaf: Leaf, terms: Sequence[Term], *, bounded: bool) -> jax.Array:
-    """The norm of one row of a leaf; with `bounded`, never too small (see `not_too_small`)."""
+def length(leaf: Leaf, terms: Sequence[Term]) -> jax.Array:
+    """The norm of one row of a leaf, as `norm` of a term has it."""
     pieces = leaf.pieces
     if not terms:
         return jnp.zeros((), leaf.real)
     if len(terms) == 1 and isometric(pieces[0].tail):
-        norm = _terms.norm(terms[0], bounded=bounded).astype(leaf.real)
-        return times(norm, abs(pieces[0].factor))
+        return times(_terms.norm(terms[0]).astype(leaf.real), abs(pieces[0].factor))
     if materializes(leaf, leaf):
-        return _terms.norm(Dense(row(leaf, terms)), bounded=bounded).astype(leaf.real)
+        return _terms.norm(Dense(row(leaf, terms))).astype(leaf.real)
     units, sizes = zip(*map(_terms.normalized, terms), strict=True)
     sizes = jnp.stack([size.astype(leaf.real) for size in sizes])
     size = jnp.max(sizes)
     units = [_terms.scaled(x, s) for x, s in zip(units, sizes / size, strict=True)]
     square = jnp.real(inner(leaf, units, leaf, units)).astype(leaf.real)
-    if bounded:
-        masses = [times(_terms.mass(x), abs(p.factor)) for x, p in zip(units, pieces, strict=True)]
-        square = _terms.not_too_small(square, jnp.sum(jnp.stack(masses).astype(leaf.real)))
-    return size * _terms.safe_sqrt(square)
+    masses = [times(_terms.mass(x), abs(p.factor)) for x, p in zip(units, pieces, strict=True)]
+    mass = jnp.sum(jnp.stack([x.astype(leaf.real) for x in masses]))
+    return size * _terms.safe_sqrt(_terms.not_too_small(square, mass))

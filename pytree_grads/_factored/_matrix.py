@@ -49,15 +49,12 @@ class Matrix:
         extra = extra.astype(self.leaves[i].real)
         return extra if own is None else own * extra
 
-    def leaf_norms(self, *, bounded: bool = False) -> list[jax.Array]:
+    def leaf_norms(self) -> list[jax.Array]:
         norms, rows = [], self.selected()
         for i, leaf in enumerate(rows.leaves):
-            norm, weight = _products.norms(leaf, bounded=bounded), rows.weight(i)
+            norm, weight = _products.norms(leaf), rows.weight(i)
             norms.append(norm if weight is None else norm * jnp.abs(weight))
         return norms
-
-    def norms(self) -> jax.Array:
-        return _products.combined_norms(self.leaf_norms())
 
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         """One array per leaf, in its carried dtype."""

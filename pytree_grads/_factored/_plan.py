@@ -29,7 +29,7 @@ from ._tails import (
 )
 
 
-Route: TypeAlias = Literal["auto", "factored", "rows", "norms", "bounded norms"]
+Route: TypeAlias = Literal["auto", "factored", "rows", "norms"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,6 @@ class AtNorm:
     """The norm of a row of another term, a dense term of its own: what is left of it in memory."""
 
     site: "Site"
-    bounded: bool
     shape: Shape = ()
     size: int = 1
 
@@ -187,19 +186,19 @@ def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> tuple[Piece
     sites = (piece.site for piece in pieces)
     kept = sum(s.size for s in sites if not (isinstance(s, AtValue) and s.value not in varying))
     fits = kept < prod(leaf.aval.shape) or not kept
-    if route == "norms" or route == "bounded norms":
-        return _norms_of(pieces if fits else whole, route == "bounded norms")
+    if route == "norms":
+        return _norms_of(pieces if fits else whole)
     return pieces if fits or route == "factored" else whole
 
 
-def _norms_of(pieces: tuple[Piece, ...], bounded: bool) -> tuple[Piece, ...]:
+def _norms_of(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
     """Pieces with the same norm that hold little more than norms, where the pieces do not meet."""
     pairs = combinations(pieces, 2)
     if not all(isometric(piece.tail) for piece in pieces):
         return pieces
     if not all(disjoint(x.tail, y.tail) for x, y in pairs):
         return pieces
-    sites = [_norm_at(piece.site, bounded) for piece in pieces]
+    sites = [_norm_at(piece.site) for piece in pieces]
     total, start, found = sum(site.size for site in sites), 0, []
     for site, piece in zip(sites, pieces, strict=True):
         place = Place((start,), (start + site.size,), (total,))
@@ -221,11 +220,11 @@ def shape_of(pieces: Sequence[Piece], leaf_shape: Shape) -> Shape:
     return leaf_shape
 
 
-def _norm_at(site: Site, bounded: bool) -> Site:
+def _norm_at(site: Site) -> Site:
     """Norms taken where a term arises: in the body, if the steps of a scan are rows of their own."""
     if isinstance(site, AtScan) and site.stacked:
-        return replace(site, site=_norm_at(site.site, bounded))
-    return AtNorm(site, bounded)
+        return replace(site, site=_norm_at(site.site))
+    return AtNorm(site)
 
 
 def decompose(value: Atom) -> tuple[Piece, ...]:

@@ -32,21 +32,18 @@ def rows(leaf: Leaf, *, carried: bool = False) -> jax.Array:
     return over_rows(lambda terms: row(leaf, terms).astype(dtype), leaf)
 
 
-def norms(leaf: Leaf, *, bounded: bool = False) -> jax.Array:
+def norms(leaf: Leaf) -> jax.Array:
     """Row norms: shape (N,) or (N, K)."""
-
-    def norm(terms: Sequence[Term]) -> jax.Array:
-        return length(leaf, terms, bounded=bounded)
-
-    return over_rows(norm, leaf, materializes=materializes(leaf, leaf))
+    materialized = materializes(leaf, leaf)
+    return over_rows(lambda terms: length(leaf, terms), leaf, materializes=materialized)
 
 
 def combined_norms(norms: Sequence[jax.Array]) -> jax.Array:
     """The norms of rows from those of their leaves, without overflow or underflow on the way."""
     dtype = jnp.result_type(*(x.dtype for x in norms))
     stacked = jnp.stack([x.astype(dtype) for x in norms])
-    size = _terms.power_of_two(jnp.max(stacked, axis=0))
-    return size * _terms.safe_sqrt(jnp.sum((stacked / size[None]) ** 2, axis=0))
+    size = _terms.magnitude(jnp.max(stacked, axis=0))
+    return size * _terms.safe_sqrt(jnp.sum((stacked / size) ** 2, axis=0))
 
 
 def applied(leaf: Leaf, v: jax.Array) -> jax.Array:

@@ -96,30 +96,31 @@ def add_lines(block: jax.Array, index: jax.Array, lines: jax.Array) -> jax.Array
 
 def inner(x: Term, y: Term) -> jax.Array:
     """<x, y> of two rows in one block layout; the left one conjugated."""
+    if isinstance(x, Dense):
+        return apply_row(y, materialize(x).conj())
+    if isinstance(y, Dense):
+        return apply_row(x, materialize(y).conj()).conj()
+    return jnp.sum(pairs(x, y))
+
+
+def pairs(x: Outer | Scatter, y: Outer | Scatter) -> jax.Array:
+    """<x, y> pair by pair: entry (b, t, s) is the inner product of outer products t and s."""
     match x, y:
         case Outer(), Outer():
-            if x.left.shape[-2] == 1 == y.left.shape[-2]:
-                lefts = dot("bm,bm->b", x.left[:, 0].conj(), y.left[:, 0])
-                rights = dot("bn,bn->b", x.right[:, 0].conj(), y.right[:, 0])
-            else:
-                lefts = dot("btm,bsm->bts", x.left.conj(), y.left)
-                rights = dot("btn,bsn->bts", x.right.conj(), y.right)
-            return jnp.sum(lefts * rights)
+            lefts = dot("btm,bsm->bts", x.left.conj(), y.left)
         case Scatter(), Scatter():
-            same = x.index[:, :, None] == y.index[:, None, :]
-            rights = dot("btn,bsn->bts", x.right.conj(), y.right)
-            return jnp.sum(jnp.where(same, rights, 0))
+            lefts = x.index[:, :, None] == y.index[:, None, :]
         case Outer(), Scatter():
-            lefts = _lines(jnp.swapaxes(x.left, -1, -2).conj(), y.index)  # (B, s, t)
-            rights = dot("bsn,btn->bst", y.right, x.right.conj())
-            return jnp.sum(lefts * rights)
+            lefts = _columns(x.left, y.index).conj()
         case Scatter(), Outer():
-            return inner(y, x).conj()
-        case Dense(value), _:
-            return apply_row(y, value.conj())
-        case _, Dense(value):
-            return apply_row(x, value.conj()).conj()
-    raise AssertionError((x, y))
+            lefts = jnp.swapaxes(_columns(y.left, x.index), 1, 2)
+    rights = dot("btn,bsn->bts", x.right.conj(), y.right)
+    return jnp.where(lefts, rights, 0) if lefts.dtype == bool else lefts * rights
+
+
+def _columns(left: jax.Array, index: jax.Array) -> jax.Array:
+    """left[b, t, index[b, s]], shape (B, T, S)."""
+    return jnp.take_along_axis(left, index[:, None, :], axis=2, mode="clip")
 
 
 def _lines(block: jax.Array, index: jax.Array) -> jax.Array:
@@ -138,58 +139,36 @@ def apply_row(term: Term, v: jax.Array) -> jax.Array:
             return jnp.sum(_lines(v, index) * right.astype(dtype_of(term)))
 
 
-def mass(term: Term) -> jax.Array:
-    """The sum of the norms of a row's parts: what bounds the rounding of an inner product."""
-    match term:
-        case Dense(value):
-            return _length(value.reshape(-1))
-        case Outer(left, right):
-            return jnp.sum(_length(left) * _length(right))
-        case Scatter(_, right):
-            return jnp.sum(_length(right))
-
-
-def _length(x: jax.Array) -> jax.Array:
-    x = x.astype(carried_dtype(x.dtype))
-    return jnp.sqrt(jnp.sum(jnp.real(x * x.conj()), axis=-1))
-
-
 def cannot_cancel(term: Term) -> bool:
     """Whether the squared norm of a row is a sum of squares, which cannot cancel."""
     return isinstance(term, Dense) or term.right.shape[-2] <= 1
 
 
 def normalized(term: Term) -> tuple[Term, jax.Array]:
-    """`(x, size)`: the row is `size * x`, and the factors of x have entries of order one.
-
-    `size` is a power of two, so scaling does not round; derivatives pass through x alone.
-    """
+    """`(x, size)`: the row is `size * x`, and no entry of the factors of x is above 4."""
     match term:
         case Dense(value):
-            value, size = _unit_entries(value)
+            value, size = _normalized(value)
             return Dense(value), size
         case Outer(left, right):
-            left, one = _unit_entries(left)
-            right, other = _unit_entries(right)
+            left, one = _normalized(left)
+            right, other = _normalized(right)
             return Outer(left, right), one * other
         case Scatter(index, right, length):
-            right, size = _unit_entries(right)
+            right, size = _normalized(right)
             return Scatter(index, right, length), size
 
 
-def _unit_entries(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _normalized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = x.astype(carried_dtype(x.dtype))
-    size = power_of_two(jnp.max(jnp.abs(x), initial=0))
+    size = magnitude(jnp.max(jnp.abs(x), initial=0))
     return x * (1 / size), size
 
 
-def power_of_two(x: jax.Array) -> jax.Array:
-    """The power of two at or below x > 0, within the normal range; 1 for zero, NaN and infinity."""
+def magnitude(x: jax.Array) -> jax.Array:
+    """x > 0, moved to where its reciprocal is a normal number; a constant to derivatives."""
     limits = jnp.finfo(x.dtype)
-    # One short of each end of the range, so that the reciprocal is normal as well.
-    exponent = jnp.clip(jnp.floor(jnp.log2(x)), limits.minexp + 1, limits.maxexp - 2)
-    usable = (x > 0) & jnp.isfinite(x)
-    return lax.stop_gradient(jnp.exp2(jnp.where(usable, exponent, 0)).astype(x.dtype))
+    return lax.stop_gradient(jnp.clip(x, float(limits.tiny), float(limits.max) / 4))
 
 
 def scaled(term: Term, factor: jax.Array) -> Term:
@@ -203,27 +182,40 @@ def scaled(term: Term, factor: jax.Array) -> Term:
             return Scatter(index, right.astype(dtype_of(term)) * factor, length)
 
 
-def norm(term: Term, *, bounded: bool) -> jax.Array:
-    """The norm of one row, without overflow or underflow on the way to it."""
+def norm(term: Term) -> jax.Array:
+    """The norm of one row, without overflow or underflow on the way to it, and not too small.
+
+    Inner products of T > 1 pairs subtract, and lose the digits of a row whose parts nearly cancel:
+    the squared norm is rounded by the order of eps * mass**2, where mass is the sum of the norms of
+    the parts. Where that is more than a thousandth of the squared norm, it is added.
+    """
     unit, size = normalized(term)
-    square = jnp.real(inner(unit, unit))
-    if bounded and not cannot_cancel(term):
-        square = not_too_small(square, mass(unit))
+    if isinstance(unit, Dense):
+        square = jnp.sum(jnp.abs(unit.value) ** 2)
+    else:
+        products = jnp.real(pairs(unit, unit))
+        square = jnp.sum(products)
+        if not cannot_cancel(term):
+            square = not_too_small(square, jnp.sum(jnp.sqrt(_diagonal(products))))
     return size.astype(square.dtype) * safe_sqrt(square)
 
 
 def not_too_small(square: jax.Array, mass: jax.Array) -> jax.Array:
-    """A squared norm that is no smaller than the true one, for a row with parts of total `mass`.
+    """A squared norm plus its rounding error, if that is of weight; see `norm`."""
+    rounding = lax.stop_gradient(mass) ** 2 * float(4 * jnp.finfo(square.dtype).eps)
+    return jnp.where(rounding > square * 1e-3, jnp.maximum(square, 0) + rounding, square)
 
-    The inner product of T > 1 pairs subtracts, and loses the digits of a row whose parts nearly
-    cancel: it is rounded by the order of eps * mass**2. Where that is more than a thousandth of
-    the squared norm, it is added.
-    """
-    mass = lax.stop_gradient(mass.astype(square.dtype))
-    rounding = mass**2 * jnp.asarray(4 * jnp.finfo(square.dtype).eps, square.dtype)
-    square = jnp.where(square < 0, jnp.zeros_like(square), square)  # keeps NaN
-    in_doubt = rounding > square * jnp.asarray(1e-3, square.dtype)
-    return jnp.where(in_doubt, square + rounding, square)
+
+def mass(term: Term) -> jax.Array:
+    """The sum of the norms of a row's parts."""
+    if isinstance(term, Dense):
+        return safe_sqrt(jnp.sum(jnp.abs(materialize(term)) ** 2))
+    return jnp.sum(safe_sqrt(_diagonal(jnp.real(pairs(term, term)))))
+
+
+def _diagonal(x: jax.Array) -> jax.Array:
+    on = lax.broadcasted_iota(jnp.int32, x.shape, 1) == lax.broadcasted_iota(jnp.int32, x.shape, 2)
+    return jnp.sum(jnp.where(on, x, 0), axis=2)
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
