@@ -28,7 +28,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from pytree_grads import chain_rule_value_and_grad, per_example_grad
+from pytree_grads import chain_rule_value_and_grad, jacobian
 
 BATCH_SIZE = 64
 INK, QUIET, ACCENT = "#22223b", "#8d8d9b", "#c8553d"
@@ -67,8 +67,7 @@ def jitter(key: jax.Array, image: jax.Array) -> jax.Array:
 
 def norms_of_gradients(params, images: jax.Array, labels: jax.Array) -> jax.Array:
     """The norm of each image's own gradient, (N,)."""
-    rows = per_example_grad(surprise)(params, images, labels)
-    return jax.vmap(optax.tree.norm)(rows)
+    return jacobian(surprise)(params, images, labels).norms()
 
 
 # ------------------------------------------------------------------------------- the training

@@ -15,6 +15,11 @@ import pytree_grads
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PUBLIC = {
+    name: value
+    for name, value in vars(pytree_grads).items()
+    if getattr(value, "__module__", "").startswith("pytree_grads.") and not name.startswith("_")
+}
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
@@ -40,8 +45,7 @@ def zygote_names():
     source = re.search(r"^def f\(.*?\n\n", README, re.DOTALL | re.MULTILINE)
     assert source is not None
     exec(source[0], {}, named)
-    public = {name: getattr(pytree_grads, name) for name in pytree_grads.__all__}
-    return {"jax": jax, "jnp": jnp, **public, **named}
+    return {"jax": jax, "jnp": jnp, **PUBLIC, **named}
 
 
 def test_python_blocks_print_what_they_say():
@@ -89,11 +93,11 @@ def test_real_example_by_line_thirty():
 
 
 def test_every_public_call_is_named():
-    for name in pytree_grads.__all__:
-        if not name.startswith("__"):
-            assert re.search(rf"\b{name}\b", README), name
+    assert "linear_combination" in PUBLIC
+    for name in PUBLIC:
+        assert re.search(rf"\b{name}\b", README), name
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+    for target in re.findall(r"\]\(([\w./-]*[a-zA-Z])\)", README):
         assert (ROOT / target).exists(), target
