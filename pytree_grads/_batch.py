@@ -12,6 +12,7 @@
 ``.example_avals()``  (args, kwargs) of one example: ``ShapeDtypeStruct``, batch axes removed
 ``.chunk(start, k)``  the Batch of examples start..start+k-1; ``start`` may be traced
 ``.vmap(fun)``        ``fun(args, kwargs)`` mapped over the examples; results stack on axis 0
+``.localized()``      gradients by shared leaves stay on the device of their example
 ``.require_shared()`` raises when a differentiated leaf is itself batched
 ====================  ==============================================================================
 
@@ -29,14 +30,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import _compat
+from ._axes import argument_specs, checked_axis, common_size, leaf_axes
 from ._checks import (
     PyTree,
     argument_names,
     check_chunk_size,
     check_differentiable,
-    describe,
-    describe_node,
-    is_array,
     located,
     normalize_argnums,
 )
@@ -130,6 +130,23 @@ class Batch:
         arrays = [self.leaves[i] for i in mapped]
         return jax.vmap(one, in_axes=(axes,), out_axes=out_axes, axis_size=self.size)(arrays)
 
+    def localized(self) -> "Batch":
+        """The same batch, with gradients of an example that are of this example alone.
+
+        Inside ``jax.shard_map``, ``jax.grad`` adds the gradients by a replicated value up over the
+        devices. A value that varies over the mesh axes over which the examples vary has its own on
+        each device.
+        """
+        axes = frozenset[str]().union(
+            *(
+                _compat.varying_axes(x)
+                for x, a in zip(self.leaves, self.axes, strict=True)
+                if a is not None
+            )
+        )
+        vary = functools.partial(_compat.as_varying, axes=axes)
+        return self.with_primals(jax.tree.map(vary, self.primals))
+
     def require_shared(self) -> None:
         """Raise a ValueError if a differentiated leaf differs from example to example."""
         for i in self.argnums:
@@ -171,7 +188,7 @@ def resolve(
     args = tuple(
         jax.tree.map(jnp.asarray, arg) if i in positions else arg for i, arg in enumerate(args)
     )
-    specs = _argument_specs(in_axes, len(args), positions)
+    specs = argument_specs(in_axes, len(args), positions)
     leaves: list[Any] = []
     axes: list[int | None] = []
     sizes: list[tuple[int, str]] = []
@@ -179,16 +196,16 @@ def resolve(
     named += [(key, kwargs[key], 0) for key in sorted(kwargs)]  # the order of a flattened dict
     for i, (name, arg, spec) in enumerate(named):
         prefix = f"in_axes[{i}]" if i < len(args) else "the axis of a keyword argument"
-        for path, leaf, axis in _leaf_axes(prefix, name, arg, spec):
+        for path, leaf, axis in leaf_axes(prefix, name, arg, spec):
             where = located(name, path)
             if axis is not None:
-                axis = _checked_axis(where, leaf, axis)
+                axis = checked_axis(where, leaf, axis)
                 leaf = jnp.asarray(leaf)
                 sizes.append((leaf.shape[axis], f"axis {axis} of {where}"))
             leaves.append(leaf)
             axes.append(axis)
     treedef = jax.tree.structure((args, kwargs))
-    return Batch(tuple(leaves), tuple(axes), treedef, positions, _common_size(sizes))
+    return Batch(tuple(leaves), tuple(axes), treedef, positions, common_size(sizes))
 
 
 def chunk_starts(size: int, chunk_size: int) -> np.ndarray:
@@ -263,76 +280,3 @@ def fold_chunks(
         return step(carry, batch.chunk(start, chunk_size), start, fresh), None
 
     return jax.lax.scan(body, init, (jnp.asarray(starts), jnp.asarray(firsts)))[0]
-
-
-def _argument_specs(
-    in_axes: int | Sequence[Any] | None, count: int, argnums: tuple[int, ...]
-) -> list[Any]:
-    """One axis specification per positional argument."""
-    if in_axes is None:
-        return [None if i in argnums else 0 for i in range(count)]
-    if isinstance(in_axes, int):
-        return [in_axes] * count
-    if not isinstance(in_axes, tuple | list):
-        raise TypeError(
-            "argument in_axes must be an int, or a tuple with an entry for each positional "
-            f"argument, got {describe(in_axes)}"
-        )
-    if len(in_axes) != count:
-        raise ValueError(
-            f"argument in_axes has {len(in_axes)} entries for {count} positional arguments"
-        )
-    return list(in_axes)
-
-
-def _leaf_axes(prefix: str, name: str, arg: PyTree, spec: PyTree) -> list[tuple[Any, Any, Any]]:
-    """(key path, leaf, axis) for every leaf of an argument, under a prefix tree of axes."""
-    for axis in jax.tree.leaves(spec):
-        if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
-            raise TypeError(f"{prefix} must hold ints and None only, got {describe(axis)}")
-    try:
-        axes_tree = jax.tree.broadcast(spec, arg, is_leaf=_is_none)
-    except ValueError:
-        raise ValueError(
-            f"{prefix} = {spec!r} is not a pytree prefix of argument {name}, {describe_node(arg)}: "
-            "give one axis for the whole argument, or a tree that branches as it does"
-        ) from None
-    axes = jax.tree.leaves(axes_tree, is_leaf=_is_none)
-    leaves = jax.tree.leaves_with_path(arg, is_leaf=_is_none)
-    return [(p, x, axis) for (p, x), axis in zip(leaves, axes, strict=True) if x is not None]
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
-
-
-def _checked_axis(where: str, leaf: Any, axis: int) -> int:
-    """The axis as a non-negative int, if the leaf has it."""
-    if not is_array(leaf):
-        raise TypeError(
-            f"{where} would be mapped over axis {axis}, but it is {describe(leaf)}, not an array: "
-            "give it None in in_axes, or bind it beforehand with functools.partial"
-        )
-    if not -leaf.ndim <= axis < leaf.ndim:
-        raise ValueError(
-            f"{where} would be mapped over axis {axis}, but it is {describe(leaf)}, of rank "
-            f"{leaf.ndim}: in_axes says which axis holds the examples, or None if they share it"
-        )
-    return int(axis) % leaf.ndim
-
-
-def _common_size(sizes: list[tuple[int, str]]) -> int:
-    """The N on which all batched leaves agree."""
-    if not sizes:
-        raise ValueError(
-            "no argument is batched: at least one leaf needs an axis of examples in in_axes "
-            "(by default every argument that is not differentiated is mapped over axis 0)"
-        )
-    first_size, first_where = sizes[0]
-    for size, where in sizes:
-        if size != first_size:
-            raise ValueError(
-                f"the batch sizes disagree: {first_where} has size {first_size}, "
-                f"but {where} has size {size}"
-            )
-    return first_size

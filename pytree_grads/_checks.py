@@ -205,10 +205,13 @@ def _structure_difference(expected: PyTree, got: PyTree, path: KeyPath) -> tuple
     got_children, got_node = _one_level(got)
     if expected_node != got_node:
         return path, _node_difference(expected, got)
-    for (key, want), (_, have) in zip(expected_children, got_children, strict=True):
-        if jax.tree.structure(want) != jax.tree.structure(have):
-            return _structure_difference(want, have, path + key)
-    return path, "their static data differ"  # equal level by level, unequal only as a whole
+    pairs = zip(expected_children, got_children, strict=True)
+    key, want, have = next(
+        (key, want, have)
+        for (key, want), (_, have) in pairs
+        if jax.tree.structure(want) != jax.tree.structure(have)
+    )
+    return _structure_difference(want, have, path + key)
 
 
 def _node_difference(expected: PyTree, got: PyTree) -> str:

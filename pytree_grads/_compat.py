@@ -66,3 +66,16 @@ def _source(equation: core.JaxprEqn) -> Any:
     info = equation.source_info
     stack = _source_info.current_name_stack() + info.name_stack
     return _source_info.user_context(info.traceback, name_stack=stack)
+
+
+def varying_axes(value: Any) -> frozenset[str]:
+    """The mesh axes over which a value varies inside `jax.shard_map`; empty outside."""
+    aval = jax.typeof(value)
+    kind = getattr(aval, "manual_axis_type", None)
+    return frozenset(getattr(aval, "vma", ()) if kind is None else kind.varying)
+
+
+def as_varying(value: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """The same value, varying over these mesh axes too."""
+    missing = tuple(sorted(axes - varying_axes(value)))
+    return jax.lax.pcast(value, missing, to="varying") if missing else value

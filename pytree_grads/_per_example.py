@@ -48,6 +48,7 @@ def per_example_value_and_grad(
     chunk_size >= N              one chunk, the same as None
     a NaN row                    NaN in that row alone
     complex parameters           ``jax.grad``'s convention: step along the conjugate
+    inside ``jax.shard_map``     rows are those of the examples on the device, never added up
     a batched PRNG-key argument  each example sees its own key, whatever the chunks are
     ===========================  =================================================================
 
@@ -69,7 +70,7 @@ def per_example_value_and_grad(
 
     @like(fun)
     def rows(*args: Any, **kwargs: Any) -> Any:
-        batch = resolve(fun, args, kwargs, argnums, in_axes)
+        batch = resolve(fun, args, kwargs, argnums, in_axes).localized()
         row = jax.value_and_grad(checked, argnums, has_aux=True)
         (values, aux), grads = map_chunks(
             lambda chunk: chunk.vmap(lambda args, kwargs: row(*args, **kwargs)), batch, chunk_size

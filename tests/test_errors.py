@@ -1,6 +1,7 @@
 """The error table: for every misuse, the kind and the words of the message."""
 
 import re
+from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,18 @@ TABLE = {
         combine([jnp.ones(1)], (jnp.ones(1),)),
         ValueError,
         "expected a list of length 1, got a tuple of length 1",
+    ),
+    "order": (
+        combine(
+            OrderedDict(a=jnp.ones(1), b=jnp.ones(1)), OrderedDict(b=jnp.ones(1), a=jnp.ones(1))
+        ),
+        ValueError,
+        "argument trees[1] does not match trees[0]: the same keys in another order",
+    ),
+    "custom node": (
+        combine({"a": jax.tree_util.Partial(min)}, {"a": jnp.ones(1)}),
+        ValueError,
+        "argument trees[1]['a'] does not match trees[0]['a']: expected a Partial, got float32[1]",
     ),
     "static data": (
         combine(jax.tree_util.Partial(min, jnp.ones(1)), jax.tree_util.Partial(max, jnp.ones(1))),

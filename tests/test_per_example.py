@@ -196,6 +196,24 @@ class TestTransformations:
         assert tree_allclose(tangents, wanted)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_rows_are_not_added_up_over_devices(chunk_size, check_vma):
+    """In ``jax.shard_map``, ``jax.grad`` by replicated parameters is a sum over the devices."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    params, x, y = problem(n=16)
+    split, whole = jax.P("d"), jax.P()
+    rows = jax.shard_map(
+        per_example_value_and_grad(mlp, chunk_size=chunk_size),
+        mesh=mesh,
+        in_specs=(whole, split, split),
+        out_specs=(split, split),
+        check_vma=check_vma,
+    )
+    expected = jax.vmap(jax.value_and_grad(mlp), (None, 0, 0))(params, x, y)
+    assert tree_allclose(jax.jit(rows)(params, x, y), expected)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 3, 7])
 def test_fun_is_traced_once(chunk_size):
     counter = TraceCounter(mlp)
