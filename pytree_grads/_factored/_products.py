@@ -43,7 +43,7 @@ def combined_norms(norms: Sequence[jax.Array]) -> jax.Array:
     dtype = jnp.result_type(*(x.dtype for x in norms))
     stacked = jnp.stack([x.astype(dtype) for x in norms])
     size = _terms.magnitude(jnp.max(stacked, axis=0))
-    return size * _terms.safe_sqrt(jnp.sum((stacked / size) ** 2, axis=0))
+    return size * _terms.safe_sqrt(jnp.sum((stacked / size[None]) ** 2, axis=0))
 
 
 def applied(leaf: Leaf, v: jax.Array) -> jax.Array:
