@@ -1,165 +1,79 @@
 """Running a backward pass up to its terms: the cut graph, with nothing evaluated that is not asked.
 
-A scan runs with only the carries and steps that the rest needs. What a term inside it needs leaves
-the loop stacked; the accumulators that it replaces are gone.
+What is asked is named by keys: an atom of the graph, or something inside the body of a scan,
+stacked or added up over its steps. A scan runs with only the carries and steps that the keys need:
+the accumulators that factored terms replace are gone.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from ._graph import Atom, Equation, Graph, Known, Value
-from ._plan import AtDot, AtNorm, AtScan, AtScatter, AtValue, Site, is_dense, scans_of
+from ._plan import AtDot, AtNorm, AtScan, AtScatter, AtValue, Site, is_dense
 from ._terms import Dense, Outer, Scatter, Term, norm
 
 
 @dataclass(frozen=True)
-class _Needs:
-    """What a graph must evaluate for some sites and values."""
+class Stacked:
+    """A key of a scan's body, stacked over its steps."""
 
-    values: set[Atom]
-    scans: dict[Equation, "_ScanNeeds"]
+    equation: Equation
+    key: "Key"
 
 
 @dataclass(frozen=True)
-class _ScanNeeds:
-    sites: list[Site]  # in the body
-    stacked: list[bool]  # one per site
-    carries: list[int]  # carries that run
-    steps: list[int]  # per-step outputs that are read
-    body: _Needs
+class Total:
+    """A key of a scan's body, added up over its steps."""
+
+    equation: Equation
+    key: "Key"
 
 
-def _needs(graph: Graph, sites: Sequence[Site], values: Iterable[Atom]) -> _Needs:
-    in_scans = scans_of(sites)
-    needed = {*values, *(x for s in sites if not isinstance(s, AtScan) for x in s.operands)}
-    scans: dict[Equation, _ScanNeeds] = {}
-    for equation in reversed(graph.equations):
-        if equation in in_scans:
-            scans[equation] = needs = _scan_needs(equation, in_scans[equation], needed)
-            body_inputs = zip(equation.inputs, equation.body.inputs, strict=True)
-            needed.update(outer for outer, inner in body_inputs if inner in needs.body.values)
-        elif any(output in needed for output in equation.outputs):
-            needed.update(equation.inputs)
-    return _Needs(needed, scans)
+@dataclass(frozen=True)
+class Norm:
+    """The norm of a row of the term at a site."""
+
+    site: Site
 
 
-def _scan_needs(equation: Equation, sites: Sequence[AtScan], needed: set[Atom]) -> _ScanNeeds:
-    body = equation.body
-    carry_from, steps_from = equation.splits
-    count = steps_from - carry_from
-    read = [i for i, output in enumerate(equation.outputs) if output in needed]
-    carries = {i for i in read if i < count}
-    steps = [i for i in read if i >= count]
-    inner = [site.site for site in sites]
-    while True:
-        needs = _needs(body, inner, [body.outputs[i] for i in [*carries, *steps]])
-        used = {i for i in range(count) if body.inputs[carry_from + i] in needs.values}
-        if used <= carries:
-            break
-        carries |= used
-    stacked = [site.stacked for site in sites]
-    return _ScanNeeds(inner, stacked, sorted(carries), steps, needs)
+Key: TypeAlias = Value | Known | Stacked | Total | Norm
 
 
-def run(
-    graph: Graph, inputs: Sequence[Any], sites: Sequence[Site], values: Sequence[Atom]
-) -> tuple[list[Term], list[Any]]:
-    """The terms at some sites of a graph, and the values of some of its atoms."""
-    given = dict(zip(graph.inputs, inputs, strict=True))
-    return _run(graph, given, sites, values, _needs(graph, sites, values))
+def keys_of(site: Site) -> tuple[Key, ...]:
+    """The arrays from which a site's term is put together."""
+    match site:
+        case AtNorm(inner):
+            return (Norm(inner),)
+        case AtScan(equation, inner, stacked):
+            make = _stacked if stacked or not is_dense(inner) else Total
+            return tuple(make(equation, key) for key in keys_of(inner))
+    return site.operands
 
 
-def _run(
-    graph: Graph,
-    env: dict[Value, Any],
-    sites: Sequence[Site],
-    values: Sequence[Atom],
-    needs: _Needs,
-) -> tuple[list[Term], list[Any]]:
-    terms: dict[Site, Term] = {}
-    in_scans = scans_of(sites)
-
-    def read(atom: Atom) -> Any:
-        return jnp.asarray(atom.value) if isinstance(atom, Known) else env[atom]
-
-    for equation in graph.equations:
-        if equation in needs.scans:
-            found, outputs = _run_scan(equation, needs.scans[equation], read)
-            terms.update(zip(in_scans[equation], found, strict=True))
-            env.update(outputs)
-        elif any(output in needs.values for output in equation.outputs):
-            operands = [a.value if isinstance(a, Known) else env[a] for a in equation.inputs]
-            env.update(zip(equation.outputs, equation.evaluate(operands), strict=True))
-
-    def term(site: Site) -> Term:
-        match site:
-            case AtValue(value):
-                return Dense(read(value))
-            case AtDot(_, layout) | AtScatter(_, layout):
-                return layout(*map(read, site.operands))
-            case AtNorm(inner):
-                return Dense(norm(term(inner)))
-        return terms[site]
-
-    return [term(site) for site in sites], [read(atom) for atom in values]
+def _stacked(equation: Equation, key: Key) -> Key:
+    _, steps_from = equation.splits
+    if key in equation.body.inputs[steps_from:]:  # it went in stacked
+        return equation.inputs[equation.body.inputs.index(key)]
+    return Stacked(equation, key)
 
 
-def _run_scan(
-    equation: Equation, needs: _ScanNeeds, read: Callable[[Atom], Any]
-) -> tuple[list[Term], dict[Value, Any]]:
-    """The terms that a scan's body makes, and those of the scan's own outputs that are read."""
-    body, params = equation.body, equation.params
-    carry_from, steps_from = equation.splits
-    used = [i for i, value in enumerate(body.inputs) if value in needs.body.values]
-    consts = {body.inputs[i]: read(equation.inputs[i]) for i in used if i < carry_from}
-    xs_at = [i for i in used if i >= steps_from]
-    carries_at = [carry_from + i for i in needs.carries]
-    kinds = zip(needs.sites, needs.stacked, strict=True)
-    sums = [is_dense(site) and not stacked for site, stacked in kinds]
-    wanted = [body.outputs[i] for i in [*needs.carries, *needs.steps]]
-
-    def step(carry: Any, xs: Any) -> Any:
-        state, totals = carry
-        inner = dict(consts)
-        inner.update(zip([body.inputs[i] for i in carries_at], state, strict=True))
-        inner.update(zip([body.inputs[i] for i in xs_at], xs, strict=True))
-        terms, values = _run(body, inner, needs.sites, wanted, needs.body)
-        state, steps = values[: len(state)], values[len(state) :]
-        summands = [term for term, is_sum in zip(terms, sums, strict=True) if is_sum]
-        stacks = [term for term, is_sum in zip(terms, sums, strict=True) if not is_sum]
-        return (state, jax.tree.map(jnp.add, totals, summands)), (steps, stacks)
-
-    zeros = [
-        Dense(jnp.zeros(site.shape, _dtype(site)))
-        for site, is_sum in zip(needs.sites, sums, strict=True)
-        if is_sum
-    ]
-    init = [read(equation.inputs[i]) for i in carries_at], zeros
-    xs = [read(equation.inputs[i]) for i in xs_at]
-    (state, totals), (steps, stacks) = jax.lax.scan(
-        step, init, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
-    )
-    terms: list[Term] = []
-    rest, whole = iter(stacks), iter(totals)
-    for stacked, is_sum in zip(needs.stacked, sums, strict=True):
-        terms.append(next(whole) if is_sum else _joined(next(rest), stacked))
-    outputs = dict(zip([equation.outputs[i] for i in needs.carries], state, strict=True))
-    outputs.update(zip([equation.outputs[i] for i in needs.steps], steps, strict=True))
-    return terms, outputs
-
-
-def _dtype(site: Site) -> Any:
-    return _dtype(site.site) if isinstance(site, AtScan) else site.operands[0].aval.dtype
+def assemble(site: Site, arrays: Sequence[jax.Array]) -> Term:
+    """The term at a site, from the arrays that `keys_of` names."""
+    match site:
+        case AtDot(_, layout) | AtScatter(_, layout):
+            return layout(*arrays)
+        case AtScan(_, inner, stacked) if not is_dense(inner):
+            return _joined(jax.vmap(lambda *steps: assemble(inner, steps))(*arrays), stacked)
+    (value,) = arrays
+    return Dense(value)
 
 
 def _joined(term: Term, stacked: bool) -> Term:
     """A term with a leading axis of steps: the steps become blocks, or more pairs of each block."""
-    if isinstance(term, Dense):
-        return term
 
     def join(x: jax.Array) -> jax.Array:  # (L, B, T, ...)
         if stacked:
@@ -172,24 +86,177 @@ def _joined(term: Term, stacked: bool) -> Term:
             return Outer(join(left), join(right))
         case Scatter(index, right, length):
             return Scatter(join(index), join(right), length)
+    raise AssertionError(term)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a graph must evaluate for some keys."""
+
+    atoms: set[Atom]
+    scans: dict[Equation, "_ScanNeeds"]
+
+
+@dataclass(frozen=True)
+class _ScanNeeds:
+    stacks: list[Key]  # of the body
+    totals: list[Key]
+    carries: list[int]  # carries that run
+    steps: list[int]  # per-step outputs that are read
+    body: _Needs
+
+
+def _needs(graph: Graph, keys: Iterable[Key]) -> _Needs:
+    atoms: set[Atom] = set()
+    inside: dict[Equation, tuple[dict[Key, None], dict[Key, None]]] = {}
+    todo = list(keys)
+    while todo:
+        match todo.pop():
+            case Norm(site):
+                todo += keys_of(site)
+            case Stacked(equation, key):
+                inside.setdefault(equation, ({}, {}))[0][key] = None
+            case Total(equation, key):
+                inside.setdefault(equation, ({}, {}))[1][key] = None
+            case atom:
+                atoms.add(atom)
+    scans: dict[Equation, _ScanNeeds] = {}
+    for equation in reversed(graph.equations):
+        if equation in inside:
+            scans[equation] = needs = _scan_needs(equation, *map(list, inside[equation]), atoms)
+            operands = zip(equation.inputs, equation.body.inputs, strict=True)
+            atoms.update(outer for outer, inner in operands if inner in needs.body.atoms)
+        elif any(output in atoms for output in equation.outputs):
+            atoms.update(equation.inputs)
+    return _Needs(atoms, scans)
+
+
+def _scan_needs(
+    equation: Equation, stacks: list[Key], totals: list[Key], atoms: set[Atom]
+) -> _ScanNeeds:
+    body = equation.body
+    carry_from, steps_from = equation.splits
+    count = steps_from - carry_from
+    read = [i for i, output in enumerate(equation.outputs) if output in atoms]
+    steps = [i for i in read if i >= count]
+    carries = {i for i in read if i < count}
+    while True:
+        outputs = [body.outputs[i] for i in [*carries, *steps]]
+        needs = _needs(body, [*stacks, *totals, *outputs])
+        used = {i for i in range(count) if body.inputs[carry_from + i] in needs.atoms}
+        if used <= carries:
+            return _ScanNeeds(stacks, totals, sorted(carries), steps, needs)
+        carries |= used
+
+
+def run(graph: Graph, inputs: Sequence[Any], keys: Sequence[Key]) -> list[Any]:
+    """The arrays that some keys name."""
+    env: dict[Key, Any] = dict(zip(graph.inputs, inputs, strict=True))
+    return _run(graph, env, keys, _needs(graph, keys))
+
+
+def _run(graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: _Needs) -> list[Any]:
+    def read(key: Key) -> Any:
+        match key:
+            case Known(value):
+                return jnp.asarray(value)
+            case Norm(site):
+                return norm(assemble(site, [read(own) for own in keys_of(site)]))
+        return env[key]
+
+    for equation in graph.equations:
+        if equation in needs.scans:
+            env.update(_run_scan(equation, needs.scans[equation], env))
+        elif any(output in needs.atoms for output in equation.outputs):
+            operands = [a.value if isinstance(a, Known) else env[a] for a in equation.inputs]
+            env.update(zip(equation.outputs, equation.evaluate(operands), strict=True))
+    return [read(key) for key in keys]
+
+
+def _run_scan(equation: Equation, needs: _ScanNeeds, env: dict[Key, Any]) -> dict[Key, Any]:
+    """The keys that a scan's body makes, and those of the scan's own outputs that are read."""
+    body, params = equation.body, equation.params
+    carry_from, steps_from = equation.splits
+    used = [i for i, value in enumerate(body.inputs) if value in needs.body.atoms]
+    carries_at = [carry_from + i for i in needs.carries]
+    steps_at = [i for i in used if i >= steps_from]
+    outputs = [body.outputs[i] for i in [*needs.carries, *needs.steps]]
+
+    def read(i: int) -> Any:
+        atom = equation.inputs[i]
+        return jnp.asarray(atom.value) if isinstance(atom, Known) else env[atom]
+
+    consts: dict[Key, Any] = {body.inputs[i]: read(i) for i in used if i < carry_from}
+
+    def step(carry: Any, xs: Any) -> Any:
+        state, totals = carry
+        inner = dict(consts)
+        inner.update(zip([body.inputs[i] for i in carries_at], state, strict=True))
+        inner.update(zip([body.inputs[i] for i in steps_at], xs, strict=True))
+        values = iter(_run(body, inner, [*outputs, *needs.totals, *needs.stacks], needs.body))
+        state = [next(values) for _ in state]
+        steps = [next(values) for _ in needs.steps]
+        totals = [total + next(values) for total in totals]
+        return (state, totals), (steps, list(values))
+
+    zeros = [jnp.zeros(*_shape_dtype(key)) for key in needs.totals]
+    (state, totals), (steps, stacks) = jax.lax.scan(
+        step,
+        ([read(i) for i in carries_at], zeros),
+        [read(i) for i in steps_at],
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    found: dict[Key, Any] = dict(zip([equation.outputs[i] for i in needs.carries], state))
+    found.update(zip([equation.outputs[i] for i in needs.steps], steps, strict=True))
+    found.update((Total(equation, key), x) for key, x in zip(needs.totals, totals, strict=True))
+    found.update((Stacked(equation, key), x) for key, x in zip(needs.stacks, stacks, strict=True))
+    return found
+
+
+def _shape_dtype(key: Key) -> tuple[tuple[int, ...], Any]:
+    match key:
+        case Stacked(equation, inner):
+            shape, dtype = _shape_dtype(inner)
+            return (equation.params["length"], *shape), dtype
+        case Total(_, inner):
+            return _shape_dtype(inner)
+        case Norm():
+            raise AssertionError("norms of the steps of a scan are not added up")
+    return tuple(key.aval.shape), key.aval.dtype
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def depends(sites: Sequence[Site], graph: Graph, seeds: Iterable[Atom]) -> list[tuple[bool, ...]]:
     """For each site, which arrays of its term may depend on one of the seeds."""
     reached = graph.downstream(seeds)
-    return [_depends(site, reached) for site in sites]
+    return [_of_term(site, [_depends(key, reached) for key in keys_of(site)]) for site in sites]
 
 
-def _depends(site: Site, reached: set[Atom]) -> tuple[bool, ...]:
+def _of_term(site: Site, of_keys: Sequence[bool]) -> tuple[bool, ...]:
     match site:
-        case AtScan(equation, inner, _):
+        case AtScan(_, inner, _):
+            return _of_term(inner, of_keys)
+        case AtDot(_, layout) if layout.swapped:
+            return tuple(reversed(of_keys))
+        case AtScatter():
+            return of_keys[0], any(of_keys)  # updates out of range are dropped
+    return tuple(of_keys)
+
+
+def _depends(key: Key, reached: set[Atom]) -> bool:
+    match key:
+        case Stacked(equation, inner) | Total(equation, inner):
             return _depends(inner, _reached_in_body(equation, reached))
-        case AtNorm(inner):
-            return (any(_depends(inner, reached)),)
-        case AtDot(equation, layout):
-            sides = tuple(atom in reached for atom in equation.inputs)
-            return sides[::-1] if layout.swapped else sides
-    return tuple(atom in reached for atom in site.operands)
+        case Norm(site):
+            return any(_depends(own, reached) for own in keys_of(site))
+    return key in reached
 
 
 def _reached_in_body(equation: Equation, reached: set[Atom]) -> set[Atom]:

@@ -66,9 +66,14 @@ def factor(
 
         def backward(cotangents: Sequence[jax.Array]) -> Any:
             inputs = [*trace.values, *cotangents]
-            terms, results = _execute.run(trace.graph, inputs, sites, trace.results)
-            known["terms"] = jax.tree.structure(terms)
-            flat = [x for term in terms for x in jax.tree.leaves(term)]
+            keys = list(dict.fromkeys(key for site in sites for key in _execute.keys_of(site)))
+            values = _execute.run(trace.graph, inputs, [*keys, *trace.results])
+            found, results = dict(zip(keys, values, strict=False)), values[len(keys) :]
+            terms = [
+                _execute.assemble(site, [found[key] for key in _execute.keys_of(site)])
+                for site in sites
+            ]
+            flat, known["terms"] = jax.tree.flatten(terms)
             return [[x for x, n in zip(flat, levels, strict=True) if n == i] for i in range(3)] + [
                 results
             ]
