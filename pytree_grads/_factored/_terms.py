@@ -15,6 +15,8 @@ from jax import lax
 
 from .._tree import carried_dtype
 
+LARGE_BLOCK = 1 << 13  # entries of factors: enough work to make the turns of a loop cheap
+
 _register = jax.tree_util.register_dataclass
 
 
@@ -189,6 +191,11 @@ def norm(term: Term) -> jax.Array:
     the squared norm is rounded by the order of eps * mass**2, where mass is the sum of the norms of
     the parts. Where that is more than a thousandth of the squared norm, it is added.
     """
+    if _has_large_blocks(term):
+        # One block after the other: what is scaled here need not be held for all blocks at once.
+        arrays, treedef = jax.tree.flatten(jax.tree.map(lambda x: x[:, None], term))
+        blocks = lax.map(lambda block: norm(jax.tree.unflatten(treedef, block)), arrays)
+        return norm(Dense(blocks))
     unit, size = normalized(term)
     if isinstance(unit, Dense):
         square = jnp.sum(jnp.abs(unit.value) ** 2)
@@ -198,6 +205,12 @@ def norm(term: Term) -> jax.Array:
         if not cannot_cancel(term):
             square = not_too_small(square, jnp.sum(jnp.sqrt(_diagonal(products))))
     return size.astype(square.dtype) * safe_sqrt(square)
+
+
+def _has_large_blocks(term: Term) -> bool:
+    if isinstance(term, Dense) or cannot_cancel(term) or term.right.shape[0] == 1:
+        return False
+    return sum(x.size for x in jax.tree.leaves(term)) // term.right.shape[0] >= LARGE_BLOCK
 
 
 def not_too_small(square: jax.Array, mass: jax.Array) -> jax.Array:
