@@ -52,12 +52,12 @@ def jacobian(
     >>> import jax.numpy as jnp
     >>> loss = lambda p, x, y: (jnp.dot(p["w"], x) + p["b"] - y) ** 2
     >>> params = {"w": jnp.array([1.0, 2.0]), "b": jnp.array(0.5)}
-    >>> x, y = jnp.array([[1.0, 0.0], [3.0, 4.0]]), jnp.array([0.5, 1.5])
+    >>> x, y = jnp.array([[2.0, 2.0], [4.0, 8.0]]), jnp.array([6.0, 20.0])
     >>> J = jacobian(loss)(params, x, y)
-    >>> print(J.shape, J.norms())
-    (2, 3) [  2.828427 101.98039 ]
-    >>> print(J.clip(1.0).sum()["b"])
-    0.90322864
+    >>> print(J.shape, J.norms().round())
+    (2, 3) [3. 9.]
+    >>> print(J.clip(4.5).sum()["b"].round(3))
+    1.5
     """
     return _make(fun, argnums, in_axes, has_aux, chunk_size, recompute, with_outputs=False)
 
