@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from ._accumulator import Accumulator as Accumulator
 from ._chain_rule import chain_rule_grad as chain_rule_grad
 from ._chain_rule import chain_rule_value_and_grad as chain_rule_value_and_grad
 from ._combine import linear_combination as linear_combination

@@ -16,7 +16,7 @@ LAYERS = [
     {"_batch"},
     {"_factored"},
     {"_clip", "_outputs", "_report", "_sketch", "_source"},
-    {"_combine", "_vector", "_per_example", "_reassemble", "_chain_rule", "_jacobian"},
+    {"_accumulator", "_combine", "_vector", "_per_example", "_reassemble", "_chain_rule", "_jacobian"},
     {"_jacobian_of"},
     {"__init__"},
 ]
