@@ -98,7 +98,7 @@ def _entries(leaf: Leaf) -> int:
     total = 0
     for piece in leaf.pieces:
         for x, level in zip(jax.tree.leaves(piece.term), piece.levels, strict=True):
-            total += prod(x.shape[min(level, len(leaf.rows)) :]) if level else 0
+            total += prod(x.shape) // prod(leaf.rows[:level]) if level else 0
     return total
 
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from ._graph import Atom, Equation, Graph, Known, Value
-from ._plan import AtDot, AtNorm, AtScan, AtScatter, AtValue, Site, is_dense
-from ._terms import Dense, Outer, Scatter, Term, norm
+from ._layout import Frame
+from ._plan import AtDot, AtNorm, AtScan, AtScatter, Site, is_dense
+from ._terms import Dense, Term, norm
 
 
 @dataclass(frozen=True)
@@ -49,44 +50,52 @@ def keys_of(site: Site) -> tuple[Key, ...]:
         case AtNorm(inner):
             return (Norm(inner),)
         case AtScan(equation, inner, stacked):
-            make = _stacked if stacked or not is_dense(inner) else Total
+            make = Stacked if stacked or not is_dense(inner) else Total
             return tuple(make(equation, key) for key in keys_of(inner))
     return site.operands
 
 
-def _stacked(equation: Equation, key: Key) -> Key:
-    _, steps_from = equation.splits
-    if key in equation.body.inputs[steps_from:]:  # it went in stacked
-        return equation.inputs[equation.body.inputs.index(key)]
-    return Stacked(equation, key)
+def _went_in(key: Key) -> Atom | None:
+    """The atom that holds what a key names, if that is a value, or went into its scan stacked."""
+    match key:
+        case Stacked(equation, inner):
+            value, (_, steps_from) = _went_in(inner), equation.splits
+            if value in equation.body.inputs[steps_from:]:
+                return equation.inputs[equation.body.inputs.index(value)]
+            return None
+        case Value() | Known():
+            return key
+    return None
 
 
-def assemble(site: Site, arrays: Sequence[jax.Array]) -> Term:
-    """The term at a site, from the arrays that `keys_of` names."""
-    match site:
-        case AtDot(_, layout) | AtScatter(_, layout):
-            return layout(*arrays)
-        case AtScan(_, inner, stacked) if not is_dense(inner):
-            return _joined(jax.vmap(lambda *steps: assemble(inner, steps))(*arrays), stacked)
+def depth(key: Key) -> int:
+    """How many axes of steps an array has in front."""
+    return 1 + depth(key.key) if isinstance(key, Stacked) else 0
+
+
+def rows_axis(site: Site) -> int:
+    """The first axis of rows in the arrays of a site's term: behind steps, or behind blocks."""
+    return depth(keys_of(site)[0]) if is_dense(site) else 1
+
+
+def assemble(
+    site: Site, arrays: Sequence[jax.Array], levels: Sequence[int]
+) -> tuple[Term, tuple[int, ...]]:
+    """The term at a site, from the arrays that `keys_of` names.
+
+    Each array has the axes of the steps that it is stacked over first, then as many axes of rows
+    as `levels` says. Those of outer and scatter terms become (B, *rows, T, ...). The second result
+    says how many axes of rows each array of the term has.
+    """
+    stacked: tuple[bool, ...] = ()
+    while isinstance(site, AtScan) and not is_dense(site):
+        stacked += (site.stacked,)
+        site = site.site
+    if isinstance(site, AtDot | AtScatter):
+        frames = [Frame(stacked, level) for level in levels]
+        return site.layout(arrays, frames), site.layout.levels(*levels)
     (value,) = arrays
-    return Dense(value)
-
-
-def _joined(term: Term, stacked: bool) -> Term:
-    """A term with a leading axis of steps: the steps become blocks, or more pairs of each block."""
-
-    def join(x: jax.Array) -> jax.Array:  # (L, B, T, ...)
-        if stacked:
-            return x.reshape(-1, *x.shape[2:])
-        x = jnp.swapaxes(x, 0, 1)
-        return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-    match term:
-        case Outer(left, right):
-            return Outer(join(left), join(right))
-        case Scatter(index, right, length):
-            return Scatter(join(index), join(right), length)
-    raise AssertionError(term)
+    return Dense(value), tuple(levels)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,15 +123,18 @@ def _needs(graph: Graph, keys: Iterable[Key]) -> _Needs:
     inside: dict[Equation, tuple[dict[Key, None], dict[Key, None]]] = {}
     todo = list(keys)
     while todo:
-        match todo.pop():
+        key = todo.pop()
+        atom = _went_in(key)
+        if atom is not None:
+            atoms.add(atom)
+            continue
+        match key:
             case Norm(site):
                 todo += keys_of(site)
-            case Stacked(equation, key):
-                inside.setdefault(equation, ({}, {}))[0][key] = None
-            case Total(equation, key):
-                inside.setdefault(equation, ({}, {}))[1][key] = None
-            case atom:
-                atoms.add(atom)
+            case Stacked(equation, inner):
+                inside.setdefault(equation, ({}, {}))[0][inner] = None
+            case Total(equation, inner):
+                inside.setdefault(equation, ({}, {}))[1][inner] = None
     scans: dict[Equation, _ScanNeeds] = {}
     for equation in reversed(graph.equations):
         if equation in inside:
@@ -160,12 +172,15 @@ def run(graph: Graph, inputs: Sequence[Any], keys: Sequence[Key]) -> list[Any]:
 
 def _run(graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: _Needs) -> list[Any]:
     def read(key: Key) -> Any:
-        match key:
+        atom = _went_in(key)
+        match key if atom is None else atom:
             case Known(value):
                 return jnp.asarray(value)
             case Norm(site):
-                return norm(assemble(site, [read(own) for own in keys_of(site)]))
-        return env[key]
+                own = keys_of(site)
+                term, _ = assemble(site, [read(x) for x in own], [0] * len(own))
+                return norm(term)
+        return env[key if atom is None else atom]
 
     for equation in graph.equations:
         if equation in needs.scans:
@@ -233,21 +248,10 @@ def _shape_dtype(key: Key) -> tuple[tuple[int, ...], Any]:
 # --------------------------------------------------------------------------------------------------
 
 
-def depends(sites: Sequence[Site], graph: Graph, seeds: Iterable[Atom]) -> list[tuple[bool, ...]]:
-    """For each site, which arrays of its term may depend on one of the seeds."""
+def depends(keys: Sequence[Key], graph: Graph, seeds: Iterable[Atom]) -> list[bool]:
+    """Whether what each key names may depend on one of the seeds."""
     reached = graph.downstream(seeds)
-    return [_of_term(site, [_depends(key, reached) for key in keys_of(site)]) for site in sites]
-
-
-def _of_term(site: Site, of_keys: Sequence[bool]) -> tuple[bool, ...]:
-    match site:
-        case AtScan(_, inner, _):
-            return _of_term(inner, of_keys)
-        case AtDot(_, layout) if layout.swapped:
-            return tuple(reversed(of_keys))
-        case AtScatter():
-            return of_keys[0], any(of_keys)  # updates out of range are dropped
-    return tuple(of_keys)
+    return [_depends(key, reached) for key in keys]
 
 
 def _depends(key: Key, reached: set[Atom]) -> bool:

@@ -4,6 +4,7 @@ Transposes and slices right behind the contraction are moved into its factors, s
 its transposed twin have terms in one layout, and a slice never meets the whole leaf.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -37,18 +38,61 @@ class _Dim:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """The axes that stand before those of an operand: steps of scans around it, then rows.
+
+    `stacked` says of each scan, from the outside in, whether its steps are blocks of their own, or
+    add up. There are up to two axes of rows, N and K.
+    """
+
+    stacked: tuple[bool, ...] = ()
+    rows: int = 0
+
+    @property
+    def axes(self) -> int:
+        return len(self.stacked) + self.rows
+
+    def inside(self, stacked: bool) -> "Frame":
+        return Frame((*self.stacked, stacked), self.rows)
+
+
+@dataclass(frozen=True)
 class Side:
-    """How one operand becomes a factor of shape (B, T, m): slice, transpose, reshape."""
+    """How one operand becomes a factor: slices, then three groups of its axes."""
 
-    start: tuple[int, ...]
-    limit: tuple[int, ...]
-    strides: tuple[int, ...]
-    permutation: tuple[int, ...]
-    shape: tuple[int, int, int]
+    start: Shape
+    limit: Shape
+    strides: Shape
+    blocks: Shape
+    steps: Shape
+    free: Shape
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = lax.slice(x, self.start, self.limit, self.strides)
-        return lax.transpose(x, self.permutation).reshape(self.shape)
+    @property
+    def sizes(self) -> Shape:
+        """(B, T, m), without the steps of scans."""
+        bounds = zip(self.start, self.limit, self.strides, strict=True)
+        sizes = [len(range(*bound)) for bound in bounds]
+        return tuple(
+            prod(sizes[i] for i in group) for group in (self.blocks, self.steps, self.free)
+        )
+
+    def __call__(self, x: jax.Array, frame: Frame) -> jax.Array:
+        """The factor (B, *rows, T, m) of an operand that has the axes of a frame before its own."""
+        before, lead = (0,) * frame.axes, x.shape[: frame.axes]
+        x = lax.slice(x, before + self.start, lead + self.limit, (1,) * frame.axes + self.strides)
+        outer = [i for i, stacked in enumerate(frame.stacked) if stacked]
+        added = [i for i, stacked in enumerate(frame.stacked) if not stacked]
+        rows = range(len(frame.stacked), frame.axes)
+        blocks, steps, free = (
+            [i + frame.axes for i in group] for group in (self.blocks, self.steps, self.free)
+        )
+        shape = (
+            prod(x.shape[i] for i in outer + blocks),
+            *(x.shape[i] for i in rows),
+            prod(x.shape[i] for i in added + steps),
+            prod(x.shape[i] for i in free),
+        )
+        return lax.transpose(x, (*outer, *blocks, *rows, *added, *steps, *free)).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -57,19 +101,23 @@ class DotLayout:
     right: Side
     swapped: bool  # the equation's right operand makes the left factor
 
-    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> Outer:
-        if self.swapped:
-            lhs, rhs = rhs, lhs
-        return Outer(self.left(lhs), self.right(rhs))
+    def __call__(self, operands: Sequence[jax.Array], frames: Sequence[Frame]) -> Outer:
+        sides = (self.right, self.left) if self.swapped else (self.left, self.right)
+        factors = [side(x, f) for side, x, f in zip(sides, operands, frames, strict=True)]
+        return Outer(*(reversed(factors) if self.swapped else factors))
+
+    def levels(self, left: int, right: int) -> tuple[int, int]:
+        """The axes of rows that the term's arrays have, from those of the operands."""
+        return (right, left) if self.swapped else (left, right)
 
     @property
     def shape(self) -> Shape:
-        blocks, _, m = self.left.shape
-        return (blocks, m, self.right.shape[2])
+        blocks, _, m = self.left.sizes
+        return (blocks, m, self.right.sizes[2])
 
     @property
     def size(self) -> int:
-        return prod(self.left.shape) + prod(self.right.shape)
+        return prod(self.left.sizes) + prod(self.right.sizes)
 
 
 def dot_layout(equation: Equation, tail: Tail) -> tuple[DotLayout, Tail]:
@@ -103,27 +151,20 @@ def dot_layout(equation: Equation, tail: Tail) -> tuple[DotLayout, Tail]:
     return DotLayout(left, right, swapped), unfold + tail
 
 
-def _side(
-    shape: tuple[int, ...], dims: list[_Dim], contracted: tuple[int, ...], group: str, i: int
-) -> Side:
+def _side(shape: Shape, dims: list[_Dim], contracted: Shape, group: str, i: int) -> Side:
     start, limit, strides = [0] * len(shape), list(shape), [1] * len(shape)
-    blocks = [dim for dim in dims if dim.group == "B"]
-    free = [dim for dim in dims if dim.group == group]
-    axes = {"B": i, group: 0}
-    for dim in blocks + free:
-        axis = dim.axes[axes[dim.group]]
+    blocks = [(dim, dim.axes[i]) for dim in dims if dim.group == "B"]
+    free = [(dim, dim.axes[0]) for dim in dims if dim.group == group]
+    for dim, axis in blocks + free:
         start[axis], limit[axis], strides[axis] = dim.start, dim.limit, dim.stride
-    permutation = (
-        *(dim.axes[i] for dim in blocks),
-        *contracted,
-        *(dim.axes[0] for dim in free),
+    return Side(
+        tuple(start),
+        tuple(limit),
+        tuple(strides),
+        tuple(axis for _, axis in blocks),
+        tuple(contracted),
+        tuple(axis for _, axis in free),
     )
-    sizes = (
-        prod(dim.size for dim in blocks),
-        prod(shape[axis] for axis in contracted),
-        prod(dim.size for dim in free),
-    )
-    return Side(tuple(start), tuple(limit), tuple(strides), permutation, sizes)
 
 
 @dataclass(frozen=True)
@@ -131,29 +172,42 @@ class ScatterLayout:
     """A `scatter-add` of whole lines along one axis of its operand."""
 
     length: int
-    positions: int
-    width: int
-    window: tuple[int, ...]  # permutation of the updates: positions first
+    index: Side
+    lines: Side
     mode: lax.GatherScatterMode
 
-    def __call__(self, indices: jax.Array, updates: jax.Array) -> Scatter:
-        index = indices.reshape(1, self.positions)
-        lines = lax.transpose(updates, self.window).reshape(1, self.positions, self.width)
+    def __call__(self, operands: Sequence[jax.Array], frames: Sequence[Frame]) -> Scatter:
+        index = self.index(operands[0], frames[0])[..., 0]
+        lines = self.lines(operands[1], frames[1])
         if self.mode is lax.GatherScatterMode.CLIP:
             index = jnp.clip(index, 0, self.length - 1)
         elif self.mode is lax.GatherScatterMode.FILL_OR_DROP:
             inside = (index >= 0) & (index < self.length)
-            lines = jnp.where(inside[:, :, None], lines, jnp.zeros((), lines.dtype))
             index = jnp.where(inside, index, jnp.zeros((), index.dtype))
+            # Either may lack axes of rows, always the last ones.
+            rows = max(inside.ndim, lines.ndim - 1) - 2
+            inside, lines = _with_rows(inside, rows, 1), _with_rows(lines, rows, 2)
+            lines = jnp.where(inside[..., None], lines, jnp.zeros((), lines.dtype))
         return Scatter(index, lines, self.length)
+
+    def levels(self, index: int, lines: int) -> tuple[int, int]:
+        """The axes of rows that the term's arrays have, from those of the operands."""
+        dropped = self.mode is lax.GatherScatterMode.FILL_OR_DROP
+        return index, max(index, lines) if dropped else lines
 
     @property
     def shape(self) -> Shape:
-        return (1, self.length, self.width)
+        return (1, self.length, self.lines.sizes[2])
 
     @property
     def size(self) -> int:
-        return self.positions * (1 + self.width)
+        return prod(self.lines.sizes) + prod(self.index.sizes)
+
+
+def _with_rows(x: jax.Array, rows: int, own: int) -> jax.Array:
+    """An array (B, *rows, ...) with `own` axes at the end and axes of size 1 for missing rows."""
+    missing = rows + 1 + own - x.ndim
+    return lax.expand_dims(x, range(x.ndim - own, x.ndim - own + missing))
 
 
 def scatter_layout(equation: Equation) -> tuple[ScatterLayout, Tail] | None:
@@ -170,11 +224,11 @@ def scatter_layout(equation: Equation) -> tuple[ScatterLayout, Tail] | None:
     if [updates.shape[i] for i in window] != [operand.shape[i] for i in rest]:
         return None
     positions = [i for i in range(len(updates.shape)) if i not in window]
+    last = len(indices.shape) - 1  # of size 1: the axis of index vectors
     layout = ScatterLayout(
         operand.shape[axis],
-        prod(updates.shape[i] for i in positions),
-        prod(operand.shape[i] for i in rest),
-        (*positions, *window),
+        _whole(indices.shape, range(last), (last,)),
+        _whole(updates.shape, positions, window),
         lax.GatherScatterMode.from_any(equation.params["mode"]),
     )
     lines_first = (axis, *rest)
@@ -182,3 +236,8 @@ def scatter_layout(equation: Equation) -> tuple[ScatterLayout, Tail] | None:
     if axis:
         unfold += (Transpose(tuple(lines_first.index(i) for i in range(len(lines_first)))),)
     return layout, unfold
+
+
+def _whole(shape: Shape, steps: Iterable[int], free: Iterable[int]) -> Side:
+    ones = (1,) * len(shape)
+    return Side((0,) * len(shape), tuple(shape), ones, (), tuple(steps), tuple(free))

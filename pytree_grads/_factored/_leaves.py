@@ -20,19 +20,20 @@ ENTRIES_AT_ONCE = 1 << 22  # of materialised rows, in loops that materialise som
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["term"],
-    meta_fields=["shape", "tail", "factor", "levels", "origin"],
+    meta_fields=["shape", "axis", "tail", "factor", "levels", "origin"],
 )
 @dataclass(frozen=True)
 class Piece:
     """`factor * tail(term)` for every row.
 
-    The arrays of the term have up to two leading axes, N examples and K outputs of each. `levels`
-    says which, for each array in flattening order: 2 for both, 1 for N alone (the outputs share
-    it), 0 for none (all rows share it).
+    The arrays of the term have up to two axes of rows, N examples and K outputs of each, which
+    begin at `axis`. `levels` says which, for each array in flattening order: 2 for both, 1 for N
+    alone (the outputs share it), 0 for none (all rows share it).
     """
 
     term: Term
     shape: Shape  # of one row of the term
+    axis: int
     tail: Tail
     factor: float
     levels: tuple[int, ...]
@@ -41,7 +42,7 @@ class Piece:
     def in_axes(self, level: int) -> Any:
         """The `in_axes` of the term for `jax.vmap` over N (level 1) or K (level 2)."""
         treedef = jax.tree.structure(self.term)
-        return jax.tree.unflatten(treedef, [0 if x >= level else None for x in self.levels])
+        return jax.tree.unflatten(treedef, [self.axis if x >= level else None for x in self.levels])
 
 
 @partial(
@@ -83,7 +84,7 @@ def take(leaf: Leaf, start: Any, size: int) -> Leaf:
     def of(piece: Piece) -> Piece:
         arrays, treedef = jax.tree.flatten(piece.term)
         cut = [
-            jax.lax.dynamic_slice_in_dim(x, start, size) if level else x
+            jax.lax.dynamic_slice_in_dim(x, start, size, piece.axis) if level else x
             for x, level in zip(arrays, piece.levels, strict=True)
         ]
         return replace(piece, term=jax.tree.unflatten(treedef, cut))
@@ -118,7 +119,7 @@ def _some_at_once(
     def mapped(*args: Any) -> Any:
         leaves, treedef = jax.tree.flatten(args)
         axes = jax.tree.leaves(in_axes, is_leaf=lambda x: x is None)
-        mapped_at = [i for i, axis in enumerate(axes) if axis == 0]
+        mapped_at = [i for i, axis in enumerate(axes) if axis is not None]
 
         def one(xs: list[jax.Array]) -> Any:
             values = list(leaves)
@@ -126,7 +127,8 @@ def _some_at_once(
                 values[i] = x
             return fun(*jax.tree.unflatten(treedef, values))
 
-        return jax.lax.map(one, [leaves[i] for i in mapped_at], batch_size=at_once)
+        rows_first = [jnp.moveaxis(leaves[i], axes[i], 0) for i in mapped_at]
+        return jax.lax.map(one, rows_first, batch_size=at_once)
 
     return mapped
 

@@ -136,7 +136,9 @@ def _select(leaf: Leaf, valid: jax.Array) -> Leaf:
         arrays, treedef = jax.tree.flatten(piece.term)
         kept = []
         for x, level in zip(arrays, piece.levels, strict=True):
-            mask = masks[level].reshape(*masks[level].shape, *[1] * (x.ndim - masks[level].ndim))
+            mask, before = masks[level], piece.axis if level else 0
+            after = x.ndim - mask.ndim - before
+            mask = mask.reshape((1,) * before + mask.shape + (1,) * after)
             kept.append(jnp.where(mask, x, jnp.zeros_like(x)))
         return replace(piece, term=jax.tree.unflatten(treedef, kept))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import jax
@@ -170,7 +171,7 @@ def weighted_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
 def _summed(piece: Piece, leaf: Leaf, weights: jax.Array | None) -> jax.Array:
     """The weighted sum of the rows of a piece, before its tail."""
     arrays, treedef = jax.tree.flatten(piece.term)
-    levels = list(piece.levels)
+    levels, axis = list(piece.levels), piece.axis
     n = leaf.size
     if leaf.outputs is not None:
         k = leaf.outputs
@@ -179,53 +180,68 @@ def _summed(piece: Piece, leaf: Leaf, weights: jax.Array | None) -> jax.Array:
             weights = jnp.full((n,), k, leaf.real) if weights is None else jnp.sum(weights, axis=1)
         elif len(both) < len(arrays):  # one factor does: add it up over the outputs first
             (i,) = both
-            fold = jax.vmap(_contract, in_axes=(None if weights is None else 0, 0))
+            fold = jax.vmap(partial(_contract, axis=axis), in_axes=(0, axis), out_axes=axis)
+            weights = jnp.ones((n, k), leaf.real) if weights is None else weights
             arrays[i], levels[i], weights = fold(weights, arrays[i]), 1, None
         else:
-            arrays = [x.reshape(n * k, *x.shape[2:]) for x in arrays]
+            arrays = [x.reshape(*x.shape[:axis], n * k, *x.shape[axis + 2 :]) for x in arrays]
             levels = [1] * len(arrays)
             weights = None if weights is None else weights.reshape(n * k)
     differing = [i for i, level in enumerate(levels) if level == 1]
-    if 0 < len(differing) < len(arrays) and isinstance(piece.term, Scatter) and differing == [0]:
-        arrays[1] = jnp.broadcast_to(arrays[1], (n, *arrays[1].shape))
+    if isinstance(piece.term, Scatter) and differing == [0]:
+        right = jnp.expand_dims(arrays[1], axis)
+        arrays[1] = jnp.broadcast_to(right, (*right.shape[:axis], n, *right.shape[axis + 1 :]))
     elif len(differing) < len(arrays):  # a product of sums over rows
         if differing:
             (i,) = differing
-            arrays[i] = _contract(weights, arrays[i])
+            arrays[i] = _contract(weights, arrays[i], axis=axis)
         block = _terms.materialize(jax.tree.unflatten(treedef, arrays))
         if not differing:
             total = n if weights is None else jnp.sum(weights)
             block = block * jnp.asarray(total, block.dtype)
         return block
-    return _contract_term(jax.tree.unflatten(treedef, arrays), weights)
+    return _contract_term(jax.tree.unflatten(treedef, arrays), weights, axis)
 
 
-def _contract(weights: jax.Array | None, x: jax.Array) -> jax.Array:
-    """The weighted sum over the leading axis, carried."""
+def _contract(weights: jax.Array | None, x: jax.Array, *, axis: int) -> jax.Array:
+    """The weighted sum over one axis, carried."""
     dtype = carried_dtype(x.dtype)
     if weights is None:
-        return jnp.sum(x, axis=0, dtype=dtype)
-    return jnp.tensordot(weights.astype(dtype), x.astype(dtype), 1)
+        return jnp.sum(x, axis=axis, dtype=dtype)
+    return jnp.tensordot(weights.astype(dtype), x.astype(dtype), axes=((0,), (axis,)))
 
 
-def _contract_term(term: Term, weights: jax.Array | None) -> jax.Array:
-    """The weighted sum of terms whose arrays all have a leading axis of rows."""
-
-    def weighted(x: jax.Array) -> jax.Array:
-        if weights is None:
-            return x
-        dtype = carried_dtype(x.dtype)
-        return x.astype(dtype) * weights.astype(dtype).reshape(-1, *[1] * (x.ndim - 1))
-
+def _contract_term(term: Term, weights: jax.Array | None, axis: int) -> jax.Array:
+    """The weighted sum of terms whose arrays all have an axis of rows."""
     match term:
         case Dense(value):
-            return _contract(weights, value)
+            return _contract(weights, value, axis=axis)
         case Outer(left, right):
-            if left.shape[-1] < right.shape[-1]:
-                left = weighted(left)
-            else:
-                right = weighted(right)
-            return dot("zbtm,zbtn->bmn", left, right, precision=None)
+            if left.shape[0] > 1 and left[0].size + right[0].size >= LARGE:
+                sides = left[:, None], right[:, None]
+                blocks = lambda xs: _contract_outer(*xs, weights)[0]  # noqa: E731
+                return jax.lax.map(blocks, sides)
+            return _contract_outer(left, right, weights)
         case Scatter(_, right, _):
-            empty = jnp.zeros((term.shape), _terms.dtype_of(term))
-            return _terms.add_lines(empty, term.index, weighted(right).astype(empty.dtype))
+            empty = jnp.zeros(term.shape, _terms.dtype_of(term))
+            lines = right if weights is None else _weighted(weights, right)
+            return _terms.add_lines(empty, term.index, lines.astype(empty.dtype))
+
+
+LARGE = 1 << 20  # entries of a block's factors: enough work to make the turns of a loop cheap
+
+
+def _contract_outer(left: jax.Array, right: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """The sum over rows and pairs: (B, N, T, m) and (B, N, T, n) to (B, m, n)."""
+    if weights is not None and left.shape[-1] < right.shape[-1]:
+        left = _weighted(weights, left)
+    elif weights is not None:
+        right = _weighted(weights, right)
+    return dot("bztm,bztn->bmn", left, right, precision=None)
+
+
+def _weighted(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """Blocks (B, N, ...) times weights (N,), carried."""
+    dtype = carried_dtype(x.dtype)
+    factors = weights.astype(dtype).reshape(1, -1, *[1] * (x.ndim - 2))
+    return x.astype(dtype) * factors

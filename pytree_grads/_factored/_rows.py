@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from .._batch import Batch
 from .._checks import describe
 from . import _execute, _graph, _plan
 from ._leaves import Leaf, Piece
+from ._terms import Term
 
 PyTree = Any
 
@@ -61,39 +62,35 @@ def factor(
         varying = trace.graph.downstream(trace.graph.inputs[len(batch.primal_positions) :])
         plan = [_plan.plan_leaf(leaf, varying, route) for leaf in trace.leaves]
         sites = list(dict.fromkeys(piece.site for pieces in plan for piece in pieces))
-        levels = _levels(trace, batch, sites)
-        known.update(trace=trace, plan=plan, sites=sites, levels=levels)
+        keys = list(dict.fromkeys(key for site in sites for key in _execute.keys_of(site)))
+        places = dict(zip(keys, _places(trace, batch, keys), strict=True))
+        known.update(trace=trace, plan=plan, sites=sites, places=places)
 
         def backward(cotangents: Sequence[jax.Array]) -> Any:
             inputs = [*trace.values, *cotangents]
-            keys = list(dict.fromkeys(key for site in sites for key in _execute.keys_of(site)))
             values = _execute.run(trace.graph, inputs, [*keys, *trace.results])
-            found, results = dict(zip(keys, values, strict=False)), values[len(keys) :]
-            terms = [
-                _execute.assemble(site, [found[key] for key in _execute.keys_of(site)])
-                for site in sites
-            ]
-            flat, known["terms"] = jax.tree.flatten(terms)
-            return [[x for x, n in zip(flat, levels, strict=True) if n == i] for i in range(3)] + [
-                results
-            ]
+            return _by_place(dict(zip(keys, values, strict=False)), places), values[len(keys) :]
 
         basis = _basis(trace.output_avals)
         if basis is None:
-            none, shared, own, results = backward([])
-        else:
-            none, shared, own, results = jax.vmap(backward, out_axes=[None, None, 0, None])(basis)
-        return [none, [shared, own, results]]
+            return backward([])
+        axes = [place.depth if place.level == 2 else None for place in _PLACES]
+        return jax.vmap(backward, out_axes=(axes, None))(basis)
 
-    none, (shared, own, results) = batch.vmap(example, out_axes=[None, 0])
-    trace, levels = known["trace"], known["levels"]
-    sources = [iter(none), iter(shared), iter(own)]
-    terms = jax.tree.unflatten(known["terms"], [next(sources[level]) for level in levels])
-    placed = dict(zip(known["sites"], zip(terms, _split(levels, terms), strict=True), strict=True))
-    primals = jax.tree.leaves(batch.primals)
+    axes = [place.depth if place.level else None for place in _PLACES]
+    found, results = batch.vmap(example, out_axes=(axes, 0))
+    trace, sites = known["trace"], known["sites"]
+    arrays = _by_key(found, known["places"])
     outputs, aux = jax.tree.unflatten(trace.result_tree, results)
+    count = _count(trace.output_avals)
+    terms = {}
+    for site in sites:
+        keys = _execute.keys_of(site)
+        levels = [known["places"][key].level for key in keys]
+        terms[site] = _execute.assemble(site, [arrays[key] for key in keys], levels)
+    primals = jax.tree.leaves(batch.primals)
     leaves = tuple(
-        _leaf(primal, pieces, placed, batch.size, _count(trace.output_avals))
+        _leaf(primal, pieces, terms, batch.size, count)
         for primal, pieces in zip(primals, known["plan"], strict=True)
     )
     return Factored(outputs, aux, leaves, trace.output_avals)
@@ -102,17 +99,18 @@ def factor(
 def _leaf(
     primal: jax.Array,
     pieces: Sequence[_plan.Piece],
-    placed: dict[_plan.Site, tuple[Any, tuple[int, ...]]],
+    terms: dict[_plan.Site, tuple[Term, tuple[int, ...]]],
     size: int,
     outputs: int | None,
 ) -> Leaf:
     found = tuple(
         Piece(
-            term=placed[piece.site][0],
+            term=terms[piece.site][0],
             shape=piece.site.shape,
+            axis=_execute.rows_axis(piece.site),
             tail=piece.tail,
             factor=piece.factor,
-            levels=placed[piece.site][1],
+            levels=terms[piece.site][1],
             origin=_plan.origin(piece.site),
         )
         for piece in pieces
@@ -196,21 +194,34 @@ def _basis(output_avals: PyTree) -> list[jax.Array] | None:
     ]
 
 
-def _levels(trace: _Trace, batch: Batch, sites: Sequence[_plan.Site]) -> list[int]:
-    """For each array of the terms: 2 if it may differ between outputs, 1 between examples, or 0."""
+class _Place(NamedTuple):
+    """Where an array leaves the maps over outputs and examples."""
+
+    level: int  # 2: it may differ between outputs, 1: between examples only, 0: not at all
+    depth: int  # its axes of scan steps, which stay in front of those of rows
+
+
+_PLACES = [_Place(level, depth) for level in range(3) for depth in range(8)]
+
+
+def _places(trace: _Trace, batch: Batch, keys: Sequence[_execute.Key]) -> list[_Place]:
     inputs = trace.graph.inputs
-    primal_count = len(batch.primal_positions)
-    cotangents = inputs[len(trace.values) :]
-    by_output = _execute.depends(sites, trace.graph, cotangents)
-    by_example = _execute.depends(sites, trace.graph, inputs[primal_count:])
+    by_output = _execute.depends(keys, trace.graph, inputs[len(trace.values) :])
+    by_example = _execute.depends(keys, trace.graph, inputs[len(batch.primal_positions) :])
     return [
-        2 if own else int(differs)
-        for site in zip(by_output, by_example, strict=True)
-        for own, differs in zip(*site, strict=True)
+        _Place(2 if own else int(differs), _execute.depth(key))
+        for key, own, differs in zip(keys, by_output, by_example, strict=True)
     ]
 
 
-def _split(levels: Sequence[int], terms: Sequence[Any]) -> list[tuple[int, ...]]:
-    """The levels of each term's arrays."""
-    rest = iter(levels)
-    return [tuple(next(rest) for _ in jax.tree.leaves(term)) for term in terms]
+def _by_place(
+    arrays: dict[_execute.Key, jax.Array], places: dict[_execute.Key, _Place]
+) -> list[list[jax.Array]]:
+    return [[arrays[key] for key, own in places.items() if own == place] for place in _PLACES]
+
+
+def _by_key(
+    arrays: list[list[jax.Array]], places: dict[_execute.Key, _Place]
+) -> dict[_execute.Key, jax.Array]:
+    rest = {place: iter(group) for place, group in zip(_PLACES, arrays, strict=True)}
+    return {key: next(rest[place]) for key, place in places.items()}

@@ -50,7 +50,7 @@ class Outer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.left.shape[-3], self.left.shape[-1], self.right.shape[-1])
+        return (self.left.shape[0], self.left.shape[-1], self.right.shape[-1])
 
 
 @partial(_register, data_fields=["index", "right"], meta_fields=["length"])
@@ -64,7 +64,7 @@ class Scatter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.index.shape[-2], self.length, self.right.shape[-1])
+        return (self.index.shape[0], self.length, self.right.shape[-1])
 
 
 Term: TypeAlias = Dense | Outer | Scatter
@@ -88,11 +88,11 @@ def materialize(term: Term) -> jax.Array:
 
 
 def add_lines(block: jax.Array, index: jax.Array, lines: jax.Array) -> jax.Array:
-    """Add lines (..., B, T, n) to the places (B, index) of a block (B, m, n)."""
+    """Add lines (B, ..., n) to the places index (B, ...) of each block of (B, m, n)."""
     if block.shape[0] == 1:
         flat = lines.reshape(-1, lines.shape[-1])
         return block.at[0, index.reshape(-1)].add(flat, mode="drop")
-    blocks = lax.broadcasted_iota(index.dtype, index.shape, index.ndim - 2)
+    blocks = lax.broadcasted_iota(index.dtype, index.shape, 0)
     return block.at[blocks, index].add(lines, mode="drop")
 
 
