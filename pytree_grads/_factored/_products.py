@@ -218,9 +218,11 @@ def _contract_term(term: Term, weights: jax.Array | None, axis: int) -> jax.Arra
             return _contract(weights, value, axis=axis)
         case Outer(left, right):
             if left.shape[0] > 1 and left[0].size + right[0].size >= LARGE:
-                sides = left[:, None], right[:, None]
-                blocks = lambda xs: _contract_outer(*xs, weights)[0]  # noqa: E731
-                return jax.lax.map(blocks, sides)
+
+                def block(sides: tuple[jax.Array, jax.Array]) -> jax.Array:
+                    return _contract_outer(sides[0][None], sides[1][None], weights)[0]
+
+                return jax.lax.map(block, (left, right))
             return _contract_outer(left, right, weights)
         case Scatter(_, right, _):
             empty = jnp.zeros(term.shape, _terms.dtype_of(term))

@@ -193,8 +193,12 @@ def norm(term: Term) -> jax.Array:
     """
     if _has_large_blocks(term):
         # One block after the other: what is scaled here need not be held for all blocks at once.
-        arrays, treedef = jax.tree.flatten(jax.tree.map(lambda x: x[:, None], term))
-        blocks = lax.map(lambda block: norm(jax.tree.unflatten(treedef, block)), arrays)
+        arrays, treedef = jax.tree.flatten(term)
+
+        def one(block: list[jax.Array]) -> jax.Array:
+            return norm(jax.tree.unflatten(treedef, [x[None] for x in block]))
+
+        blocks = lax.map(one, arrays)
         return norm(Dense(blocks))
     unit, size = normalized(term)
     if isinstance(unit, Dense):
