@@ -13,6 +13,7 @@ the operating system need not hand out pages first is printed beside, as copied 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -114,41 +115,57 @@ def copy(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
-def measure(case: Case, seconds: float) -> tuple[dict[str, Program], dict[str, Timing]]:
-    """Compile and time everything on one case; timings are named by (kind, combination)."""
-    coefficients, trees = case.arguments()
-    source = case.copied()
-    repeats = 3 if case.leaves > 1 else 5
-    programs = {
-        name: compile_program(combine, coefficients, trees, repeats=repeats)
-        for name, combine in COMBINATIONS.items()
-    }
-    programs["copy"] = compile_program(copy, source)
-    jitted = {f"jit {name}": _call(jax.jit(f), coefficients, trees)
-              for name, f in COMBINATIONS.items()}  # fmt: skip
-    eager = {f"eager {name}": _call(f, coefficients, trees) for name, f in COMBINATIONS.items()}
-    cases = {"jit copy": _call(jax.jit(copy), source), **jitted, **eager}
-    return programs, interleaved(cases, seconds=seconds)
+@dataclass(frozen=True)
+class Measured:
+    """What was found on one case."""
+
+    case: Case
+    programs: dict[str, Program]  # the last that was compiled of each combination
+    compiling: dict[str, Timing]
+    building: dict[str, Timing]  # tracing and compiling
+    running: dict[str, Timing]  # "jit NAME", "eager NAME" and "jit copy"
+
+
+def measure(case: Case, seconds: float) -> Measured:
+    """Compile and time everything on one case, in turn."""
+    arguments, source = case.arguments(), case.copied()
+    rounds = [
+        {name: compile_program(combine, *arguments) for name, combine in COMBINATIONS.items()}
+        for _ in range(5)
+    ]
+    cases = {"jit copy": _call(jax.jit(copy), source)}
+    for name, combine in COMBINATIONS.items():
+        cases[f"jit {name}"] = _call(jax.jit(combine), *arguments)
+        cases[f"eager {name}"] = _call(combine, *arguments)
+    return Measured(
+        case,
+        rounds[-1],
+        {name: Timing(tuple(r[name].compile_seconds for r in rounds)) for name in COMBINATIONS},
+        {
+            name: Timing(tuple(r[name].trace_seconds + r[name].compile_seconds for r in rounds))
+            for name in COMBINATIONS
+        },
+        interleaved(cases, seconds=seconds),
+    )
 
 
 def _call(fun: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     return lambda: fun(*args)
 
 
-def rows_of(case: Case, programs: dict[str, Program], timings: dict[str, Timing]):
-    """The table's rows for one case."""
-    copy_time = timings["jit copy"]
+def rows_of(found: Measured):
+    """The rows of the table of times for one case."""
     for name in COMBINATIONS:
-        jitted, eager = timings[f"jit {name}"], timings[f"eager {name}"]
+        jitted = found.running[f"jit {name}"]
         yield [
-            case.name,
+            found.case.name,
             name,
-            human_seconds(eager.median),
+            human_seconds(found.running[f"eager {name}"].median),
             human_seconds(jitted.median),
-            f"{1 / jitted.over(copy_time):.2f}",
-            f"{case.moved_bytes / jitted.median / 1e9:.1f}",
-            human_seconds(programs[name].trace_seconds + programs[name].compile_seconds),
-            human_bytes(programs[name].temp_bytes),
+            f"{1 / jitted.over(found.running['jit copy']):.2f}",
+            f"{found.case.moved_bytes / jitted.median / 1e9:.1f}",
+            human_seconds(found.building[name].median),
+            human_bytes(found.programs[name].temp_bytes),
         ]
 
 
@@ -156,26 +173,32 @@ HEADER = ["leaves × size", "way", "eager", "jitted", "bandwidth / copy", "GB/s"
           "trace + compile", "temporary"]  # fmt: skip
 
 
-def verdict(case: Case, programs: dict[str, Program], timings: dict[str, Timing]) -> list[str]:
+def _operations(program: Program) -> tuple[str, ...]:
+    """The operations of the compiled program, by name."""
+    return tuple(sorted(re.findall(r"= \S+ ([a-z][\w-]*)\(", program.compiled.as_text())))
+
+
+def verdict(found: Measured) -> list[str]:
     """Ours against the fastest peer, in each respect."""
 
-    def slowest(kind: str) -> str:
-        mine = timings[f"{kind} {OURS}"]
-        return f"{max(mine.over(timings[f'{kind} {peer}']) for peer in PEERS):.2f}"
+    def over_peers(kind: str) -> str:
+        mine = found.running[f"{kind} {OURS}"]
+        return f"{max(mine.over(found.running[f'{kind} {peer}']) for peer in PEERS):.2f}"
 
-    compiling = {name: p.trace_seconds + p.compile_seconds for name, p in programs.items()}
+    programs = {_operations(program) for program in found.programs.values()}
     return [
-        case.name,
-        slowest("eager"),
-        slowest("jit"),
-        f"{1 / timings[f'jit {OURS}'].over(timings['jit copy']):.2f}",
-        f"{compiling[OURS] / compiling['jax.tree.map']:.2f}",
-        f"{programs[OURS].compile_seconds / programs['jax.tree.map'].compile_seconds:.2f}",
+        found.case.name,
+        over_peers("eager"),
+        over_peers("jit"),
+        f"{1 / found.running[f'jit {OURS}'].over(found.running['jit copy']):.2f}",
+        f"{found.building[OURS].over(found.building['jax.tree.map']):.2f}",
+        f"{found.compiling[OURS].over(found.compiling['jax.tree.map']):.2f}",
+        "yes" if len(programs) == 1 else "no",
     ]
 
 
 VERDICT = ["leaves × size", "eager / fastest peer", "jitted / fastest peer", "bandwidth / copy",
-           "trace + compile / plain sum", "compile / plain sum"]  # fmt: skip
+           "trace + compile / plain sum", "compile / plain sum", "same program"]  # fmt: skip
 
 
 def touched_copy_bandwidth(size: int = 400 * 10**6, repeats: int = 7) -> float:
@@ -202,9 +225,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for megabytes in options.megabytes:
         for leaves in options.leaves:
             case = Case(options.trees, leaves, megabytes * 10**6)
-            programs, timings = measure(case, options.seconds)
-            rows += rows_of(case, programs, timings)
-            verdicts.append(verdict(case, programs, timings))
+            found = measure(case, options.seconds)
+            rows += rows_of(found)
+            verdicts.append(verdict(found))
     print(f"{environment()}. K = {options.trees} trees of float32; MB are those of all K trees.")
     print(f"NumPy copies into touched memory at {touched_copy_bandwidth() / 1e9:.0f} GB/s.\n")
     print(markdown_table(HEADER, rows), "\n")
