@@ -12,6 +12,8 @@ from ._jacobian_of import value_and_jacobian as value_and_jacobian
 from ._per_example import per_example_grad as per_example_grad
 from ._per_example import per_example_value_and_grad as per_example_value_and_grad
 from ._reassemble import reassemble as reassemble
+from ._second_order import fisher_product as fisher_product
+from ._second_order import gauss_newton_product as gauss_newton_product
 from ._vector import Vector as Vector
 
 try:

@@ -6,20 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from . import _tree
-from ._batch import Batch, chunk_starts, fold_chunks, loop_chunk, map_chunks, resolve
+from ._batch import Batch, loop_chunk, map_chunks, resolve
 from ._checks import (
     PyTree,
     check_callable,
     check_chunk_size,
     check_outer_value,
     describe,
-    is_float0,
     like,
     split_aux,
 )
+from ._push_pull import pull_chunks, vjp
 
 
 def chain_rule_value_and_grad(
@@ -121,10 +120,10 @@ def chain_rule_value_and_grad(
         batch = resolve(fun, args, kwargs, argnums, in_axes)
         chunk = loop_chunk(batch.size, chunk_size)
         if chunk is None:
-            outputs, pull, aux = _vjp(apply, batch)
+            outputs, pull, aux = vjp(apply, batch)
         else:
             outputs, aux = map_chunks(apply, batch, chunk)
-            pull = functools.partial(_pull_chunks, apply, batch, chunk)
+            pull = functools.partial(pull_chunks, apply, batch, chunk)
         (value, outer_aux), (cotangents, *direct) = pull_loss(outputs, batch.primals, outer_args)
         total = _tree.carry(pull(cotangents))
         for grads in direct:
@@ -191,60 +190,3 @@ def chain_rule_grad(
         return (grads, value[1]) if has_aux or outer_has_aux else grads
 
     return grad
-
-
-_Apply = Callable[[Batch], tuple[PyTree, PyTree]]
-
-
-def _vjp(apply: _Apply, batch: Batch) -> tuple[PyTree, Callable[..., Any], PyTree]:
-    """``(outputs, pull, aux)``; ``pull(cotangents)`` is the gradient of ``batch.primals``."""
-    outputs, pull, aux = jax.vjp(
-        lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
-    )
-    return outputs, lambda cotangents: pull(cotangents)[0], aux
-
-
-def _pull_chunks(apply: _Apply, batch: Batch, chunk_size: int, cotangents: PyTree) -> PyTree:
-    """The gradient of ``batch.primals``, carried, by one vector-Jacobian product per chunk."""
-    cotangents = _share_overlap(cotangents, batch.size, chunk_size)
-    axes = batch.primal_axes
-    leaves, treedef = jax.tree.flatten(batch.primals)
-    zeros = [jax.lax.full_like(x, 0, dtype=_tree.carried_dtype(x.dtype)) for x in leaves]
-
-    def cut(leaf: Any, start: Any) -> Any:
-        if is_float0(leaf):
-            return np.zeros((chunk_size, *leaf.shape[1:]), leaf.dtype)
-        return jax.lax.dynamic_slice_in_dim(leaf, start, chunk_size)
-
-    def step(totals: list[jax.Array], chunk: Batch, start: Any, _: Any) -> list[jax.Array]:
-        _, pull, _ = _vjp(apply, chunk)
-        grads = pull(jax.tree.map(lambda leaf: cut(leaf, start), cotangents))
-        wide = jax.tree.leaves(_tree.carry(grads))
-        return [_add_at(*args, start) for args in zip(totals, wide, axes, strict=True)]
-
-    return jax.tree.unflatten(treedef, fold_chunks(step, zeros, batch, chunk_size))
-
-
-def _add_at(total: jax.Array, part: jax.Array, axis: int | None, start: Any) -> jax.Array:
-    """``total + part``, at ``start`` on the batch axis of a leaf that has one."""
-    if axis is None:
-        return total + part
-    old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis)
-    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis)
-
-
-def _share_overlap(cotangents: PyTree, size: int, chunk_size: int) -> PyTree:
-    """Halve the cotangents of the rows that the last chunk shares with the one before it.
-
-    Each of the two then contributes half of a row's gradient. Halving is exact, and unlike a zero
-    cotangent it makes no NaN of an infinite derivative.
-    """
-    starts = chunk_starts(size, chunk_size)
-    last, end_before = int(starts[-1]), (len(starts) - 1) * chunk_size
-    if last == end_before:
-        return cotangents
-    row = jnp.arange(size)
-    share = jnp.where((row >= last) & (row < end_before), 0.5, 1.0)
-    return _tree.map_inexact(
-        lambda x: _tree.scale(share.reshape(-1, *[1] * (x.ndim - 1)), x), cotangents
-    )

@@ -14,10 +14,11 @@ LAYERS = [
     {"_tree"},
     {"_axes"},
     {"_batch"},
+    {"_push_pull"},
     {"_factored"},
     {"_clip", "_outputs", "_report", "_sketch", "_source"},
     {"_accumulator", "_combine", "_vector", "_per_example", "_reassemble", "_chain_rule", "_jacobian"},
-    {"_jacobian_of"},
+    {"_jacobian_of", "_second_order"},
     {"__init__"},
 ]
 
