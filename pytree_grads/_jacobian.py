@@ -1,6 +1,5 @@
 """J, the matrix whose row i is the gradient of a function at example i, as an operator."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,20 +10,16 @@ import numpy as np
 
 from . import _clip, _report, _sketch
 from ._checks import PyTree, check_matching, describe
-from ._compat import trace_state
-from ._factored._leaves import Leaf
 from ._factored._matrix import Matrix
-from ._factored._plan import Route
 from ._factored._products import combined_norms
+from ._kept import Rows
 from ._outputs import Outputs
-from ._source import Source
-from ._tree import carried_dtype
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["_source", "_leaves", "_weights", "_valid"],
-    meta_fields=["_outputs", "_uniform"],
+    data_fields=["_rows"],
+    meta_fields=["_outputs"],
 )
 @dataclass(frozen=True, repr=False, eq=False)
 class Jacobian:
@@ -50,15 +45,11 @@ class Jacobian:
     ===========================  =================================================================
     """
 
-    _source: Source
-    _leaves: tuple[Leaf, ...] | None  # None: made again for each product
-    _weights: tuple[jax.Array, ...] | None  # of rows, for each leaf
-    _valid: jax.Array | None  # rows that count; the others are zero
+    _rows: Rows
     _outputs: Outputs
-    _uniform: bool = True  # whether the weights are the same for all leaves
 
     def __len__(self) -> int:
-        return self._source.batch.size
+        return self._rows.shape[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,11 +57,11 @@ class Jacobian:
         outputs = self._outputs
         is_array = jax.tree_util.treedef_is_leaf(outputs.treedef)
         middle = outputs.shapes[0] if is_array else (outputs.count,)
-        return (len(self), *middle, sum(x.size for x in self._primals))
+        return (len(self), *middle, sum(x.size for x in self._rows.primals))
 
     def __repr__(self) -> str:
-        kept = "recomputed" if self._leaves is None else "factored"
-        return f"Jacobian(shape={self.shape}, leaves={len(self._primals)}, rows {kept})"
+        kept = "recomputed" if self._rows.leaves is None else "factored"
+        return f"Jacobian(shape={self.shape}, leaves={len(self._rows.primals)}, rows {kept})"
 
     def __getitem__(self, index: slice) -> "Jacobian":
         """The rows of a slice of examples, with step 1."""
@@ -80,18 +71,10 @@ class Jacobian:
                 "as a tree use J[i : i + 1].to_rows()"
             )
         start, stop, _ = index.indices(len(self))
-        size = max(stop - start, 0)
-        cut = Matrix(self._leaves or (), self._weights, self._valid).taken(start, size)
-        return replace(
-            self,
-            _source=replace(self._source, batch=self._source.batch.chunk(start, size)),
-            _leaves=None if self._leaves is None else cut.leaves,
-            _weights=cut.weights,
-            _valid=cut.valid,
-        )
+        return replace(self, _rows=self._rows.taken(start, max(stop - start, 0)))
 
     @property
-    def T(self) -> "TransposedJacobian":  # noqa: N802
+    def T(self) -> "TransposedJacobian":
         """The transpose, for ``J.T @ c`` and ``J @ other.T``."""
         return TransposedJacobian(self)
 
@@ -107,9 +90,9 @@ class Jacobian:
         if isinstance(other, TransposedJacobian):
             return self.gram(other.T)
         v = jax.tree.map(jnp.asarray, other.tree if hasattr(other, "tree") else other)
-        check_matching(self._params, v, "the parameters", "v", dtypes=False)
+        check_matching(self._rows.params, v, "the parameters", "v", dtypes=False)
         vectors = jax.tree.leaves(v)
-        return self._outputs.expand(self._map(lambda matrix: matrix.apply(vectors)))
+        return self._outputs.expand(self._rows.map(lambda matrix: matrix.apply(vectors)))
 
     def weighted_sum(self, c: PyTree) -> PyTree:
         """The weighted sum of rows, Jᵀ c = Σᵢ cᵢ Jᵢ, at the cost of one ordinary gradient.
@@ -130,16 +113,16 @@ class Jacobian:
         >>> J.weighted_sum(jnp.array([1.0, -1.0]))
         {'w': Array([-2., -2.], dtype=float32)}
         """
-        return self._sum(self._outputs.flatten("c", c, len(self)))
+        return self._rows.sum(self._outputs.flatten("c", c, len(self)))
 
     def sum(self) -> PyTree:
         """The sum of all rows: a tree like the parameters, zero where there are no rows."""
-        return self._sum(None)
+        return self._rows.sum(None)
 
     def mean(self) -> PyTree:
         """The sum of all rows divided by their number; NaN where there are none."""
-        count = np.prod(self._rows)
-        return jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), self._sum(None))
+        count = np.prod(self._rows.shape)
+        return jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), self._rows.sum(None))
 
     def norms(self) -> PyTree:
         """The Euclidean norms of the rows: a real number per row, float32 or wider.
@@ -152,7 +135,7 @@ class Jacobian:
         of no weight unless the parts of a row nearly cancel. Where it has weight (a thousandth of
         the squared norm), that error is added: a norm may then be too large, but not too small.
         """
-        return self._outputs.expand(combined_norms(self._leaf_norms()))
+        return self._outputs.expand(combined_norms(self._rows.leaf_norms()))
 
     def squared_norms(self) -> PyTree:
         """The squared norms of the rows; they overflow where the square itself does."""
@@ -173,15 +156,17 @@ class Jacobian:
         other = self if other is None else other
         if not isinstance(other, Jacobian):
             raise TypeError(f"argument other must be a Jacobian, got {describe(other)}")
-        check_matching(self._params, other._params, "the parameters", "other", dtypes=False)
-        depth = len(self._rows)
-        theirs_first = [*range(depth, depth + len(other._rows)), *range(depth)]
+        check_matching(
+            self._rows.params, other._rows.params, "the parameters", "other", dtypes=False
+        )
+        depth = len(self._rows.shape)
+        theirs_first = [*range(depth, depth + len(other._rows.shape)), *range(depth)]
 
         def against(mine: Matrix) -> jax.Array:
-            products = other._map(lambda theirs: mine.gram(theirs).transpose(theirs_first))
+            products = other._rows.map(lambda theirs: mine.gram(theirs).transpose(theirs_first))
             return products.transpose(np.argsort(theirs_first))
 
-        columns = other._outputs.expand(self._map(against), axis=depth)
+        columns = other._outputs.expand(self._rows.map(against), axis=depth)
         return jax.tree.map(lambda x: self._outputs.expand(x, axis=0), columns)
 
     def square_sum(self, c: PyTree = None) -> PyTree:
@@ -197,14 +182,15 @@ class Jacobian:
           A tree like the parameters, real, in their precision.
         """
         c = None if c is None else self._outputs.flatten("c", c, len(self))
-        sums = self._fold(lambda matrix, c: matrix.square_sum(c), c, _real)
-        narrow = [x.astype(_real(p.dtype)) for x, p in zip(sums, self._primals, strict=True)]
-        return self._like_params(narrow)
+        sums = self._rows.fold(lambda matrix, c: matrix.square_sum(c), c, _real)
+        narrow = [x.astype(_real(p.dtype)) for x, p in zip(sums, self._rows.primals, strict=True)]
+        return self._rows.like_params(narrow)
 
     def scale(self, s: PyTree) -> "Jacobian":
         """diag(s) J: every row times a real number of its own."""
         factors = self._outputs.flatten("s", s, len(self))
-        return self._scaled([factors] * len(self._primals), uniform=True)
+        every = [factors] * len(self._rows.primals)
+        return replace(self, _rows=self._rows.scaled(every, uniform=True))
 
     def clip(self, max_norm: PyTree, *, nan_safe: bool = False) -> "Jacobian":
         """Every row scaled down to a norm of at most ``max_norm``: Jᵢ · min(1, max_norm/‖Jᵢ‖).
@@ -220,12 +206,10 @@ class Jacobian:
 
         Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, Algorithm 1.
         """
-        groups = _clip.groups(max_norm, self._params)
-        factors, finite = _clip.factors(self._leaf_norms(), groups)
-        clipped = self._scaled(factors, uniform=self._uniform and len(groups) == 1)
-        if not nan_safe:
-            return clipped
-        return replace(clipped, _valid=finite if self._valid is None else finite & self._valid)
+        groups = _clip.groups(max_norm, self._rows.params)
+        factors, finite = _clip.factors(self._rows.leaf_norms(), groups)
+        clipped = self._rows.scaled(factors, uniform=len(groups) == 1)
+        return replace(self, _rows=clipped.only(finite) if nan_safe else clipped)
 
     def sketch(self, key: jax.Array, dim: int) -> PyTree:
         """A random projection of every row to ``dim`` numbers, J R, that keeps inner products.
@@ -241,7 +225,7 @@ class Jacobian:
         Source: Achlioptas, "Database-friendly random projections", 2003.
         """
         dim = _sketch.checked_dim(dim)
-        projected = self._map(lambda matrix: _sketch.project(matrix, key, dim))
+        projected = self._rows.map(lambda matrix: _sketch.project(matrix, key, dim))
         return self._outputs.expand(projected)
 
     def to_rows(self) -> PyTree:
@@ -250,13 +234,13 @@ class Jacobian:
         For outputs that are not scalar the result is as from ``jax.jacrev``: a tree like the
         output that holds trees like the parameters, with leaves of shape (N, *k, *leaf).
         """
-        stacked = self._map(lambda matrix: tuple(matrix.rows()))
+        stacked = self._rows.map(lambda matrix: tuple(matrix.rows()))
         if self._outputs.is_scalar:
-            return self._like_params(list(stacked))
+            return self._rows.like_params(list(stacked))
         parts = [self._outputs.expand(x) for x in stacked]
         outer = self._outputs.treedef
         columns = zip(*(outer.flatten_up_to(part) for part in parts), strict=True)
-        return jax.tree.unflatten(outer, [self._like_params(list(x)) for x in columns])
+        return jax.tree.unflatten(outer, [self._rows.like_params(list(x)) for x in columns])
 
     def explain(self) -> str:
         """A table of the leaves: how their rows are kept, what that costs, and why.
@@ -279,72 +263,6 @@ class Jacobian:
           ValueError: a product is wrong by more than rounding; the message names the leaf.
         """
         _report.check(self, rows)
-
-    # ---------------------------------------------------------------------------------------------
-
-    @property
-    def _params(self) -> PyTree:
-        primals = self._source.batch.primals
-        return primals if self._source.many else primals[0]
-
-    @property
-    def _primals(self) -> list[jax.Array]:
-        return jax.tree.leaves(self._params)
-
-    @property
-    def _rows(self) -> tuple[int, ...]:
-        return self._outputs.rows(len(self))
-
-    def _like_params(self, leaves: list[jax.Array]) -> PyTree:
-        return jax.tree.unflatten(jax.tree.structure(self._params), leaves)
-
-    def _map(self, fun: Callable[[Matrix], PyTree], route: Route = "auto") -> PyTree:
-        """`fun` of the rows, which gives arrays that begin with a row each."""
-        if self._leaves is not None:
-            return fun(Matrix(self._leaves, self._weights, self._valid))
-        return self._source.map(fun, self._weights, self._valid, route)
-
-    def _fold(
-        self,
-        fun: Callable[[Matrix, Any], list[jax.Array]],
-        extra: jax.Array | None,
-        dtype: Callable[[Any], Any] = lambda dtype: dtype,
-    ) -> list[jax.Array]:
-        """`fun` of the rows, which gives sums over them: arrays like the leaves, carried."""
-        if self._leaves is not None:
-            return fun(Matrix(self._leaves, self._weights, self._valid), extra)
-        zeros = [jnp.zeros(x.shape, dtype(carried_dtype(x.dtype))) for x in self._primals]
-        return self._source.fold(fun, zeros, self._weights, self._valid, extra)
-
-    def _sum(self, c: jax.Array | None) -> PyTree:
-        if self._can_pull_back:
-            ones = jnp.ones(self._rows) if c is None else c
-            own = ones if self._weights is None else ones * self._weights[0].astype(ones.dtype)
-            return self._like_params(self._source.pull_back(own))
-        sums = self._fold(lambda matrix, c: matrix.weighted_sum(c), c)
-        narrow = [x.astype(p.dtype) for x, p in zip(sums, self._primals, strict=True)]
-        return self._like_params(narrow)
-
-    @property
-    def _can_pull_back(self) -> bool:
-        """Whether a sum of recomputed rows may be one pass backward, in the parameters' dtype."""
-        wide = all(carried_dtype(x.dtype) == x.dtype for x in self._primals)
-        alike = self._uniform and self._valid is None
-        return self._leaves is None and self._outputs.is_scalar and wide and alike
-
-    def _leaf_norms(self) -> tuple[jax.Array, ...]:
-        """The norms of each leaf's rows; made once where several products in one trace need them."""
-        trace = trace_state()
-        made_in, norms = self.__dict__.get("_norms_made", (None, ()))
-        if made_in != trace:
-            norms = self._map(lambda matrix: tuple(matrix.leaf_norms()), route="norms")
-            self.__dict__["_norms_made"] = (trace, norms)
-        return norms
-
-    def _scaled(self, factors: list[jax.Array], *, uniform: bool) -> "Jacobian":
-        if self._weights is not None:
-            factors = [f * w.astype(f.dtype) for f, w in zip(factors, self._weights, strict=True)]
-        return replace(self, _weights=tuple(factors), _uniform=self._uniform and uniform)
 
 
 def _real(dtype: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 from ._batch import resolve
 from ._checks import check_callable, check_chunk_size, like
 from ._jacobian import Jacobian
+from ._kept import Rows
 from ._outputs import Outputs
 from ._source import Source
 
@@ -108,13 +109,14 @@ def _make(
         source = Source(fun, batch, has_aux, chunk_size, many=not isinstance(argnums, int))
         if recompute or chunk_size is not None:
             outputs = Outputs.of(source.output_avals())
-            made = Jacobian(source, None, None, None, outputs)
+            leaves = None
             values, aux = source.outputs() if with_outputs or has_aux else (None, None)
         else:
             factored = source.factor(batch)
             outputs = Outputs.of(factored.output_avals)
-            made = Jacobian(source, factored.leaves, None, None, outputs)
+            leaves = factored.leaves
             values, aux = factored.outputs, factored.aux
+        made = Jacobian(Rows(source, leaves, outputs.rows(batch.size)), outputs)
         if with_outputs:
             return ((values, aux) if has_aux else values), made
         return (made, aux) if has_aux else made

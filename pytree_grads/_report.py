@@ -1,4 +1,4 @@
-"""What a Jacobian says of itself: how its rows are kept and at what cost, and whether they are right."""
+"""What a Jacobian says of itself: how its rows are kept, at what cost, and if they are right."""
 
 from dataclasses import replace
 from math import prod
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ._checks import PyTree, located
 from ._factored import _terms
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 
 def explain(jacobian: "Jacobian") -> str:
     """The table of `Jacobian.explain`."""
-    source = jacobian._source
-    leaves = jacobian._leaves
+    source = jacobian._rows.source
+    leaves = jacobian._rows.leaves
     if leaves is None:
         batch = source.batch.chunk(0, min(source.chunk_size or len(jacobian), len(jacobian)))
         leaves = jax.eval_shape(lambda: source.factor(batch).leaves)
-    paths = [path for path, _ in jax.tree.leaves_with_path(jacobian._params)]
+    paths = [path for path, _ in jax.tree.leaves_with_path(jacobian._rows.params)]
     header = ("leaf", "shape", "terms of a row", "norm", "norm FLOPs", "sum FLOPs", "bytes", "")
     table = [header, *(_line(p, x) for p, x in zip(paths, leaves, strict=True))]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
@@ -39,10 +40,12 @@ def explain(jacobian: "Jacobian") -> str:
     lines.insert(1, "-" * max(map(len, lines)))
     kept = sum(_bytes(leaf) for leaf in leaves)
     dense = sum(prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
-    mode = "rows are made again for each product" if jacobian._leaves is None else "rows are kept"
+    mode = (
+        "rows are made again for each product" if jacobian._rows.leaves is None else "rows are kept"
+    )
     lines.append(
-        f"{jacobian!r}: {mode}; {_number(kept)}B per row, {_number(dense)}B if it were materialised."
-        " FLOPs and bytes are per row."
+        f"{jacobian!r}: {mode}; {_number(kept)}B per row, {_number(dense)}B if it were "
+        "materialised. FLOPs and bytes are per row."
     )
     return "\n".join(lines)
 
@@ -116,27 +119,27 @@ def _number(x: float) -> str:
 
 def check(jacobian: "Jacobian", rows: int) -> None:
     """The comparison of `Jacobian.check`."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(jacobian)):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(jacobian)):
         raise TypeError("J.check() looks at values: call it outside jit, vmap and grad")
     count = min(rows, len(jacobian))
     if not count:
         return
     few = jacobian[:count]
     want = _plain_rows(few)
-    depth = len(few._rows)
-    c = jnp.asarray(np.linspace(-1, 1, prod(few._rows)).reshape(few._rows))
+    depth = len(few._rows.shape)
+    c = jnp.asarray(np.linspace(-1, 1, prod(few._rows.shape)).reshape(few._rows.shape))
 
     def products(matrix: Matrix) -> Any:
         return matrix.rows(), matrix.leaf_norms()
 
-    few = replace(few, _weights=None, _valid=None)
-    got, norms = few._map(products)
+    bare = replace(few._rows, weights=None, valid=None)
+    got, norms = bare.map(products)
     c = c.astype(jnp.zeros(()).dtype)
-    sums = few._fold(lambda matrix, c: matrix.weighted_sum(c), c)
-    squares = few._fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
-    for i, (path, _) in enumerate(jax.tree.leaves_with_path(jacobian._params)):
+    sums = bare.fold(lambda matrix, c: matrix.weighted_sum(c), c)
+    squares = bare.fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
+    for i, (path, _) in enumerate(jax.tree.leaves_with_path(jacobian._rows.params)):
         plain = np.asarray(want[i]).astype(np.result_type(np.float64, want[i].dtype))
-        flat = plain.reshape(*few._rows, -1)
+        flat = plain.reshape(*few._rows.shape, -1)
         weights = np.asarray(c, np.float64)
         expected = {
             "to_rows": (got[i], plain),
@@ -144,7 +147,7 @@ def check(jacobian: "Jacobian", rows: int) -> None:
             "weighted_sum": (sums[i], np.tensordot(weights, plain, depth)),
             "square_sum": (squares[i], np.sum(np.abs(plain) ** 2, axis=tuple(range(depth)))),
         }
-        eps = float(jnp.finfo(jacobian._primals[i].dtype).eps)
+        eps = float(jnp.finfo(jacobian._rows.primals[i].dtype).eps)
         for product, (found, right) in expected.items():
             _compare(path, product, np.asarray(found), right, eps)
 
@@ -155,14 +158,14 @@ def _compare(path: Any, product: str, found: np.ndarray, right: np.ndarray, eps:
     error = np.max(np.abs(found - right), initial=0.0)
     if not np.array_equal(np.isfinite(found), np.isfinite(right)) or error > 8 * eps**0.5 * scale:
         raise ValueError(
-            f"{located('params', path)}: {product} differs from plain jax.grad by {error:.3g}, where "
-            f"the largest entry is {scale:.3g}: please report the function, with J.explain()"
+            f"{located('params', path)}: {product} differs from plain jax.grad by {error:.3g}, "
+            f"where the largest entry is {scale:.3g}: please report the function, with J.explain()"
         )
 
 
 def _plain_rows(jacobian: "Jacobian") -> list[jax.Array]:
     """The rows of each leaf by `jax.grad` or `jax.jacrev` of one example after the other."""
-    source = jacobian._source
+    source = jacobian._rows.source
     rows = []
     for i in range(len(jacobian)):
         one = source.batch.chunk(i, 1)
