@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import _flops
 import jax
 
 MIB = 2**20
@@ -26,7 +27,12 @@ class Program:
     trace_seconds: float
     compile_seconds: float
     temp_bytes: int
-    flops: float
+    flops: float  # of products of matrices and convolutions
+
+    @property
+    def build_seconds(self) -> float:
+        """What it takes from Python to a program that can run."""
+        return self.trace_seconds + self.compile_seconds
 
     def __call__(self) -> Any:
         return self.compiled(*self.args)
@@ -50,7 +56,11 @@ class Timing:
 
 
 def compile_program(fun: Callable[..., Any], *args: Any, repeats: int = 1) -> Program:
-    """Trace and compile `fun` for `args`, from empty caches; times are medians of `repeats`."""
+    """Trace and compile `fun` for `args`, from empty caches.
+
+    Times are medians of `repeats`, or of fewer where these would take more than three seconds.
+    """
+    started = time.perf_counter()
     trace, build = [], []
     for _ in range(repeats):
         jax.clear_caches()
@@ -60,6 +70,8 @@ def compile_program(fun: Callable[..., Any], *args: Any, repeats: int = 1) -> Pr
         compiled = traced.lower().compile()
         trace.append(middle - start)
         build.append(time.perf_counter() - middle)
+        if time.perf_counter() - started > 3:
+            break
     memory = compiled.memory_analysis()
     return Program(
         compiled=compiled,
@@ -67,7 +79,7 @@ def compile_program(fun: Callable[..., Any], *args: Any, repeats: int = 1) -> Pr
         trace_seconds=statistics.median(trace),
         compile_seconds=statistics.median(build),
         temp_bytes=-1 if memory is None else int(memory.temp_size_in_bytes),
-        flops=float((compiled.cost_analysis() or {}).get("flops", float("nan"))),
+        flops=_flops.count(traced.jaxpr.jaxpr),
     )
 
 

@@ -5,229 +5,64 @@ Nothing here is written for the package: the losses are plain `jax.numpy`, scans
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-
-@dataclass(frozen=True)
-class Problem:
-    """`fun(params, *shared, *example)` is a scalar; `batch` holds the examples, stacked."""
-
-    fun: Callable[..., jax.Array]
-    params: Any
-    batch: tuple[jax.Array, ...]
-    shared: Any = ()
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        return (self.params, *self.shared, *self.batch)
-
-    @property
-    def in_axes(self) -> tuple[int | None, ...]:
-        return (None,) * (1 + len(self.shared)) + (0,) * len(self.batch)
-
-    @property
-    def size(self) -> int:
-        return self.batch[0].shape[0]
-
-    @property
-    def parameters(self) -> int:
-        return sum(x.size for x in jax.tree.leaves(self.params))
-
-
-class Draw:
-    """Random arrays, the same for the same name at every run."""
-
-    def __init__(self, name: str):
-        self.rng = np.random.default_rng(zlib.crc32(name.encode()))
-
-    def __call__(self, *shape: int) -> jax.Array:
-        return jnp.asarray(self.rng.standard_normal(shape, dtype="float32"))
-
-    def weight(self, *shape: int, fan: int | None = None) -> jax.Array:
-        """Weights that keep the size of what passes; `fan` inputs, by default all axes but one."""
-        return self(*shape) * (fan or max(1, np.prod(shape[:-1]))) ** -0.5
-
-    def ints(self, high: int, *shape: int) -> jax.Array:
-        return jnp.asarray(self.rng.integers(high, size=shape), "int32")
-
-
-def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-    picked = jnp.take_along_axis(logits, label[..., None], axis=-1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
-
-
-def layer_norm(p: Any, x: jax.Array) -> jax.Array:
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    spread = jnp.mean(centred**2, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(spread + 1e-5) * p["scale"] + p["bias"]
-
-
-def _norm_params(d: int) -> Any:
-    return {"scale": jnp.ones(d), "bias": jnp.zeros(d)}
-
-
-# --------------------------------------------------------------------------------------------------
-# Dense layers
+from _images import depthwise_net, mixer, residual_net, small_conv_net
+from _layers import Draw, Problem, cross_entropy, dense
+from _sequences import embedding_bag, gru, lstm, next_word, rnn, state_space
+from _transformers import low_rank_adapters, mixture_of_experts, transformer
 
 
 def mlp(draw: Draw, widths: tuple[int, ...], n: int) -> Problem:
     def fun(params, x, label):
         *hidden, last = params
         for p in hidden:
-            x = jax.nn.relu(x @ p["w"] + p["b"])
-        return cross_entropy(x @ last["w"] + last["b"], label)
+            x = jax.nn.relu(dense(p, x))
+        return cross_entropy(dense(last, x), label)
 
-    params = [
-        {"w": draw.weight(a, b), "b": jnp.zeros(b)}
-        for a, b in zip(widths, widths[1:], strict=False)
-    ]
+    params = [draw.dense(a, b) for a, b in pairwise(widths)]
     return Problem(fun, params, (draw(n, widths[0]), draw.ints(widths[-1], n)))
 
 
-# --------------------------------------------------------------------------------------------------
-# Recurrent networks
+def task_heads(draw: Draw, tasks: int, n: int, d: int = 512) -> Problem:
+    """One trunk, and a small network for each task."""
+
+    def fun(p, x, labels):
+        x = jax.nn.gelu(dense(p["trunk"][1], jax.nn.gelu(dense(p["trunk"][0], x))))
+        losses = [
+            cross_entropy(dense(head["out"], jnp.tanh(dense(head["hidden"], x))), label)
+            for head, label in zip(p["heads"], labels, strict=True)
+        ]
+        return sum(losses)
+
+    heads = [{"hidden": draw.dense(d, 32), "out": draw.dense(32, 5)} for _ in range(tasks)]
+    params = {"trunk": [draw.dense(256, d), draw.dense(d, d)], "heads": heads}
+    return Problem(fun, params, (draw(n, 256), draw.ints(5, n, tasks)))
 
 
-def rnn(draw: Draw, steps: int, units: int, n: int) -> Problem:
-    def fun(p, xs, label):
-        def step(h, x):
-            return jnp.tanh(x @ p["in"] + h @ p["rec"] + p["b"]), None
+def deep_sets(draw: Draw, n: int, members: int = 64, groups: int = 8, d: int = 128) -> Problem:
+    """Members of groups are embedded and added up by group, and the groups once more."""
 
-        h, _ = jax.lax.scan(step, jnp.zeros(units), xs)
-        return cross_entropy(h @ p["out"], label)
+    def fun(p, x, group, label):
+        x = jax.nn.relu(dense(p["inner"][1], jax.nn.relu(dense(p["inner"][0], x))))
+        x = jax.ops.segment_sum(x, group, groups) / 8
+        x = jnp.mean(jax.nn.relu(dense(p["outer"], x)), axis=0)
+        return cross_entropy(dense(p["out"], x), label)
 
-    params = {"in": draw.weight(64, units), "rec": draw.weight(units, units)}
-    params |= {"b": jnp.zeros(units), "out": draw.weight(units, 10)}
-    return Problem(fun, params, (draw(n, steps, 64), draw.ints(10, n)))
-
-
-# --------------------------------------------------------------------------------------------------
-# Transformers
-
-
-def _block(p: Any, x: jax.Array, heads: int) -> jax.Array:
-    t, d = x.shape
-    q, k, v = jnp.split(layer_norm(p["norm1"], x) @ p["qkv"], 3, axis=-1)
-    q, k, v = (y.reshape(t, heads, d // heads) for y in (q, k, v))
-    scores = jnp.einsum("thk,shk->hts", q, k) * (d // heads) ** -0.5
-    scores = jnp.where(jnp.tril(jnp.ones((t, t), bool)), scores, -1e9)
-    mixed = jnp.einsum("hts,shk->thk", jax.nn.softmax(scores, axis=-1), v)
-    x = x + mixed.reshape(t, d) @ p["out"]
-    hidden = jax.nn.gelu(layer_norm(p["norm2"], x) @ p["up"] + p["up_bias"])
-    return x + hidden @ p["down"] + p["down_bias"]
-
-
-def _block_params(draw: Draw, d: int) -> Any:
-    return {
-        "norm1": _norm_params(d),
-        "norm2": _norm_params(d),
-        "qkv": draw.weight(d, 3 * d),
-        "out": draw.weight(d, d),
-        "up": draw.weight(d, 4 * d),
-        "up_bias": jnp.zeros(4 * d),
-        "down": draw.weight(4 * d, d),
-        "down_bias": jnp.zeros(d),
-    }
-
-
-def transformer(
-    draw: Draw,
-    t: int,
-    n: int,
-    layers: int = 4,
-    d: int = 256,
-    vocabulary: int = 2000,
-    *,
-    scan: bool = False,
-    remat: bool = False,
-) -> Problem:
-    block = partial(_block, heads=4)
-    if remat:
-        block = jax.checkpoint(block)
-
-    def fun(p, tokens):
-        x = p["embed"][tokens[:-1]] + p["positions"]
-        if scan:
-            x, _ = jax.lax.scan(lambda x, layer: (block(layer, x), None), x, p["layers"])
-        else:
-            for layer in p["layers"]:
-                x = block(layer, x)
-        return cross_entropy(layer_norm(p["norm"], x) @ p["unembed"], tokens[1:])
-
-    blocks = [_block_params(draw, d) for _ in range(layers)]
-    params = {
-        "embed": draw(vocabulary, d),
-        "positions": 0.1 * draw(t, d),
-        "layers": jax.tree.map(lambda *xs: jnp.stack(xs), *blocks) if scan else blocks,
-        "norm": _norm_params(d),
-        "unembed": draw.weight(d, vocabulary),
-    }
-    return Problem(fun, params, (draw.ints(vocabulary, n, t + 1),))
-
-
-# --------------------------------------------------------------------------------------------------
-# Convolutions
-
-
-def conv(x: jax.Array, w: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
-    """One image (height, width, channels)."""
-    return jax.lax.conv_general_dilated(
-        x[None],
-        w,
-        (stride, stride),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )[0]
-
-
-def _pool(x: jax.Array) -> jax.Array:
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (2, 2, 1), (2, 2, 1), "VALID")
-
-
-def small_conv_net(draw: Draw, n: int) -> Problem:
-    def fun(p, x, label):
-        x = _pool(jax.nn.relu(conv(x, p["conv1"]) + p["bias1"]))
-        x = _pool(jax.nn.relu(conv(x, p["conv2"]) + p["bias2"]))
-        x = jax.nn.relu(x.reshape(-1) @ p["dense"] + p["bias3"])
-        return cross_entropy(x @ p["out"], label)
-
-    params = {
-        "conv1": draw.weight(5, 5, 1, 16),
-        "bias1": jnp.zeros(16),
-        "conv2": draw.weight(5, 5, 16, 32),
-        "bias2": jnp.zeros(32),
-        "dense": draw.weight(7 * 7 * 32, 128),
-        "bias3": jnp.zeros(128),
-        "out": draw.weight(128, 10),
-    }
-    return Problem(fun, params, (draw(n, 28, 28, 1), draw.ints(10, n)))
-
-
-# --------------------------------------------------------------------------------------------------
-# Words
-
-
-def embedding_bag(draw: Draw, vocabulary: int, d: int, words: int, n: int) -> Problem:
-    def fun(p, words, label):
-        x = jnp.mean(p["embed"][words], axis=0)
-        return cross_entropy(jax.nn.relu(x @ p["hidden"]) @ p["out"], label)
-
-    params = {"embed": draw(vocabulary, d), "hidden": draw.weight(d, d), "out": draw.weight(d, 20)}
-    return Problem(fun, params, (draw.ints(vocabulary, n, words), draw.ints(20, n)))
+    inner = [draw.dense(16, d), draw.dense(d, d)]
+    params = {"inner": inner, "outer": draw.dense(d, d), "out": draw.dense(d, 10)}
+    batch = draw(n, members, 16), draw.ints(groups, n, members), draw.ints(10, n)
+    return Problem(fun, params, batch)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A family, and one of its members at a certain shape."""
+    """A member of a family at a certain shape."""
 
     name: str
     family: str
@@ -235,18 +70,52 @@ class Model:
     quick: bool = False  # part of the short run
 
     def __call__(self) -> Problem:
+        """The same problem at every run."""
         return self.build(Draw(self.family))
 
 
-def _model(name: str, build: Callable[..., Problem], *args: Any, quick: bool = False, **shape: Any):
-    return Model(name, build.__name__, lambda draw: build(draw, *args, **shape), quick)
+def _model(name: str, build: Callable[..., Problem], *shape: Any, quick: bool = False, **options):
+    family = build.__name__ + "".join(f" {key}" for key in options if options[key] is True)
+    return Model(name, family, lambda draw: build(draw, *shape, **options), quick)
 
+
+DIGITS = (784, 1024, 1024, 10)
 
 MODELS = [
-    _model("MLP 784-1024-1024-10, N=128", mlp, (784, 1024, 1024, 10), 128, quick=True),
+    _model("MLP 784-1024-1024-10, N=128", mlp, DIGITS, 128, quick=True),
+    _model("MLP 784-1024-1024-10, N=1", mlp, DIGITS, 1),
+    _model("MLP 784-1024-1024-10, N=384", mlp, DIGITS, 384),
+    _model("MLP 784-1024-1024-10, N=1024", mlp, DIGITS, 1024),
+    _model("MLP of 32 layers of 64, N=256", mlp, (64,) * 33, 256),
+    _model("MLP 512-4096-4096-10, N=64", mlp, (512, 4096, 4096, 10), 64),
+    _model("20 task heads, N=128", task_heads, 20, 128),
+    _model("deep sets, 64 members, N=64", deep_sets, 64),
     _model("tanh RNN, 32 steps, 256 units, N=64", rnn, 32, 256, 64, quick=True),
-    _model("transformer, list, T=64, N=32", transformer, 64, 32),
-    _model("transformer, scan, T=64, N=32", transformer, 64, 32, scan=True),
-    _model("conv net 28×28, N=128", small_conv_net, 128),
+    _model("LSTM, 64 steps, 128 units, N=32", lstm, 64, 128, 32),
+    _model("GRU, 16 steps, 512 units, N=32", gru, 16, 512, 32),
+    _model("state space, 256 steps, N=16", state_space, 256, 16),
     _model("embedding bag, 20,000 words, N=256", embedding_bag, 20_000, 64, 64, 256, quick=True),
+    _model("next of 50,000 words, N=64", next_word, 50_000, 64, 8, 64),
+    _model("transformer, list, T=64, N=32", transformer, 64, 32),
+    _model("transformer, list, T=16, N=64", transformer, 16, 64),
+    _model("transformer, list, T=256, N=8", transformer, 256, 8),
+    _model("transformer, remat list, T=64, N=16", transformer, 64, 16, remat=True),
+    _model("transformer, scan, T=64, N=32", transformer, 64, 32, scan=True),
+    _model("transformer, remat scan, T=64, N=32", transformer, 64, 32, scan=True, remat=True),
+    _model(
+        "tied language model, T=32, N=16",
+        transformer,
+        32,
+        16,
+        layers=2,
+        d=128,
+        vocabulary=8000,
+        tied=True,
+    ),
+    _model("mixture of 8 experts, T=32, N=16", mixture_of_experts, 32, 16),
+    _model("low-rank adapters, T=64, N=16", low_rank_adapters, 64, 16),
+    _model("conv net 28×28, N=128", small_conv_net, 128),
+    _model("residual net 32×32, N=16", residual_net, 16),
+    _model("depthwise net 64×64, N=16", depthwise_net, 16),
+    _model("MLP-mixer, 64 patches, N=32", mixer, 32),
 ]

@@ -1,90 +1,316 @@
 """Time products with J, the matrix of per-example gradients, against the ordinary gradient.
 
-    python benchmarks/per_example.py [--only NAME] [--quick]
+    python benchmarks/per_example.py [--only NAME ...] [--quick] [--products clipped gram ...]
+        [--no-peers] [--no-routes] [--no-depth] [--repeats 5] [--write benchmarks/README.md]
 
-The ordinary gradient is `jax.grad` of the sum of the losses of the batch, a `jax.vmap`.
+Prints Markdown, and tells what it does meanwhile on the standard error. The ordinary gradient is
+`jax.grad` of the sum of the losses of the batch, which is mapped over with `jax.vmap`; all else is
+given as multiples of it, measured in the same run. See `models.py` for the models.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-from _measure import MIB, compile_program, environment, interleaved, markdown_table
-from models import MODELS
+from _figures import (
+    Figure,
+    log_progress,
+    measure,
+    over_families,
+    shown,
+)
+from _layers import Draw, Problem
+from _measure import (
+    Program,
+    compile_program,
+    environment,
+    human_bytes,
+    human_seconds,
+    markdown_table,
+)
+from _ways import PEERS, PRODUCTS, ROUTES, installed, ordinary, ours, peers_of
+from models import MODELS, Model, mlp
 
-from pytree_grads import jacobian
-
-MAX_NORM = 1.0
-
-
-def ordinary(problem):
-    def total(params, *rest):
-        return jnp.sum(jax.vmap(problem.fun, in_axes=problem.in_axes)(params, *rest))
-
-    return jax.grad(total)
-
-
-def clipped(problem):
-    def product(*args):
-        J = jacobian(problem.fun, in_axes=problem.in_axes)(*args)
-        return J.clip(MAX_NORM).sum(), J.norms()
-
-    return product
-
-
-def clipped_rows(problem):
-    def product(*args):
-        rows = jax.vmap(jax.grad(problem.fun), in_axes=problem.in_axes)(*args)
-        squares = [jnp.sum(x**2, axis=range(1, x.ndim)) for x in jax.tree.leaves(rows)]
-        norms = jnp.sqrt(sum(squares))
-        factors = jnp.minimum(1, MAX_NORM / norms)
-        return jax.tree.map(lambda x: jnp.tensordot(factors, x, 1), rows), norms
-
-    return product
+CHOICES = ("factored", "materialised", "one at a time", "vmap(grad)")  # for the cost model
+BEGIN, END = "<!-- per_example.py: begin -->", "<!-- per_example.py: end -->"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    print(environment())
-    rows = []
-    for model in MODELS:
-        if options.only and not any(word.lower() in model.name.lower() for word in options.only):
-            continue
-        if options.quick and not model.quick:
-            continue
-        problem = model()
-        ways = {"ordinary": ordinary, "ours": clipped}
+@dataclass(frozen=True)
+class Entry:
+    """A product of a model, by all ways that were tried."""
+
+    model: Model
+    problem: Problem
+    base: Program
+    seconds: float  # of the ordinary gradient
+    figures: Mapping[str, Figure]
+
+    @property
+    def ours(self) -> Figure:
+        """The package, with the route that it chooses."""
+        return self.figures["auto"]
+
+    def times(self, names: Sequence[str]) -> dict[str, float]:
+        """The times of those of some ways that were run."""
+        found = {name: self.figures[name].time for name in names if name in self.figures}
+        return {name: x for name, x in found.items() if x is not None}
+
+    def bytes_of(self, names: Sequence[str]) -> list[int]:
+        """The temporary memory of those of some ways that could be compiled."""
+        found = [self.figures[name].temp_bytes for name in names if name in self.figures]
+        return [count for count in found if count >= 0]
+
+    @property
+    def over_best_peer(self) -> float | None:
+        """Our time over that of the fastest peer."""
+        times = self.times(PEERS)
+        return self.ours.time / min(times.values()) if times and self.ours.time else None
+
+    @property
+    def over_best_route(self) -> float | None:
+        """Our time over that of the fastest route; materialised rows are also to be had by hand."""
+        times = self.times(CHOICES)
+        return self.ours.time / min(times.values()) if times and self.ours.time else None
+
+
+def run(model: Model, options: argparse.Namespace) -> dict[str, Entry]:
+    """The entries of a model, by product."""
+    problem = model()
+    base = compile_program(ordinary(problem), *problem.args, repeats=3)
+    entries = {}
+    for product in options.products:
+        ways = {"auto": ours(problem, product)}
+        if options.routes:
+            names = ROUTES if product == "clipped" else ("auto", "factored")
+            ways |= {name: ROUTES[name](problem, product) for name in names}
         if options.peers:
-            ways["vmap(grad)"] = clipped_rows
-        programs = {
-            name: compile_program(way(problem), *problem.args) for name, way in ways.items()
-        }
-        times = interleaved(programs, seconds=0, rounds=options.repeats)
-        base, base_time = programs["ordinary"], times["ordinary"]
-        row = [model.name, f"{base_time.median * 1e3:.1f} ms", f"{base.temp_bytes / MIB:.1f} MiB"]
-        for name in list(programs)[1:]:
-            program = programs[name]
-            compiling = program.trace_seconds + program.compile_seconds
-            row += [
-                f"{times[name].over(base_time):.2f}",
-                f"{program.temp_bytes / MIB:.1f}",
-                f"{program.temp_bytes / base.temp_bytes:.2f}",
-                f"{program.flops / base.flops:.2f}",
-                f"{compiling / (base.trace_seconds + base.compile_seconds):.2f}",
-            ]
+            ways |= peers_of(problem, product)
+        seconds, figures = measure(
+            problem,
+            base,
+            ways,
+            rounds=options.repeats,
+            cap=options.memory_cap * 2**30,
+            careful=("auto",),
+        )
+        entries[product] = Entry(model, problem, base, seconds, figures)
+        told = ", ".join(f"{name} {figure}" for name, figure in figures.items())
+        log_progress(f"    {product}, {human_seconds(seconds)}: {told}")
+    return entries
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+def product_table(entries: Sequence[Entry], peers: bool) -> str:
+    names = [x for x in PEERS if peers and any(x in entry.figures for entry in entries)]
+    header = ["model", "ordinary", "memory", "**time**", "**memory**", "**FLOPs**", "**compile**"]
+    header += [*names, "÷ best peer"] if names else []
+    rows = []
+    for entry in entries:
+        mine = entry.ours
+        row = [
+            entry.model.name,
+            human_seconds(entry.seconds),
+            human_bytes(entry.base.temp_bytes),
+            *map(shown, (mine.time, mine.memory, mine.flops, mine.build)),
+        ]
+        row[3] += mine.note
+        if names:
+            row += [str(entry.figures.get(name, "")) for name in names]
+            row.append(shown(entry.over_best_peer))
         rows.append(row)
-        print(row, flush=True)
-    header = ["model", "ordinary", "memory"]
-    for name in list(ways)[1:]:
-        header += [f"{name} time", "MiB", "memory", "FLOPs", "compile"]
-    print(markdown_table(header, rows))
+    return markdown_table(header, rows)
+
+
+def route_table(entries: Sequence[Entry]) -> str:
+    names = list(ROUTES)
+    rows = [
+        [
+            entry.model.name,
+            *(str(entry.figures.get(name, "")) for name in names),
+            shown(entry.over_best_route),
+        ]
+        for entry in entries
+    ]
+    return markdown_table(["model", *names, "auto ÷ best"], rows)
+
+
+def summary(results: Mapping[str, Sequence[Entry]]) -> str:
+    rows = []
+    for product, entries in results.items():
+        families = {entry.model.name: entry.model.family for entry in entries}
+        columns = {
+            name: {entry.model.name: getattr(entry.ours, name) for entry in entries}
+            for name in ("time", "memory", "flops", "build")
+        }
+        columns["peer"] = {entry.model.name: entry.over_best_peer for entry in entries}
+        row = [PRODUCTS[product]]
+        for values in columns.values():
+            known = {name: x for name, x in values.items() if x is not None and x == x}
+            worst = max(known, key=known.__getitem__, default=None)
+            row.append(shown(over_families(known, families)))
+            row.append("–" if worst is None else f"{shown(known[worst])} ({worst})")
+        rows.append(row)
+    header = ["product"]
+    for name in ("time", "memory", "FLOPs", "compile", "time ÷ best peer"):
+        header += [name, f"worst {name}"]
+    # a row per figure reads better than twelve columns
+    return markdown_table(
+        ["", *(row[0] for row in rows)],
+        [[header[i], *(row[i] for row in rows)] for i in range(1, len(header))],
+    )
+
+
+def choices(results: Mapping[str, Sequence[Entry]]) -> str:
+    """How often the choice of route is good."""
+    lines, good, total = [], 0, 0
+    for product, entries in results.items():
+        for entry in entries:
+            if (quotient := entry.over_best_route) is None:
+                continue
+            total += 1
+            good += quotient <= 1.1
+            if quotient > 1.1:
+                routes = entry.times(CHOICES)
+                best = min(routes, key=routes.__getitem__)
+                lines.append([entry.model.name, PRODUCTS[product], shown(quotient), best])
+    told = f"The route that is chosen is within 10 % of the best one in {good} of {total} entries."
+    if lines:
+        told += " The others:\n\n"
+        told += markdown_table(["model", "product", "auto ÷ best", "best"], lines)
+    return told
+
+
+def memory_against_peers(entries: Sequence[Entry]) -> str:
+    """The least memory in which a clipped sum is had, ours against the peers'."""
+    rows = []
+    for entry in entries:
+        mine, theirs = entry.bytes_of(list(ROUTES)), entry.bytes_of(PEERS)
+        if mine and theirs:
+            quotient = min(mine) / max(1, min(theirs))
+            rows.append(
+                [
+                    entry.model.name,
+                    human_bytes(min(mine)),
+                    human_bytes(min(theirs)),
+                    shown(quotient),
+                ]
+            )
+    return markdown_table(["model", "ours", "peers", "quotient"], rows)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def depth_table(depths: Sequence[int]) -> str:
+    """The time to trace and to compile a list of layers of which nothing is alike but the shape."""
+    rows = []
+    for layers in depths:
+        problem = mlp(Draw("depth"), (16,) * (layers + 1), 8)
+        log_progress(f"depth {layers}")
+        repeats = 3 if layers <= 100 else 1
+        base = compile_program(ordinary(problem), *problem.args, repeats=repeats)
+        mine = compile_program(ours(problem, "clipped"), *problem.args, repeats=repeats)
+        rows.append(
+            [
+                f"{layers:,}",
+                human_seconds(base.trace_seconds),
+                human_seconds(base.compile_seconds),
+                human_seconds(mine.trace_seconds),
+                human_seconds(mine.compile_seconds),
+                shown(mine.trace_seconds / base.trace_seconds),
+                shown(mine.compile_seconds / base.compile_seconds),
+                shown(mine.build_seconds / base.build_seconds),
+                human_seconds(mine.trace_seconds / layers),
+            ]
+        )
+    header = ["layers", "ordinary: trace", "compile", "ours: trace", "compile"]
+    header += ["trace ×", "compile ×", "both ×", "trace per layer"]
+    return markdown_table(header, rows)
+
+
+def versions() -> str:
+    """What was run and what was not there."""
+    packages = {"optax": "optax", "jax_privacy": "jax_privacy", "opacus": "opacus"}
+    packages["backpack"] = "backpack-for-pytorch"
+    found = {name: installed(name, package) for name, package in packages.items()}
+    told = [f"{name} {version or 'not installed'}" for name, version in found.items()]
+    return f"{environment()}; {', '.join(told)}."
+
+
+def report(results: Mapping[str, Sequence[Entry]], options: argparse.Namespace) -> str:
+    results = {product: entries for product, entries in results.items() if entries}
+    parts = [f"{versions()} Medians of {options.repeats} rounds."]
+    parts += ["#### Means and worst cases", summary(results)]
+    for product, entries in results.items():
+        title = PRODUCTS[product]
+        parts += [f"#### {title[0].upper()}{title[1:]}", product_table(entries, options.peers)]
+    if options.routes:
+        parts += ["#### Routes to the clipped sum"] if "clipped" in results else []
+        parts += [route_table(results["clipped"])] if "clipped" in results else []
+        parts.append(choices(results))
+        if options.peers and "clipped" in results:
+            parts += ["#### The least memory", memory_against_peers(results["clipped"])]
+    if options.depths:
+        parts += ["#### Depth", depth_table(options.depths)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Put text between the two markers of a file."""
+    pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
+    page = path.read_text()
+    if not pattern.search(page):
+        page += f"\n{BEGIN}\n{END}\n"
+    path.write_text(pattern.sub(lambda _: f"\n{text}\n", page))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--only", nargs="+", default=[], help="models whose name contains one of these words")
+    add("--quick", action="store_true", help="three models, to see that everything runs")
+    add("--products", nargs="+", choices=PRODUCTS, default=list(PRODUCTS))
+    add("--peers", action=switch, default=True)
+    add("--routes", action=switch, default=True)
+    add("--depths", nargs="*", type=int, default=[10, 100, 1000], help="layers; none to skip")
+    add("--repeats", type=int, default=5, help="rounds of timing")
+    add("--memory-cap", type=float, default=6, help="GiB; what would need more is not run")
+    add("--write", type=Path, help="a Markdown file, to write between its markers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    log_progress(versions())
+    results: dict[str, list[Entry]] = {product: [] for product in options.products}
+    for model in MODELS:
+        wanted = any(word.lower() in model.name.lower() for word in options.only)
+        if (options.only and not wanted) or (options.quick and not model.quick):
+            continue
+        start = time.perf_counter()
+        log_progress(model.name)
+        try:
+            for product, entry in run(model, options).items():
+                results[product].append(entry)
+        except Exception as error:  # a table with a gap is better than none
+            log_progress(f"    {type(error).__name__}: {str(error)[:500]}")
+        log_progress(f"    {time.perf_counter() - start:.0f} s")
+        jax.clear_caches()
+    text = report(results, options)
+    print(text)
+    if options.write:
+        write(options.write, text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,136 @@
+"""What is measured of a way to a product, and the means over models."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import exp, log
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from _layers import Problem
+from _measure import Program, compile_program, human_bytes, interleaved
+
+SLOW = 5  # times the ordinary gradient; what is slower is timed once, apart from the others
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One way to a product, as multiples of the ordinary gradient."""
+
+    time: float | None  # None: not run
+    memory: float
+    flops: float
+    build: float
+    temp_bytes: int
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.time is None:
+            return self.note or f"({human_bytes(self.temp_bytes)})"
+        return f"{shown(self.time)} · {shown(self.memory)}{self.note}"
+
+
+def shown(x: float | None) -> str:
+    """A multiple, with the digits that matter."""
+    if x is None or x != x:
+        return "–"
+    return f"{x:.2f}" if x < 9.995 else f"{x:,.0f}"
+
+
+def log_progress(text: str) -> None:
+    """Tell a person who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure(
+    problem: Problem,
+    base: Program,
+    ways: Mapping[str, Callable[..., Any]],
+    *,
+    rounds: int,
+    cap: float,
+    careful: Iterable[str] = (),
+) -> tuple[float, dict[str, Figure]]:
+    """The seconds of the ordinary gradient, and the figures of all ways.
+
+    `cap` bounds the temporary memory, in bytes, of what is run. The ways in `careful` are compiled
+    as often as the ordinary gradient was, for the sake of the time that this takes.
+    """
+    programs: dict[str, Program] = {}
+    failed: dict[str, Figure] = {}
+    for name, way in ways.items():
+        try:
+            programs[name] = compile_program(
+                way, *problem.args, repeats=3 if name in careful else 1
+            )
+        except Exception as error:
+            log_progress(f"    {name}: {type(error).__name__}: {str(error)[:300]}")
+            failed[name] = Figure(None, *[float("nan")] * 3, -1, f"({type(error).__name__})")
+    once = interleaved({"ordinary": base}, seconds=0, rounds=2)["ordinary"].median
+    fast: dict[str, Program] = {}
+    times: dict[str, float] = {}
+    wrong = set[str]()
+    reference = None
+    for name, program in programs.items():
+        if program.temp_bytes > cap:
+            continue
+        result = jax.block_until_ready(program())
+        reference = result if reference is None else reference
+        if _distance(result, reference) > 1e-2:
+            wrong.add(name)
+        del result
+        start = time.perf_counter()
+        jax.block_until_ready(program())
+        seconds = time.perf_counter() - start
+        if seconds > max(SLOW * once, 0.02):
+            times[name] = seconds / once
+        else:
+            fast[name] = program
+    taken = interleaved({"ordinary": base, **fast}, seconds=0, rounds=rounds)
+    times |= {name: taken[name].over(taken["ordinary"]) for name in fast}
+
+    def figure(name: str, program: Program) -> Figure:
+        return Figure(
+            times.get(name),
+            _quotient(program.temp_bytes, base.temp_bytes),
+            _quotient(program.flops, base.flops),
+            program.build_seconds / base.build_seconds,
+            program.temp_bytes,
+            " (differs)" if name in wrong else "",
+        )
+
+    found = {name: figure(name, program) for name, program in programs.items()}
+    return taken["ordinary"].median, failed | found
+
+
+def _quotient(x: float, y: float) -> float:
+    return x / y if y else float("nan")
+
+
+def _distance(one: Any, other: Any) -> float:
+    """The largest difference of two trees, over the largest entry of the leaf."""
+
+    def of(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.max(jnp.abs(x - y)) / (jnp.max(jnp.abs(y)) + 1e-12)
+
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return float(jnp.max(jnp.stack([jax.jit(of)(x, y) for x, y in pairs])))
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """NaN where there are no values."""
+    logs = [log(x) for x in values if x > 0]
+    return exp(sum(logs) / len(logs)) if logs else float("nan")
+
+
+def over_families(values: Mapping[str, float | None], families: Mapping[str, str]) -> float:
+    """The geometric mean over families of the geometric means over their members."""
+    groups: dict[str, list[float]] = {}
+    for name, x in values.items():
+        if x is not None and x == x:
+            groups.setdefault(families[name], []).append(x)
+    return geometric_mean(map(geometric_mean, groups.values()))
