@@ -188,8 +188,8 @@ def norm(term: Term) -> jax.Array:
     """The norm of one row, without overflow or underflow on the way to it, and not too small.
 
     Inner products of T > 1 pairs subtract, and lose the digits of a row whose parts nearly cancel:
-    the squared norm is rounded by the order of eps * mass**2, where mass is the sum of the norms of
-    the parts. Where that is more than a thousandth of the squared norm, it is added.
+    the squared norm is rounded by the order of eps times the sum of the absolute values of what it
+    adds up. Where that is more than a thousandth of the squared norm, it is added.
     """
     if _has_large_blocks(term):
         # One block after the other: what is scaled here need not be held for all blocks at once.
@@ -198,8 +198,7 @@ def norm(term: Term) -> jax.Array:
         def one(block: list[jax.Array]) -> jax.Array:
             return norm(jax.tree.unflatten(treedef, [x[None] for x in block]))
 
-        blocks = lax.map(one, arrays)
-        return norm(Dense(blocks))
+        return norm(Dense(lax.map(one, arrays)))
     unit, size = normalized(term)
     if isinstance(unit, Dense):
         square = jnp.sum(jnp.abs(unit.value) ** 2)
@@ -207,7 +206,7 @@ def norm(term: Term) -> jax.Array:
         products = jnp.real(pairs(unit, unit))
         square = jnp.sum(products)
         if not cannot_cancel(term):
-            square = not_too_small(square, jnp.sum(jnp.sqrt(_diagonal(products))))
+            square = not_too_small(square, jnp.sum(jnp.abs(products)))
     return size.astype(square.dtype) * safe_sqrt(square)
 
 
@@ -217,22 +216,23 @@ def _has_large_blocks(term: Term) -> bool:
     return sum(x.size for x in jax.tree.leaves(term)) // term.right.shape[0] >= LARGE_BLOCK
 
 
-def not_too_small(square: jax.Array, mass: jax.Array) -> jax.Array:
-    """A squared norm plus its rounding error, if that is of weight; see `norm`."""
-    rounding = lax.stop_gradient(mass) ** 2 * float(4 * jnp.finfo(square.dtype).eps)
+def not_too_small(square: jax.Array, absolute: jax.Array) -> jax.Array:
+    """A squared norm plus its rounding error, if that is of weight; see `norm`.
+
+    `absolute` is the sum of the absolute values of the summands of the squared norm.
+    """
+    rounding = lax.stop_gradient(absolute) * float(8 * jnp.finfo(square.dtype).eps)
     return jnp.where(rounding > square * 1e-3, jnp.maximum(square, 0) + rounding, square)
 
 
 def mass(term: Term) -> jax.Array:
-    """The sum of the norms of a row's parts."""
+    """The sum of the norms of the parts of a row; its square bounds what `not_too_small` asks."""
     if isinstance(term, Dense):
         return safe_sqrt(jnp.sum(jnp.abs(materialize(term)) ** 2))
-    return jnp.sum(safe_sqrt(_diagonal(jnp.real(pairs(term, term)))))
-
-
-def _diagonal(x: jax.Array) -> jax.Array:
-    on = lax.broadcasted_iota(jnp.int32, x.shape, 1) == lax.broadcasted_iota(jnp.int32, x.shape, 2)
-    return jnp.sum(jnp.where(on, x, 0), axis=2)
+    products = jnp.real(pairs(term, term))
+    t, s = (lax.broadcasted_iota(jnp.int32, products.shape, axis) for axis in (1, 2))
+    squares = jnp.sum(jnp.where(t == s, products, jnp.zeros_like(products)), axis=2)
+    return jnp.sum(safe_sqrt(squares))
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
