@@ -19,7 +19,7 @@ def groups(max_norm: PyTree, params: PyTree) -> list[tuple[list[int], jax.Array]
             raise TypeError(f"{where} must be a real number, got {describe(bound)}")
         if jnp.shape(bound) != () or not jnp.isrealobj(bound):
             raise ValueError(f"{where} must be one real number, got {describe(jnp.asarray(bound))}")
-        if not isinstance(bound, jax.Array) and not bound >= 0:
+        if not isinstance(bound, jax.Array) and not float(bound) >= 0:
             raise ValueError(f"{where} must not be negative or NaN, got {bound}")
     leaves = jax.tree.leaves(max_norm)
     try:

@@ -41,7 +41,7 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def trace_state() -> Any:
-    """Equal for two moments in one trace (or both in none): values of one may be used in the other."""
+    """Equal for two moments in one trace, or both in none: what one made, the other may use."""
     return core.get_opaque_trace_state()
 
 

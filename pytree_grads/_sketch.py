@@ -31,7 +31,9 @@ def project(matrix: Matrix, key: jax.Array, dim: int) -> jax.Array:
             jax.random.rademacher(jax.random.fold_in(own, i), leaf.shape, leaf.real)
             for i, leaf in enumerate(matrix.leaves)
         ]
-        return matrix.apply([s.astype(leaf.carried) for s, leaf in zip(signs, matrix.leaves)])
+        return matrix.apply(
+            [s.astype(leaf.carried) for s, leaf in zip(signs, matrix.leaves, strict=True)]
+        )
 
     columns = jax.lax.map(column, jnp.arange(dim, dtype=jnp.uint32), batch_size=min(at_once, dim))
     return jnp.moveaxis(columns, 0, -1) * scale

@@ -54,7 +54,7 @@ class Source:
         """`fun(matrix)`, which gives arrays of a row each, chunk by chunk."""
 
         def of_chunk(chunk: Batch, rows: Any) -> PyTree:
-            return fun(self.matrix(chunk, *rows, route))
+            return fun(self.matrix(chunk, *rows, route=route))
 
         return map_chunks(of_chunk, self.batch, self.chunk_size, (weights, valid))
 

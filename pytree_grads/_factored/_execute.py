@@ -138,7 +138,8 @@ def _needs(graph: Graph, keys: Iterable[Key]) -> _Needs:
     scans: dict[Equation, _ScanNeeds] = {}
     for equation in reversed(graph.equations):
         if equation in inside:
-            scans[equation] = needs = _scan_needs(equation, *map(list, inside[equation]), atoms)
+            stacks, totals = inside[equation]
+            scans[equation] = needs = _scan_needs(equation, list(stacks), list(totals), atoms)
             operands = zip(equation.inputs, equation.body.inputs, strict=True)
             atoms.update(outer for outer, inner in operands if inner in needs.body.atoms)
         elif any(output in atoms for output in equation.outputs):
@@ -226,7 +227,8 @@ def _run_scan(equation: Equation, needs: _ScanNeeds, env: dict[Key, Any]) -> dic
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    found: dict[Key, Any] = dict(zip([equation.outputs[i] for i in needs.carries], state))
+    found: dict[Key, Any] = {}
+    found.update(zip([equation.outputs[i] for i in needs.carries], state, strict=True))
     found.update(zip([equation.outputs[i] for i in needs.steps], steps, strict=True))
     found.update((Total(equation, key), x) for key, x in zip(needs.totals, totals, strict=True))
     found.update((Stacked(equation, key), x) for key, x in zip(needs.stacks, stacks, strict=True))

@@ -129,9 +129,8 @@ def dot_layout(equation: Equation, tail: Tail) -> tuple[DotLayout, Tail]:
         taken = {*contracted[side], *batched[side]}
         free = [axis for axis in range(len(shapes[side])) if axis not in taken]
         dims += [_Dim(group, (axis,), 0, shapes[side][axis]) for axis in free]
-    while tail and isinstance(tail[0], Transpose | Slice):
-        step, *rest = tail
-        tail = tuple(rest)
+    while tail and isinstance(step := tail[0], Transpose | Slice):
+        tail = tail[1:]
         if isinstance(step, Transpose):
             dims = [dims[axis] for axis in step.permutation]
         else:

@@ -104,7 +104,7 @@ def over_rows(
         size = leaf.size if level == 1 else leaf.outputs
         if level == 1 and materializes:
             at_once = ENTRIES_AT_ONCE // max(1, prod(leaf.shape) * (leaf.outputs or 1))
-            fun = _some_at_once(fun, axes, size, max(1, at_once))
+            fun = _some_at_once(fun, axes, leaf.size, max(1, at_once))
         else:
             fun = jax.vmap(fun, in_axes=axes, axis_size=size)
     return fun(leaf.terms, *arrays)
@@ -211,4 +211,4 @@ def length(leaf: Leaf, terms: Sequence[Term]) -> jax.Array:
     square = jnp.real(inner(leaf, units, leaf, units)).astype(leaf.real)
     masses = [times(_terms.mass(x), abs(p.factor)) for x, p in zip(units, pieces, strict=True)]
     mass = jnp.sum(jnp.stack([x.astype(leaf.real) for x in masses]))
-    return size * _terms.safe_sqrt(_terms.not_too_small(square, mass))
+    return size * _terms.safe_sqrt(_terms.not_too_small(square, mass**2))

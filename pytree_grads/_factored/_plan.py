@@ -28,7 +28,6 @@ from ._tails import (
     simplified,
 )
 
-
 Route: TypeAlias = Literal["auto", "factored", "rows", "norms"]
 
 
@@ -221,7 +220,7 @@ def shape_of(pieces: Sequence[Piece], leaf_shape: Shape) -> Shape:
 
 
 def _norm_at(site: Site) -> Site:
-    """Norms taken where a term arises: in the body, if the steps of a scan are rows of their own."""
+    """Norms taken where a term arises: in the body, if each step of a scan is a row."""
     if isinstance(site, AtScan) and site.stacked:
         return replace(site, site=_norm_at(site.site))
     return AtNorm(site)
@@ -240,7 +239,7 @@ def decompose(value: Atom) -> tuple[Piece, ...]:
         equation = atom.producer if isinstance(atom, Value) else None
         if is_zero(atom):
             continue
-        if equation is None:
+        if not isinstance(atom, Value) or equation is None:
             found(AtValue(atom), tail, factor)
         elif step := read_step(equation):
             todo.append((step[1], (step[0], *tail), factor))
@@ -259,6 +258,7 @@ def decompose(value: Atom) -> tuple[Piece, ...]:
                 if isinstance(part.site, AtScan):
                     found(part.site, part.tail + tail, part.factor * factor)
                 else:  # an operand of the scan that goes through it
+                    assert isinstance(part.site, AtValue)
                     todo.append((part.site.value, part.tail + tail, part.factor * factor))
         else:
             found(AtValue(atom), tail, factor)

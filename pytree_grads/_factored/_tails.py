@@ -12,6 +12,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import primitives as p
 
 from ._graph import Atom, Equation, Known, Value
@@ -152,7 +153,7 @@ def is_zero(atom: Atom) -> bool:
 
 def concrete_scalar(atom: Atom) -> float | None:
     """The value of a real scalar that is known while tracing, else None."""
-    if not isinstance(atom, Known) or isinstance(atom.value, jax.core.Tracer):
+    if not isinstance(atom, Known) or isinstance(atom.value, Tracer):
         return None
     if atom.aval.shape != () or not jnp.issubdtype(atom.aval.dtype, jnp.number):
         return None
@@ -215,7 +216,7 @@ _READERS = {
 
 def read_step(equation: Equation) -> tuple[Step, Value] | None:
     """The step that an equation takes, and the value that it takes it from."""
-    reader = _READERS.get(equation.primitive)
+    reader = _READERS.get(equation.primitive) if equation.primitive else None
     operand = equation.inputs[0] if equation.inputs else None
     if reader is None or not isinstance(operand, Value):
         return None
