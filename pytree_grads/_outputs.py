@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import PyTree, describe, located
+from ._tree import common_dtype
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,5 @@ class Outputs:
             flat.append(x.astype(dtype).reshape(size, prod(shape)))
         if self.is_scalar:
             return flat[0].reshape(size)
-        dtype = jnp.zeros(()).dtype
-        for x in flat:
-            dtype = jnp.promote_types(dtype, x.dtype)
+        dtype = common_dtype(*(x.dtype for x in flat))
         return jnp.concatenate([x.astype(dtype) for x in flat], axis=1)

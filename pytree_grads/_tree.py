@@ -29,6 +29,11 @@ def carried_dtype(dtype: Any) -> np.dtype:
     return jnp.dtype(dtype)
 
 
+def common_dtype(*dtypes: Any) -> np.dtype:
+    """The narrowest dtype that carries sums of all of these, whatever JAX's promotion allows."""
+    return np.result_type(*map(carried_dtype, dtypes))
+
+
 def widened(dtype: Any) -> np.dtype:
     """The dtype in which a coefficient of this dtype is kept: inexact, float32 or wider."""
     return carried_dtype(dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._graph import Equation
-from ._tails import Reshape, Shape, Slice, Tail, Transpose
+from ._graph import Atom, Equation
+from ._tails import Reshape, Shape, Slice, Tail, Transpose, is_zero
 from ._terms import Outer, Scatter
 
 
@@ -230,11 +230,33 @@ def scatter_layout(equation: Equation) -> tuple[ScatterLayout, Tail] | None:
         _whole(updates.shape, positions, window),
         lax.GatherScatterMode.from_any(equation.params["mode"]),
     )
-    lines_first = (axis, *rest)
-    unfold: Tail = (Reshape(tuple(operand.shape[i] for i in lines_first)),)
+    return layout, _axis_from_front(operand.shape, axis)
+
+
+def line_layout(equation: Equation) -> tuple[ScatterLayout, Tail, tuple[Atom, Atom]] | None:
+    """The same of a `dynamic_update_slice` that puts one line into zeros, and its two operands."""
+    operand, update, *starts = equation.inputs
+    shape, taken = operand.aval.shape, update.aval.shape
+    axes = [i for i, (size, part) in enumerate(zip(shape, taken, strict=True)) if size != part]
+    if not is_zero(operand) or len(axes) != 1 or taken[axes[0]] != 1:
+        return None
+    (axis,) = axes
+    layout = ScatterLayout(
+        shape[axis],
+        _whole((), (), ()),
+        _whole(taken, (axis,), [i for i in range(len(shape)) if i != axis]),
+        lax.GatherScatterMode.CLIP,
+    )
+    return layout, _axis_from_front(shape, axis), (starts[axis], update)
+
+
+def _axis_from_front(shape: Shape, axis: int) -> Tail:
+    """From (1, length, rest) to an array of some shape."""
+    lines_first = (axis, *(i for i in range(len(shape)) if i != axis))
+    unfold: Tail = (Reshape(tuple(shape[i] for i in lines_first)),)
     if axis:
         unfold += (Transpose(tuple(lines_first.index(i) for i in range(len(lines_first)))),)
-    return layout, unfold
+    return unfold
 
 
 def _whole(shape: Shape, steps: Iterable[int], free: Iterable[int]) -> Side:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._tree import common_dtype
 from . import _products
 from ._leaves import Leaf, Piece, take
 
@@ -30,7 +31,7 @@ class Matrix:
     @property
     def dtype(self) -> Any:
         """The real dtype that carries numbers of all leaves."""
-        return jnp.result_type(*(leaf.real for leaf in self.leaves))
+        return common_dtype(*(leaf.real for leaf in self.leaves))
 
     def selected(self) -> "Matrix":
         """The same without `valid`: the other rows have zeros for entries, and weight 0."""
@@ -94,9 +95,7 @@ class Matrix:
                 product = product * left.astype(product.dtype)
             if right is not None:
                 product = product * _leading(right, product.ndim).astype(product.dtype)
-            dtype = (
-                product.dtype if total is None else jnp.promote_types(total.dtype, product.dtype)
-            )
+            dtype = common_dtype(product.dtype, *([] if total is None else [total.dtype]))
             product = product.astype(dtype)
             total = product if total is None else total.astype(dtype) + product
         assert total is not None

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 from jax.extend.core import primitives as p
 
 from ._graph import Atom, Equation, Value
-from ._layout import DotLayout, ScatterLayout, dot_layout, scatter_layout
+from ._layout import DotLayout, ScatterLayout, dot_layout, line_layout, scatter_layout
 from ._tails import (
     Place,
     Reshape,
@@ -23,8 +23,9 @@ from ._tails import (
     is_zero,
     isometric,
     mapped,
+    read_parts,
     read_scale,
-    read_step,
+    read_steps,
     simplified,
 )
 
@@ -76,10 +77,11 @@ class AtDot:
 
 @dataclass(frozen=True)
 class AtScatter:
-    """A scatter term, from the indices and updates of a `scatter-add`."""
+    """A scatter term, from a `scatter-add` or the update of a slice of zeros."""
 
     equation: Equation
     layout: ScatterLayout
+    operands: tuple[Atom, ...]  # indices and updates
 
     @property
     def shape(self) -> Shape:
@@ -88,10 +90,6 @@ class AtScatter:
     @property
     def size(self) -> int:
         return self.layout.size
-
-    @property
-    def operands(self) -> tuple[Atom, ...]:
-        return tuple(self.equation.inputs[1:])
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ def _norms_of(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
     sites = [_norm_at(piece.site) for piece in pieces]
     total, start, found = sum(site.size for site in sites), 0, []
     for site, piece in zip(sites, pieces, strict=True):
-        place = Place((start,), (start + site.size,), (total,))
+        place = Place((start,), (start + site.size,), (total,), (1,))
         found.append(Piece(site, (Reshape((site.size,)), place), piece.factor))
         start += site.size
     return tuple(found)
@@ -241,8 +239,10 @@ def decompose(value: Atom) -> tuple[Piece, ...]:
             continue
         if not isinstance(atom, Value) or equation is None:
             found(AtValue(atom), tail, factor)
-        elif step := read_step(equation):
-            todo.append((step[1], (step[0], *tail), factor))
+        elif read := read_steps(equation, atom):
+            todo.append((read[1], read[0] + tail, factor))
+        elif parts := read_parts(equation):
+            todo += [(operand, place + tail, factor) for operand, place in parts]
         elif scale := read_scale(equation):
             todo.append((scale[1], tail, factor * scale[0]))
         elif signs := _signs(equation):
@@ -251,8 +251,11 @@ def decompose(value: Atom) -> tuple[Piece, ...]:
             layout, rest = dot_layout(equation, tail)
             found(AtDot(equation, layout), rest, factor)
         elif equation.primitive is p.scatter_add_p and (read := scatter_layout(equation)):
-            found(AtScatter(equation, read[0]), read[1] + tail, factor)
+            found(AtScatter(equation, read[0], tuple(equation.inputs[1:])), read[1] + tail, factor)
             todo.append((equation.inputs[0], tail, factor))
+        elif equation.primitive is p.dynamic_update_slice_p and (line := line_layout(equation)):
+            layout, rest, operands = line
+            found(AtScatter(equation, layout, operands), rest + tail, factor)
         elif equation.primitive is p.scan_p and (parts := _scan_parts(equation, atom.index)):
             for part in parts:
                 if isinstance(part.site, AtScan):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._batch import chunk_starts
-from .._tree import carried_dtype
+from .._tree import carried_dtype, common_dtype
 from . import _terms
 from ._leaves import (
     ENTRIES_AT_ONCE,
@@ -41,7 +41,7 @@ def norms(leaf: Leaf) -> jax.Array:
 
 def combined_norms(norms: Sequence[jax.Array]) -> jax.Array:
     """The norms of rows from those of their leaves, without overflow or underflow on the way."""
-    dtype = jnp.result_type(*(x.dtype for x in norms))
+    dtype = common_dtype(*(x.dtype for x in norms))
     stacked = jnp.stack([x.astype(dtype) for x in norms])
     size = _terms.magnitude(jnp.max(stacked, axis=0))
     return size * _terms.safe_sqrt(jnp.sum((stacked / size[None]) ** 2, axis=0))
@@ -67,6 +67,8 @@ def applied(leaf: Leaf, v: jax.Array) -> jax.Array:
 
 def gram(leaf: Leaf, other: Leaf) -> jax.Array:
     """Inner products of all rows of two leaves: shape (*leaf.rows, *other.rows)."""
+    if not prod(leaf.shape):
+        return jnp.zeros((*leaf.rows, *other.rows), leaf.carried)
     if _prefers_rows(leaf, other):
         return _gram_of_rows(leaf, other)
 

@@ -48,19 +48,20 @@ class Slice:
 
 @dataclass(frozen=True)
 class Place:
-    """Put the array at `start:limit` of zeros of `shape`: the transpose of a contiguous slice."""
+    """Put the array at `start:limit:strides` of zeros of `shape`: the transpose of a slice."""
 
     start: Shape
     limit: Shape
     shape: Shape
+    strides: Shape
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        spaces = zip(self.start, self.limit, self.shape, strict=True)
-        config = [(start, size - limit, 0) for start, limit, size in spaces]
+        spaces = zip(self.start, self.limit, self.shape, self.strides, strict=True)
+        config = [(start, size - limit, stride - 1) for start, limit, size, stride in spaces]
         return lax.pad(x, jnp.zeros((), x.dtype), config)
 
     def misses(self, other: "Place") -> bool:
-        """Whether the two boxes have no entry in common."""
+        """Whether the boxes around the two have no entry in common."""
         pairs = zip(self.start, self.limit, other.start, other.limit, strict=True)
         return any(start >= end or begin >= limit for start, limit, begin, end in pairs)
 
@@ -110,8 +111,8 @@ def _mapped_step(step: Step, length: int) -> Step:
             return Transpose((0, *(axis + 1 for axis in permutation)))
         case Slice(start, limit, strides):
             return Slice((0, *start), (length, *limit), (1, *strides))
-        case Place(start, limit, shape):
-            return Place((0, *start), (length, *limit), (length, *shape))
+        case Place(start, limit, shape, strides):
+            return Place((0, *start), (length, *limit), (length, *shape), (1, *strides))
         case Reverse(dimensions):
             return Reverse(tuple(axis + 1 for axis in dimensions))
 
@@ -140,7 +141,8 @@ def simplified(tail: Tail, shape: Shape) -> Tail:
 
 
 # --------------------------------------------------------------------------------------------------
-# Which equations are steps. Each reader returns the step, or None where the equation is none.
+# Which equations are steps. Each reader takes the value that the equation makes, and returns the
+# steps to it from the first operand, or None where the equation is none.
 
 
 def is_zero(atom: Atom) -> bool:
@@ -160,68 +162,118 @@ def concrete_scalar(atom: Atom) -> float | None:
     return None if jnp.iscomplexobj(atom.value) else float(atom.value)
 
 
-def _reshape(equation: Equation) -> Step | None:
-    old, new = equation.inputs[0].aval, equation.outputs[0].aval
-    return Reshape(tuple(new.shape)) if prod(old.shape) == prod(new.shape) else None
+def _reshape(equation: Equation, value: Value) -> Tail | None:
+    old, new = equation.inputs[0].aval, value.aval
+    return (Reshape(tuple(new.shape)),) if prod(old.shape) == prod(new.shape) else None
 
 
-def _convert(equation: Equation) -> Step | None:
-    old, new = equation.inputs[0].aval, equation.outputs[0].aval
+def _convert(equation: Equation, value: Value) -> Tail | None:
+    old, new = equation.inputs[0].aval, value.aval
     for kind in (jnp.floating, jnp.complexfloating):
         if jnp.issubdtype(old.dtype, kind) and jnp.issubdtype(new.dtype, kind):
-            return Reshape(tuple(new.shape))
+            return (Reshape(tuple(new.shape)),)
     return None
 
 
-def _transpose(equation: Equation) -> Step:
-    return Transpose(tuple(equation.params["permutation"]))
+def _transpose(equation: Equation, value: Value) -> Tail:
+    return (Transpose(tuple(equation.params["permutation"])),)
 
 
-def _slice(equation: Equation) -> Step:
+def _slice(equation: Equation, value: Value) -> Tail:
     start, strides = equation.params["start_indices"], equation.params["strides"]
-    return Slice(
+    step = Slice(
         tuple(map(int, start)),
         tuple(map(int, equation.params["limit_indices"])),
         tuple(map(int, strides or (1,) * len(start))),
     )
+    return (step,)
 
 
-def _pad(equation: Equation) -> Step | None:
+def _part(shape: Shape, axis: int, start: int, size: int) -> Slice:
+    """The slice that takes `size` entries of one axis."""
+    starts, limits = [0] * len(shape), list(shape)
+    starts[axis], limits[axis] = start, start + size
+    return Slice(tuple(starts), tuple(limits), (1,) * len(shape))
+
+
+def _split(equation: Equation, value: Value) -> Tail:
+    axis, sizes = equation.params["axis"], equation.params["sizes"]
+    start = sum(sizes[: value.index])
+    return (_part(equation.inputs[0].aval.shape, axis, start, sizes[value.index]),)
+
+
+def _unstack(equation: Equation, value: Value) -> Tail:
+    part = _part(equation.inputs[0].aval.shape, equation.params["axis"], value.index, 1)
+    return part, Reshape(tuple(value.aval.shape))
+
+
+def _pad(equation: Equation, value: Value) -> Tail | None:
     operand, fill = equation.inputs
-    config = equation.params["padding_config"]
-    if not is_zero(fill) or any(low < 0 or high < 0 or inner for low, high, inner in config):
+    shape = operand.aval.shape
+    config = [tuple(map(int, sides)) for sides in equation.params["padding_config"]]
+    if not is_zero(fill) or 0 in shape:
         return None
-    start = tuple(int(low) for low, _, _ in config)
-    limit = tuple(s + size for s, size in zip(start, operand.aval.shape, strict=True))
-    return Place(start, limit, tuple(equation.outputs[0].aval.shape))
+    if any(inner and (low < 0 or high < 0) for low, high, inner in config):
+        return None
+    # Negative padding takes entries away.
+    cut = Slice(
+        tuple(max(-low, 0) for low, _, _ in config),
+        tuple(size + min(high, 0) for size, (_, high, _) in zip(shape, config, strict=True)),
+        (1,) * len(shape),
+    )
+    start = tuple(max(low, 0) for low, _, _ in config)
+    strides = tuple(inner + 1 for _, _, inner in config)
+    ends = zip(cut.start, cut.limit, start, strides, strict=True)
+    limit = tuple(at + (end - begin - 1) * stride + 1 for begin, end, at, stride in ends)
+    return cut, Place(start, limit, tuple(value.aval.shape), strides)
 
 
-def _reverse(equation: Equation) -> Step:
-    return Reverse(tuple(equation.params["dimensions"]))
+def _reverse(equation: Equation, value: Value) -> Tail:
+    return (Reverse(tuple(equation.params["dimensions"])),)
 
 
 _READERS = {
     p.reshape_p: _reshape,
     p.squeeze_p: _reshape,
     p.broadcast_in_dim_p: _reshape,
+    p.reduce_sum_p: _reshape,  # over axes of size 1
     p.copy_p: _reshape,
     p.name_p: _reshape,
     p.convert_element_type_p: _convert,
     p.transpose_p: _transpose,
     p.slice_p: _slice,
+    lax.split_p: _split,
+    lax.unstack_p: _unstack,
     p.pad_p: _pad,
     p.rev_p: _reverse,
 }
 
 
-def read_step(equation: Equation) -> tuple[Step, Value] | None:
-    """The step that an equation takes, and the value that it takes it from."""
+def read_steps(equation: Equation, value: Value) -> tuple[Tail, Value] | None:
+    """The steps to one output of an equation, and the value that they start from."""
     reader = _READERS.get(equation.primitive) if equation.primitive else None
     operand = equation.inputs[0] if equation.inputs else None
     if reader is None or not isinstance(operand, Value):
         return None
-    step = reader(equation)
-    return None if step is None else (step, operand)
+    steps = reader(equation, value)
+    return None if steps is None else (steps, operand)
+
+
+def read_parts(equation: Equation) -> list[tuple[Atom, Tail]]:
+    """The operands that an equation puts side by side, each with its place."""
+    if equation.primitive not in (p.concatenate_p, lax.stack_p):
+        return []
+    axis = equation.params["axis" if equation.primitive is lax.stack_p else "dimension"]
+    shape = tuple(equation.outputs[0].aval.shape)
+    parts: list[tuple[Atom, Tail]] = []
+    end = 0
+    for operand in equation.inputs:
+        size = operand.aval.shape[axis] if equation.primitive is p.concatenate_p else 1
+        box = _part(shape, axis, end, size)
+        widened = Reshape((*shape[:axis], size, *shape[axis + 1 :]))
+        parts.append((operand, (widened, Place(box.start, box.limit, shape, box.strides))))
+        end += size
+    return parts
 
 
 def read_scale(equation: Equation) -> tuple[float, Value] | None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._tree import carried_dtype
+from .._tree import carried_dtype, common_dtype
 
 LARGE_BLOCK = 1 << 13  # entries of factors: enough work to make the turns of a loop cheap
 
@@ -22,7 +22,7 @@ _register = jax.tree_util.register_dataclass
 
 def dot(spec: str, *operands: jax.Array, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
     """An einsum that is carried in float32 or wider."""
-    dtype = carried_dtype(jnp.promote_types(*(x.dtype for x in operands)))
+    dtype = common_dtype(*(x.dtype for x in operands))
     if len({x.dtype for x in operands}) > 1:  # else products of narrow floats are exact as they are
         operands = tuple(x.astype(dtype) for x in operands)
     return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=dtype)
@@ -164,7 +164,7 @@ def normalized(term: Term) -> tuple[Term, jax.Array]:
 def _normalized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = x.astype(carried_dtype(x.dtype))
     size = magnitude(jnp.max(jnp.abs(x), initial=0))
-    return x * (1 / size), size
+    return x * (1 / size).astype(x.dtype), size
 
 
 def magnitude(x: jax.Array) -> jax.Array:
@@ -174,7 +174,8 @@ def magnitude(x: jax.Array) -> jax.Array:
 
 
 def scaled(term: Term, factor: jax.Array) -> Term:
-    """The row times a scalar."""
+    """The row times a real scalar."""
+    factor = factor.astype(dtype_of(term))
     match term:
         case Dense(value):
             return Dense(value.astype(dtype_of(term)) * factor)
