@@ -27,7 +27,16 @@ def explain(jacobian: "Jacobian") -> str:
         batch = source.batch.chunk(0, min(source.chunk_size or len(jacobian), len(jacobian)))
         leaves = jax.eval_shape(lambda: source.factor(batch).leaves)
     paths = [path for path, _ in jax.tree.leaves_with_path(jacobian._rows.params)]
-    header = ("leaf", "shape", "terms of a row", "norm", "norm FLOPs", "sum FLOPs", "bytes", "")
+    header = (
+        "leaf",
+        "shape",
+        "terms of a row",
+        "norm",
+        "norm FLOPs",
+        "sum FLOPs",
+        "bytes",
+        "why materialised",
+    )
     table = [header, *(_line(p, x) for p, x in zip(paths, leaves, strict=True))]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = [
@@ -90,10 +99,11 @@ def _term(piece: Piece) -> str:
 
 
 def _note(leaf: Leaf) -> str:
-    dense = [p for p in leaf.pieces if isinstance(p.term, Dense) and p.levels != (0,)]
-    if not dense or len(leaf.shape) < 2:
+    """Why a matrix is not kept as factors; vectors have none."""
+    if len(leaf.shape) < 2:
         return ""
-    return f"materialised at {dense[0].origin}"
+    dense = [p for p in leaf.pieces if isinstance(p.term, Dense) and p.levels != (0,)]
+    return "; ".join(dict.fromkeys(piece.reason for piece in dense))
 
 
 def _entries(leaf: Leaf) -> int:

@@ -20,7 +20,7 @@ ENTRIES_AT_ONCE = 1 << 22  # of materialised rows, in loops that materialise som
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["term"],
-    meta_fields=["shape", "axis", "tail", "factor", "levels", "origin"],
+    meta_fields=["shape", "axis", "tail", "factor", "levels", "reason"],
 )
 @dataclass(frozen=True)
 class Piece:
@@ -37,7 +37,7 @@ class Piece:
     tail: Tail
     factor: float
     levels: tuple[int, ...]
-    origin: str  # the primitive that made the term
+    reason: str  # why the term is dense, where it is
 
     def in_axes(self, level: int) -> Any:
         """The `in_axes` of the term for `jax.vmap` over N (level 1) or K (level 2)."""

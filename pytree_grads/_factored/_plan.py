@@ -169,6 +169,7 @@ class Piece:
     site: Site
     tail: Tail = ()
     factor: float = 1.0
+    reason: str = ""  # why the term is dense, where it is
 
 
 def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> tuple[Piece, ...]:
@@ -176,16 +177,19 @@ def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> tuple[Piece
 
     `varying` holds what differs between examples; what does not is kept once, so its size is free.
     """
-    whole = (Piece(AtValue(leaf)),)
     if route == "rows":
-        return whole
-    pieces = decompose(leaf)
-    sites = (piece.site for piece in pieces)
+        return (Piece(AtValue(leaf), reason="asked for"),)
+    pieces = tuple(
+        replace(piece, reason=f"stopped at {origin(piece.site)}") if is_dense(piece.site) else piece
+        for piece in decompose(leaf)
+    )
+    sites = [piece.site for piece in pieces]
     kept = sum(s.size for s in sites if not (isinstance(s, AtValue) and s.value not in varying))
-    fits = kept < prod(leaf.aval.shape) or not kept
-    if route == "norms":
-        return _norms_of(pieces if fits else whole)
-    return pieces if fits or route == "factored" else whole
+    if route != "factored" and kept >= max(1, prod(leaf.aval.shape)):
+        stops = dict.fromkeys(piece.reason for piece in pieces)
+        reason = ", ".join(stops) if all(stops) else "factors are larger than the row"
+        pieces = (Piece(AtValue(leaf), reason=reason),)
+    return _norms_of(pieces) if route == "norms" else pieces
 
 
 def _norms_of(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:

@@ -111,7 +111,7 @@ def _leaf(
             tail=piece.tail,
             factor=piece.factor,
             levels=terms[piece.site][1],
-            origin=_plan.origin(piece.site),
+            reason=piece.reason,
         )
         for piece in pieces
     )
