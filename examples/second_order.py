@@ -7,8 +7,8 @@ at a time, and conjugate gradients solve (G + λ) step = gradient with nothing b
 a cross-entropy of logits G is the Fisher matrix, and the step is the natural gradient.
 
 Printed is the training loss after each of a few such steps, beside Adam's: after as many steps,
-where the curvature wins by a lot, and after as many passes over the images as the conjugate gradients
-took, where on this easy problem Adam is ahead, though by less and less.
+where the curvature wins by a lot; and after as many passes over the images as the conjugate
+gradients took, where on this easy problem Adam is ahead, though by less and less.
 
     python examples/second_order.py [--steps 10]
 """

@@ -51,3 +51,48 @@ def test_digits(tmp_path):
 
 def test_digits_refuses_a_wrong_flag():
     assert "invalid int value" in run("digits.py", "--steps", "many", expected=2)
+
+
+def test_contrastive(tmp_path):
+    figure = tmp_path / "contrastive.png"
+    flags = ["--steps", "4", "--images", "256", "--chunk", "64", "--output", str(figure)]
+    printed = run("contrastive.py", *flags)
+    assert re.search(r"the whole batch (wins|loses) by [\d.]+ nats", printed)
+    ways = re.findall(r"held-out loss ([\d.]+), neighbours right ([\d.]+)%, (\d+) MiB", printed)
+    assert len(ways) == 2
+    whole = re.search(r"in one piece takes (\d+) MiB", printed)
+    assert whole is not None
+    for loss, right, memory in ways:
+        assert float(loss) < 6.8  # the logarithm of 904 images: the answer of a guess
+        assert float(right) > 60
+        assert int(memory) < int(whole[1]) / 2
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_contrastive_refuses_uneven_microbatches():
+    refused = run("contrastive.py", "--images", "100", "--chunk", "64", expected=2)
+    assert "multiple of --chunk" in refused
+
+
+def test_second_order():
+    printed = run("second_order.py", "--steps", "4")
+    losses = re.findall(r"Gauss-Newton ([\d.]+), Adam ([\d.]+), and", printed)
+    curved = [float(loss) for loss, _ in losses]
+    assert len(curved) == 4
+    assert curved == sorted(curved, reverse=True)
+    assert curved[-1] < float(losses[-1][1]) / 3
+    accuracies = re.findall(r"test accuracy ([\d.]+)%", printed)
+    assert min(map(float, accuracies)) > 85
+
+
+def test_weights():
+    printed = run("weights.py", "--steps", "150")
+    *models, soup = map(float, re.findall(r"([\d.]+)%", printed.splitlines()[0]))
+    assert soup >= min(models)
+    assert soup > 90
+    tasks = dict(re.findall(r"^(.*\S) +reads ([\d.]+)% of 0 to 4", printed, re.MULTILINE))
+    before, after = float(tasks["the start"]), float(tasks["with the task of 0 to 4"])
+    assert after > before > float(tasks["without the task of 0 to 4"]) + 50
+    carried, by_hand = map(float, re.findall(r"off by ([\d.]+)% of its way", printed))
+    assert carried < 2  # the last rounding to bfloat16
+    assert by_hand > 20  # stalled
