@@ -1,0 +1,152 @@
+"""Every product of every model in every mode, against plain `jax.vmap(jax.grad(f))`."""
+
+import functools
+from math import prod
+
+import jax
+import numpy as np
+import pytest
+from models import MODELS, N
+from quick import quick_jit
+from rows import PRODUCTS, Given, Rows, assert_close, expected, products
+
+from pytree_grads import jacobian
+from pytree_grads._factored import _plan, _products
+from pytree_grads._factored._leaves import Leaf
+from pytree_grads._factored._terms import Dense
+
+DOUBLE, SINGLE = 1e-12, 1e-5
+# JAX's own attention rounds to float32 on the way, also in float64.
+COARSE = {"attention_as_jax_has_it": 1e-6}
+STREAMED = ("norms", "weighted_sum", "gram", "square_sum(c)", "clip each")
+RECOMPUTED = ("norms", "sum", "clip", "J @ v")
+
+
+@pytest.fixture
+def factored(monkeypatch):
+    """Keep the terms of all leaves, also of those that are smaller as they are."""
+    plan_leaf = _plan.plan_leaf
+
+    def forced(leaf, varying, route):
+        return plan_leaf(leaf, varying, "factored" if route == "auto" else route)
+
+    monkeypatch.setattr(_plan, "plan_leaf", forced)
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
+def model(request):
+    """A model, where strict promotion allows it; libraries have their own ways in float64."""
+    found = request.param
+    with jax.numpy_dtype_promotion("standard" if found.promotes else "strict"):
+        yield found
+
+
+@functools.cache
+def built(model, dtype):
+    """`(fun, params, batch)` in the default dtype, which is named only to remember both."""
+    return model()
+
+
+@functools.cache
+def problem(model):
+    """`(fun, params, batch, rows, given)` in float64."""
+    fun, params, batch = built(model, "float64")
+    rows = Rows.from_tree(
+        quick_jit(jax.vmap(jax.grad(fun), (None, *[0] * len(batch))))(params, *batch)
+    )
+    return fun, params, batch, rows, Given.draw(rows, params)
+
+
+def compare(model, names, **mode):
+    fun, params, batch, rows, given = problem(model)
+
+    @quick_jit
+    def of_all(params, given, *batch):
+        return products(jacobian(fun, **mode)(params, *batch), given, names)
+
+    got, want = of_all(params, given, *batch), expected(rows, given, names)
+    for name in names:
+        assert_close(got[name], want[name], COARSE.get(model.name, DOUBLE))
+
+
+def test_all_products(model, factored, x64):
+    compare(model, tuple(PRODUCTS))
+
+
+def test_products_of_chunks(model, factored, x64):
+    compare(model, STREAMED, chunk_size=2)  # N = 5: the last chunk is short
+
+
+SCANNED = tuple(name for name in MODELS if "scan" in name or "recur" in name)
+LOOPED = (
+    "scan_over_layers",
+    "tied_embedding",
+    "embeddings",
+    "einsums_with_blocks",
+    "slices_of_a_weight",
+    "complex_parameters",
+    "the_same_for_every_example",
+)
+
+
+@pytest.mark.parametrize("name", [*SCANNED, "perceptron", "tied_embedding", "equinox"])
+def test_products_of_recomputed_rows(name, factored, x64):
+    compare(MODELS[name], RECOMPUTED, recompute=True)
+
+
+@pytest.mark.parametrize("name", LOOPED)
+def test_all_products_in_blocks_of_rows(name, factored, x64, monkeypatch):
+    """Where rows are materialised, few are at a time: here no more than two or three."""
+    monkeypatch.setattr("pytree_grads._factored._leaves.ENTRIES_AT_ONCE", 60)
+    monkeypatch.setattr(_products, "ENTRIES_AT_ONCE", 60)
+    compare(MODELS[name], tuple(PRODUCTS))
+
+
+def test_single_precision(model):
+    """The route that the shapes ask for errs no more than plain gradients in float32 do."""
+    fun, params, batch = built(model, "float32")
+    with jax.enable_x64(True):
+        _, _, _, rows, given = problem(model)
+        want = expected(rows, given, SINGLES)
+        given = jax.tree.map(_narrow, given)
+
+    @quick_jit
+    def of_all(params, given, *batch):
+        rows = jax.vmap(jax.grad(fun), (None, *[0] * len(batch)))(params, *batch)
+        return products(jacobian(fun)(params, *batch), given, SINGLES), rows
+
+    got, plain = of_all(params, given, *batch)
+    plain = Rows([np.asarray(x, y.dtype) for x, y in zip(jax.tree.leaves(plain), rows.leaves)],
+                 rows.treedef)  # fmt: skip
+    errors = jax.tree.map(_distance, expected(plain, given, SINGLES), want)
+    for name in SINGLES:
+        assert_close(got[name], want[name], SINGLE, also=errors[name])
+
+
+SINGLES = ("to_rows", "norms", "weighted_sum", "gram", "square_sum(c)", "clip")
+
+
+def _distance(x, y):
+    return 4 * np.max(np.abs(x - y), initial=0.0)
+
+
+def _narrow(x):
+    return np.asarray(x, np.complex64 if np.iscomplexobj(x) else np.float32)
+
+
+def test_no_leaf_loses_its_factors(model, factored, x64):
+    fun, params, batch = built(model, "float64")
+    J = jax.eval_shape(jacobian(fun), params, *batch)
+    nodes = jax.tree.leaves(J, is_leaf=lambda x: isinstance(x, Leaf))
+    leaves = [x for x in nodes if isinstance(x, Leaf)]
+    found = set()
+    for (path, _), leaf in zip(jax.tree.leaves_with_path(params), leaves, strict=True):
+        wide = sum(n > 1 for n in leaf.shape) > 1
+        own = [x for x in leaf.pieces if isinstance(x.term, Dense) and any(x.levels)]
+        if wide and any(prod(piece.shape) == prod(leaf.shape) for piece in own):
+            found.add(jax.tree_util.keystr(path))
+    assert found <= model.dense
+
+
+def test_the_table_is_about_batches():
+    assert all(len(jax.tree.leaves(m()[2])[0]) == N for m in MODELS.values())
