@@ -1,6 +1,8 @@
 """Clipping: bounds for groups of leaves, and the factors that keep rows within them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,11 +10,44 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._checks import PyTree, describe, describe_node, located
+from ._factored._matrix import Matrix
 from ._factored._products import combined_norms
 
 
-def groups(max_norm: PyTree, params: PyTree) -> list[tuple[list[int], jax.Array]]:
-    """For each bound in a prefix tree, the leaves that it bounds together."""
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["bounds"], meta_fields=["members", "nan_safe"]
+)
+@dataclass(frozen=True)
+class Clip:
+    """Bounds for the norms of rows, each over some of the leaves."""
+
+    bounds: tuple[jax.Array, ...]
+    members: tuple[tuple[int, ...], ...]  # for each bound, the leaves that it bounds together
+    nan_safe: bool
+
+    def __call__(self, matrix: Matrix) -> Matrix:
+        """The rows of a matrix, clipped."""
+        return self.with_norms(matrix, matrix.leaf_norms())
+
+    def with_norms(self, matrix: Matrix, norms: Sequence[jax.Array]) -> Matrix:
+        """The same, where the norms of the rows of each leaf are known."""
+        factors: list[Any] = [None] * len(norms)
+        finite = jnp.ones(norms[0].shape, bool)
+        for members, bound in zip(self.members, self.bounds, strict=True):
+            norm = combined_norms([norms[i] for i in members])
+            finite &= jnp.isfinite(norm)
+            bound = bound.astype(norm.dtype)
+            too_long = norm > bound  # False for NaN, which is passed on
+            shrink = bound / jnp.where(too_long, norm, jnp.ones_like(norm))
+            factor = jnp.where(too_long, shrink, jnp.ones_like(norm))
+            for i in members:
+                factors[i] = factor
+        clipped = matrix.scaled(factors)
+        return clipped.only(finite) if self.nan_safe else clipped
+
+
+def read(max_norm: PyTree, params: PyTree, nan_safe: bool) -> Clip:
+    """The clip that a prefix tree of bounds asks for."""
     for path, bound in jax.tree.leaves_with_path(max_norm):
         where = located("max_norm", path)
         if not isinstance(bound, jax.Array | np.ndarray | np.generic | float | int):
@@ -32,23 +67,7 @@ def groups(max_norm: PyTree, params: PyTree) -> list[tuple[list[int], jax.Array]
             f"{describe_node(params)}, got {describe_node(max_norm)}"
         ) from None
     owners = jax.tree.leaves(labels)
-    members = [[i for i, owner in enumerate(owners) if owner == j] for j in range(len(leaves))]
-    return [(found, jnp.asarray(b)) for found, b in zip(members, leaves, strict=True) if found]
-
-
-def factors(
-    norms: Sequence[jax.Array], groups: list[tuple[list[int], jax.Array]]
-) -> tuple[list[jax.Array], jax.Array]:
-    """The factor of every row for each leaf, and which rows are finite, from norms of leaves."""
-    found: list[Any] = [None] * len(norms)
-    finite = jnp.ones(norms[0].shape, bool)
-    for members, bound in groups:
-        norm = combined_norms([norms[i] for i in members])
-        finite &= jnp.isfinite(norm)
-        bound = bound.astype(norm.dtype)
-        too_long = norm > bound  # False for NaN, which is passed on
-        shrink = bound / jnp.where(too_long, norm, jnp.ones_like(norm))
-        factor = jnp.where(too_long, shrink, jnp.ones_like(norm))
-        for i in members:
-            found[i] = factor
-    return found, finite
+    members = [tuple(i for i, owner in enumerate(owners) if owner == j) for j in range(len(leaves))]
+    used = [j for j, found in enumerate(members) if found]
+    bounds = tuple(jnp.asarray(leaves[j]) for j in used)
+    return Clip(bounds, tuple(members[j] for j in used), nan_safe)

@@ -189,8 +189,7 @@ class Jacobian:
     def scale(self, s: PyTree) -> "Jacobian":
         """diag(s) J: every row times a real number of its own."""
         factors = self._outputs.flatten("s", s, len(self))
-        every = [factors] * len(self._rows.primals)
-        return replace(self, _rows=self._rows.scaled(every, uniform=True))
+        return replace(self, _rows=self._rows.scaled(factors))
 
     def clip(self, max_norm: PyTree, *, nan_safe: bool = False) -> "Jacobian":
         """Every row scaled down to a norm of at most ``max_norm``: Jᵢ · min(1, max_norm/‖Jᵢ‖).
@@ -204,12 +203,13 @@ class Jacobian:
           nan_safe: whether a row that holds a NaN or an infinity counts as zero. Otherwise it
             poisons every sum, as it would without clipping.
 
+        With ``chunk_size=k``, a clip waits for the product that follows, and ``clip(...).sum()`` is
+        one pass over the chunks, unless norms were asked for before.
+
         Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, Algorithm 1.
         """
-        groups = _clip.groups(max_norm, self._rows.params)
-        factors, finite = _clip.factors(self._rows.leaf_norms(), groups)
-        clipped = self._rows.scaled(factors, uniform=len(groups) == 1)
-        return replace(self, _rows=clipped.only(finite) if nan_safe else clipped)
+        clip = _clip.read(max_norm, self._rows.params, nan_safe)
+        return replace(self, _rows=self._rows.clipped(clip))
 
     def sketch(self, key: jax.Array, dim: int) -> PyTree:
         """A random projection of every row to ``dim`` numbers, J R, that keeps inner products.

@@ -116,7 +116,7 @@ def _make(
             outputs = Outputs.of(factored.output_avals)
             leaves = factored.leaves
             values, aux = factored.outputs, factored.aux
-        made = Jacobian(Rows(source, leaves, outputs.rows(batch.size)), outputs)
+        made = Jacobian(Rows(source, leaves, outputs.rows(batch.size), not recompute), outputs)
         if with_outputs:
             return ((values, aux) if has_aux else values), made
         return (made, aux) if has_aux else made

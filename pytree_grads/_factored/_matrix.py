@@ -33,6 +33,16 @@ class Matrix:
         """The real dtype that carries numbers of all leaves."""
         return common_dtype(*(leaf.real for leaf in self.leaves))
 
+    def scaled(self, factors: Sequence[jax.Array]) -> "Matrix":
+        """The rows times numbers of their own, for each leaf."""
+        if self.weights is not None:
+            factors = [f * w.astype(f.dtype) for f, w in zip(factors, self.weights, strict=True)]
+        return replace(self, weights=tuple(factors))
+
+    def only(self, valid: jax.Array) -> "Matrix":
+        """The rows, with zero for those that are not valid."""
+        return replace(self, valid=valid if self.valid is None else valid & self.valid)
+
     def selected(self) -> "Matrix":
         """The same without `valid`: the other rows have zeros for entries, and weight 0."""
         if self.valid is None:
