@@ -1,0 +1,106 @@
+"""Rows kept, recomputed and streamed in chunks give the same products, whatever came before."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tree_allclose
+
+from pytree_grads import jacobian
+
+N = 5
+MODES = [
+    {"chunk_size": 2},
+    {"recompute": True},
+    {"chunk_size": 3, "recompute": True},
+]
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) / 2)
+
+
+def dense(params, x):
+    for w in params:
+        x = jnp.tanh(x @ w)
+    return jnp.sum(x**2)
+
+
+def scanned(params, x):
+    step = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None))
+    return jnp.sum(jax.lax.scan(step, x, params)[0] ** 2)
+
+
+def two_outputs(params, x):
+    h = jnp.tanh(x @ params["w"])
+    return {"h": h[:2], "sum": jnp.sum(h * params["s"])}
+
+
+MODELS = {
+    "dense": (dense, lambda: ([normal(0, 7, 6), normal(1, 6, 4)], normal(2, N, 7))),
+    "scanned": (scanned, lambda: (normal(3, 4, 6, 6), normal(4, N, 2, 6))),
+    "outputs": (two_outputs, lambda: ({"w": normal(5, 6, 6), "s": normal(6, 6)}, normal(7, N, 6))),
+}
+
+
+def products(fun, settings):
+    """All that may follow a clip, each from a Jacobian of its own."""
+
+    def of(params, x):
+        def new():
+            return jacobian(fun, **settings)(params, x)
+
+        weights = jax.tree.map(
+            lambda n: jnp.linspace(-1, 2, n.size, dtype=n.dtype).reshape(n.shape), new().norms()
+        )
+        groups = jax.tree.map(lambda p: 0.1, params)
+        known = new()
+        return {
+            "sum": new().clip(0.2).sum(),
+            "mean": new().clip(0.2, nan_safe=True).mean(),
+            "groups": new().clip(groups).sum(),
+            "norms": new().clip(0.2).norms(),
+            "scaled after": new().clip(0.2).scale(weights).sum(),
+            "scaled before": new().scale(weights).clip(0.2).weighted_sum(weights),
+            "slice": new().clip(0.2)[1:4].sum(),
+            "twice": new().clip(groups).clip(0.15).sum(),
+            "squares": new().clip(0.2).square_sum(weights),
+            "gram": new().clip(0.2).gram(),
+            "rows": new().clip(0.2).to_rows(),
+            "norms first": (known.norms(), known.clip(0.2).sum()),
+        }
+
+    return jax.jit(of)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_mode_gives_the_same_products(name):
+    fun, arguments = MODELS[name]
+    with jax.enable_x64(True):
+        params, x = arguments()
+        want = products(fun, {})(params, x)
+        for settings in MODES:
+            got = products(fun, settings)(params, x)
+            for product, value in want.items():
+                assert tree_allclose(got[product], value, rtol=1e-12), (settings, product)
+
+
+def test_a_clip_that_waits_is_one_pass_over_the_chunks():
+    """Then the program has one loop, and otherwise two: norms first, then a weighted sum."""
+    params, x = [jnp.ones((7, 6)), jnp.ones((6, 4))], jnp.ones((6, 7))
+
+    def loops(settings):
+        def clipped(params, x):
+            return jacobian(dense, **settings)(params, x).clip(0.2).sum()
+
+        return str(jax.make_jaxpr(clipped)(params, x)).count("scan[")
+
+    assert loops({"chunk_size": 2}) == 1
+    assert loops({"chunk_size": 2, "recompute": True}) == 2
+
+
+def test_norms_of_a_row_that_leaves_its_trace_are_made_anew():
+    """A Jacobian used inside a scan, and after it, holds nothing of the scan's trace."""
+    J = jacobian(dense)([jnp.ones((7, 6)), jnp.ones((6, 4))], jnp.ones((6, 7)))
+    _, inside = jax.lax.scan(lambda c, i: (c, J.norms() * i), 0.0, jnp.arange(2.0))
+    assert tree_allclose(inside[1], J.norms())
