@@ -74,6 +74,7 @@ def gauss_newton_product(
     =====================================  =========================================================
     N = 0                                  zeros, and what the parameters in ``outer`` add
     an output that is an integer           reaches ``outer``; it has no derivative
+    ``jax.custom_vjp`` in ``fun``          TypeError of JAX: J v needs forward mode
     complex parameters                     G v is the change of ``jax.grad``'s gradient, conjugate
                                            and all, along v: linear in real multiples of v
     =====================================  =========================================================

@@ -326,3 +326,16 @@ class TestErrors:
             gauss_newton_product(None, embed)
         with pytest.raises(TypeError, match="outer_args must be a tuple"):
             gauss_newton_product(contrastive, embed)(params, x, outer_args=np.ones(2))
+
+    def test_a_custom_vjp_has_no_forward_mode(self):
+        @jax.custom_vjp
+        def square(x):
+            return x**2
+
+        square.defvjp(lambda x: (x**2, x), lambda x, g: (2 * x * g,))
+        x = jnp.ones(5)
+        for chunk_size in (None, 2):
+            with pytest.raises(TypeError, match="custom_vjp"):
+                fisher_product(lambda p, x: square(p * x), chunk_size=chunk_size)(2.0, x)(
+                    jnp.float32(1)
+                )
