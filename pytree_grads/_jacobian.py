@@ -146,8 +146,9 @@ class Jacobian:
 
         Returns:
           Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k, the empirical
-          neural tangent kernel; for trees of outputs, a tree of such trees. Carried in float32 or
-          wider; rows of complex leaves are conjugated on the left.
+          neural tangent kernel; for trees of outputs, a tree like J's output that holds trees like
+          the other's. Carried in float32 or wider; rows of complex leaves are conjugated on the
+          left.
 
         Raises:
           TypeError: ``other`` is not a Jacobian.
@@ -166,8 +167,9 @@ class Jacobian:
             products = other._rows.map(lambda theirs: mine.gram(theirs).transpose(theirs_first))
             return products.transpose(np.argsort(theirs_first))
 
-        columns = other._outputs.expand(self._rows.map(against), axis=depth)
-        return jax.tree.map(lambda x: self._outputs.expand(x, axis=0), columns)
+        rows = self._outputs.expand(self._rows.map(against))
+        theirs = len(other._rows.shape)
+        return jax.tree.map(lambda x: other._outputs.expand(x, axis=x.ndim - theirs), rows)
 
     def square_sum(self, c: PyTree = None) -> PyTree:
         """The weighted sum of the squares of rows, entry by entry: Σᵢ cᵢ Jᵢ∘Jᵢ.
@@ -212,12 +214,13 @@ class Jacobian:
         return replace(self, _rows=self._rows.clipped(clip))
 
     def sketch(self, key: jax.Array, dim: int) -> PyTree:
-        """A random projection of every row to ``dim`` numbers, J R, that keeps inner products.
+        """A random projection of every row to ``dim`` real numbers, J R, that keeps inner products.
 
         R has independent entries ±1/√dim, which are made from ``key`` and never stored: the same
         key gives the same R for another batch, so that sketches of different batches compare. The
         expected inner product of two sketches is that of the rows, with a standard deviation of
-        at most √(2/dim) times the product of their norms.
+        at most √(2/dim) times the product of their norms. Of complex inner products it is the real
+        part that is kept.
 
         Returns:
           A number per row as described for the class, with a last axis of length ``dim``.

@@ -5,7 +5,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from ._factored._leaves import ENTRIES_AT_ONCE
+from ._factored._leaves import ENTRIES_AT_ONCE, Leaf
 from ._factored._matrix import Matrix
 
 
@@ -27,16 +27,21 @@ def project(matrix: Matrix, key: jax.Array, dim: int) -> jax.Array:
 
     def column(j: jax.Array) -> jax.Array:
         own = jax.random.fold_in(key, j)
-        signs = [
-            jax.random.rademacher(jax.random.fold_in(own, i), leaf.shape, leaf.real)
-            for i, leaf in enumerate(matrix.leaves)
-        ]
         return matrix.apply(
-            [s.astype(leaf.carried) for s, leaf in zip(signs, matrix.leaves, strict=True)]
+            [_signs(jax.random.fold_in(own, i), leaf) for i, leaf in enumerate(matrix.leaves)]
         )
 
+    if not matrix.leaves[0].size:
+        return jnp.zeros((*matrix.leaves[0].rows, dim), matrix.dtype)
     columns = jax.lax.map(column, jnp.arange(dim, dtype=jnp.uint32), batch_size=min(at_once, dim))
     return jnp.moveaxis(columns, 0, -1) * scale
+
+
+def _signs(key: jax.Array, leaf: Leaf) -> jax.Array:
+    """Entries ±1 for a leaf; ±1±i for a complex one, so that imaginary parts count as well."""
+    if not jnp.issubdtype(leaf.carried, jnp.complexfloating):
+        return jax.random.rademacher(key, leaf.shape, leaf.carried)
+    return jax.lax.complex(*jax.random.rademacher(key, (2, *leaf.shape), leaf.real))
 
 
 def _size(shape: tuple[int, ...]) -> int:
