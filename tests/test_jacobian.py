@@ -116,8 +116,8 @@ def test_single_precision(model):
         return products(jacobian(fun)(params, *batch), given, SINGLES), rows
 
     got, plain = of_all(params, given, *batch)
-    plain = Rows([np.asarray(x, y.dtype) for x, y in zip(jax.tree.leaves(plain), rows.leaves)],
-                 rows.treedef)  # fmt: skip
+    pairs = zip(jax.tree.leaves(plain), rows.leaves, strict=True)
+    plain = Rows([np.asarray(x, y.dtype) for x, y in pairs], rows.treedef)
     errors = jax.tree.map(_distance, expected(plain, given, SINGLES), want)
     for name in SINGLES:
         assert_close(got[name], want[name], SINGLE, also=errors[name])

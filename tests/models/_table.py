@@ -33,7 +33,8 @@ class Model:
     """`build(draw)` gives `(fun, params, batch)`; `fun(params, *example)` is a scalar.
 
     `dense` names the leaves that are known to have a dense term of their size: no other leaf with
-    two wide axes may lose its factors. `promotes` says that a library promotes dtypes when it runs in float64.
+    two wide axes may lose its factors. `promotes` says that a library promotes dtypes when it runs
+    in float64.
     """
 
     name: str
@@ -49,7 +50,7 @@ MODELS: dict[str, Model] = {}
 
 
 def model(*dense: str, promotes: bool = False):
-    """Put a builder into the table; `dense` are key paths, as `jax.tree_util.keystr` prints them."""
+    """Put a builder into the table; `dense` are key paths as `jax.tree_util.keystr` prints them."""
 
     def register(build):
         name = build.__name__

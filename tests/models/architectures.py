@@ -79,9 +79,8 @@ def mixture_by_capacity(draw):
     def fun(p, x):
         gates = jax.nn.softmax(x @ p["router"], axis=-1)  # (T, E)
         best = jax.nn.one_hot(jnp.argmax(gates, -1), 3, dtype=x.dtype)
-        slot = jax.nn.one_hot(
-            (jnp.cumsum(best, 0) * best).sum(-1).astype("int32"), 2, dtype=x.dtype
-        )
+        place = (jnp.cumsum(best, 0) * best).sum(-1).astype("int32")
+        slot = jax.nn.one_hot(place, 2, dtype=x.dtype)
         dispatch = jnp.einsum("te,tc->tec", best, slot)
         inputs = jnp.einsum("tec,td->ecd", dispatch, x)
         outputs = jnp.tanh(jnp.einsum("ecd,edf->ecf", inputs, p["expert"]))
