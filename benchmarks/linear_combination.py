@@ -131,7 +131,7 @@ def measure(case: Case, seconds: float) -> Measured:
     arguments, source = case.arguments(), case.copied()
     rounds = [
         {name: compile_program(combine, *arguments) for name, combine in COMBINATIONS.items()}
-        for _ in range(5)
+        for _ in range(3)
     ]
     cases = {"jit copy": _call(jax.jit(copy), source)}
     for name, combine in COMBINATIONS.items():
