@@ -16,8 +16,10 @@ LAYERS = [
     {"_batch"},
     {"_push_pull"},
     {"_factored"},
-    {"_clip", "_outputs", "_report", "_sketch", "_source"},
-    {"_accumulator", "_combine", "_vector", "_per_example", "_reassemble", "_chain_rule", "_jacobian"},
+    {"_clip", "_outputs", "_sketch", "_source"},
+    {"_kept", "_report"},
+    {"_accumulator", "_combine", "_vector", "_per_example", "_reassemble"},
+    {"_chain_rule", "_jacobian"},
     {"_jacobian_of", "_second_order"},
     {"__init__"},
 ]
