@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from ._batch import resolve
 from ._checks import check_callable, check_chunk_size, like
 from ._jacobian import Jacobian
@@ -48,7 +50,8 @@ def jacobian(
     Raises:
       TypeError: a differentiated leaf is not a real or complex floating-point array, or an output
         is not real and floating-point.
-      ValueError: a differentiated argument is mapped, an axis is out of range, or sizes disagree.
+      ValueError: a differentiated argument is mapped, there are no parameters, an axis is out of
+        range, or sizes disagree.
 
     >>> import jax.numpy as jnp
     >>> loss = lambda p, x, y: (jnp.dot(p["w"], x) + p["b"] - y) ** 2
@@ -106,6 +109,8 @@ def _make(
     def jacobian_of(*args: Any, **kwargs: Any) -> Any:
         batch = resolve(fun, args, kwargs, argnums, in_axes)
         batch.require_shared()
+        if not jax.tree.leaves(batch.primals):
+            raise ValueError("the arguments to differentiate hold no arrays")
         source = Source(fun, batch, has_aux, chunk_size, many=not isinstance(argnums, int))
         if recompute or chunk_size is not None:
             outputs = Outputs.of(source.output_avals())

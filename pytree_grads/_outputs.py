@@ -1,6 +1,5 @@
 """What a function returns for one example, and the trees of numbers per row that go with it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -65,7 +64,7 @@ class Outputs:
         paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
         for path, leaf, shape in zip(paths, leaves, self.shapes, strict=True):
             where = located(name, path)
-            if not hasattr(leaf, "shape") and not isinstance(leaf, Sequence):
+            if not hasattr(leaf, "shape"):
                 raise TypeError(f"{where} must be an array, got {describe(leaf)}")
             x = jnp.asarray(leaf)
             if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):

@@ -1,5 +1,6 @@
 """What a Jacobian says of itself: how its rows are kept, at what cost, and if they are right."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ._batch import Batch
 from ._checks import PyTree, located
 from ._factored import _terms
 from ._factored._leaves import Leaf, Piece, materializes
-from ._factored._matrix import Matrix
 from ._factored._terms import Dense, Outer, Scatter
+from ._tree import carried_dtype, common_dtype
 
 if TYPE_CHECKING:
     from ._jacobian import Jacobian
+    from ._kept import Rows
+    from ._source import Source
 
 
 def explain(jacobian: "Jacobian") -> str:
@@ -135,66 +139,87 @@ def check(jacobian: "Jacobian", rows: int) -> None:
     if not count:
         return
     few = jacobian[:count]
-    want = _plain_rows(few)
-    depth = len(few._rows.shape)
-    c = jnp.asarray(np.linspace(-1, 1, prod(few._rows.shape)).reshape(few._rows.shape))
-
-    def products(matrix: Matrix) -> Any:
-        return matrix.rows(), matrix.leaf_norms()
-
-    bare = replace(few._rows, weights=None, valid=None)
-    got, norms = bare.map(products)
-    c = c.astype(jnp.zeros(()).dtype)
-    sums = bare.fold(lambda matrix, c: matrix.weighted_sum(c), c)
-    squares = bare.fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
-    for i, (path, _) in enumerate(jax.tree.leaves_with_path(jacobian._rows.params)):
-        plain = np.asarray(want[i]).astype(np.result_type(np.float64, want[i].dtype))
-        flat = plain.reshape(*few._rows.shape, -1)
-        weights = np.asarray(c, np.float64)
-        expected = {
-            "to_rows": (got[i], plain),
-            "norms": (norms[i], np.linalg.norm(flat, axis=-1)),
-            "weighted_sum": (sums[i], np.tensordot(weights, plain, depth)),
-            "square_sum": (squares[i], np.sum(np.abs(plain) ** 2, axis=tuple(range(depth)))),
-        }
-        eps = float(jnp.finfo(jacobian._rows.primals[i].dtype).eps)
-        for product, (found, right) in expected.items():
-            _compare(path, product, np.asarray(found), right, eps)
+    bare = replace(few._rows, weights=None, valid=None, clip=None)
+    weights = np.linspace(-1, 1, prod(bare.shape)).reshape(bare.shape)
+    c = jnp.asarray(weights, jnp.zeros(()).dtype)
+    got, norms, sums, squares = _products(bare, c)
+    plain = [_wide(x) for x in _plain_rows(few)]
+    axes = tuple(range(len(bare.shape)))
+    flat = [x.reshape(*bare.shape, -1) for x in plain]
+    sizes = [np.tensordot(np.abs(weights), np.abs(x), len(axes)) for x in plain]
+    _compare(few, "to_rows", got, plain, plain)
+    _compare(few, "norms", norms, [np.linalg.norm(x, axis=-1) for x in flat], flat)
+    _compare(few, "weighted_sum", sums, [np.tensordot(weights, x, len(axes)) for x in plain], sizes)
+    totals = [np.sum(np.abs(x) ** 2, axis=axes) for x in plain]
+    _compare(few, "square_sum", squares, totals, totals)
 
 
-def _compare(path: Any, product: str, found: np.ndarray, right: np.ndarray, eps: float) -> None:
-    found = found.astype(np.result_type(np.float64, found.dtype))
-    scale = np.max(np.abs(right), initial=0.0)
-    error = np.max(np.abs(found - right), initial=0.0)
-    if not np.array_equal(np.isfinite(found), np.isfinite(right)) or error > 8 * eps**0.5 * scale:
-        raise ValueError(
-            f"{located('params', path)}: {product} differs from plain jax.grad by {error:.3g}, "
-            f"where the largest entry is {scale:.3g}: please report the function, with J.explain()"
-        )
+@jax.jit
+def _products(rows: "Rows", c: jax.Array) -> tuple[Any, Any, Any, Any]:
+    stacked, norms = rows.map(lambda matrix: (tuple(matrix.rows()), tuple(matrix.leaf_norms())))
+    sums = rows.fold(lambda matrix, c: matrix.weighted_sum(c), c)
+    squares = rows.fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
+    return stacked, norms, sums, squares
+
+
+def _wide(x: jax.Array) -> np.ndarray:
+    return np.asarray(x).astype(np.result_type(np.float64, carried_dtype(x.dtype)))
+
+
+def _compare(
+    jacobian: "Jacobian",
+    product: str,
+    found: Sequence[jax.Array],
+    right: Sequence[np.ndarray],
+    summands: Sequence[np.ndarray],
+) -> None:
+    """Raise if a leaf is off by more than rounding of its summands, or of the other leaves.
+
+    A leaf may have no gradient but the rounding of others (a bias that is subtracted again).
+    """
+    scales = [np.max(np.abs(x), where=np.isfinite(x), initial=0.0) for x in summands]
+    params = jax.tree.leaves_with_path(jacobian._rows.params)
+    for (path, leaf), x, y, scale in zip(params, found, right, scales, strict=True):
+        eps = float(jnp.finfo(leaf.dtype).eps)
+        allowed = 8 * eps**0.5 * scale + 64 * eps * max(scales)
+        both = np.isfinite(x) & np.isfinite(y)
+        error = np.max(np.abs(_wide(x) - y), where=both, initial=0.0)
+        if error > allowed or not np.array_equal(np.isfinite(x), np.isfinite(y)):
+            raise ValueError(
+                f"{located('params', path)}: {product} differs from plain jax.grad by {error:.3g}, "
+                f"where the largest entry is {scale:.3g}: please report the function, with "
+                "J.explain()"
+            )
 
 
 def _plain_rows(jacobian: "Jacobian") -> list[jax.Array]:
     """The rows of each leaf by `jax.grad` or `jax.jacrev` of one example after the other."""
     source = jacobian._rows.source
-    rows = []
-    for i in range(len(jacobian)):
-        one = source.batch.chunk(i, 1)
+    differentiate = jax.grad if jacobian._outputs.is_scalar else jax.jacrev
 
-        def outputs(primals: PyTree, one: Any = one) -> jax.Array:
-            batch = one.with_primals(primals)
-            leaves = [
-                x if axis is None else jax.lax.index_in_dim(x, 0, axis, keepdims=False)
-                for x, axis in zip(batch.leaves, batch.axes, strict=True)
-            ]
-            args, kwargs = jax.tree.unflatten(batch.treedef, leaves)
-            result = source.fun(*args, **kwargs)
-            result = result[0] if source.has_aux else result
+    @jax.jit
+    def row(one: "Source") -> list[jax.Array]:
+        def outputs(primals: PyTree) -> jax.Array:
+            result = _call(one, one.batch.with_primals(primals))
             if jacobian._outputs.is_scalar:
                 return result
             flat = [jnp.ravel(x) for x in jax.tree.leaves(result)]
-            dtype = jnp.result_type(*(x.dtype for x in flat))
+            dtype = common_dtype(*(x.dtype for x in flat))
             return jnp.concatenate([x.astype(dtype) for x in flat])
 
-        differentiate = jax.grad if jacobian._outputs.is_scalar else jax.jacrev
-        rows.append(jax.tree.leaves(differentiate(outputs)(one.primals)))
+        return jax.tree.leaves(differentiate(outputs)(one.batch.primals))
+
+    examples = (source.batch.chunk(i, 1) for i in range(len(jacobian)))
+    rows = [row(replace(source, batch=one)) for one in examples]
     return [jnp.stack(leaf) for leaf in zip(*rows, strict=True)]
+
+
+def _call(source: "Source", one: Batch) -> PyTree:
+    """The output for a batch of one example."""
+    leaves = [
+        x if axis is None else jax.lax.index_in_dim(x, 0, axis, keepdims=False)
+        for x, axis in zip(one.leaves, one.axes, strict=True)
+    ]
+    args, kwargs = jax.tree.unflatten(one.treedef, leaves)
+    result = source.fun(*args, **kwargs)
+    return result[0] if source.has_aux else result
