@@ -1,0 +1,277 @@
+"""Rows that are hard on floating point: NaN, zero, huge, tiny and cancelling rows, and sketches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tree_allclose
+from quick import quick_jit
+
+from pytree_grads import jacobian
+
+N = 5
+MODES = {"kept": {}, "recomputed": {"recompute": True}, "chunks": {"chunk_size": 2}}
+modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+KEYS = jax.random.split(jax.random.key(5), 8)
+
+
+def network(p, x, tokens):
+    """Terms of every kind: outer with T = 1 and T = 2, scatter, a tie, dense vectors."""
+    h = jnp.tanh(x @ p["w"] + p["b"][None])  # (2, 9)
+    h = h + p["table"][tokens]
+    return jnp.sum(jnp.sin(h @ p["table"].T)) + jnp.sum(h[0] @ p["v"])
+
+
+def problem():
+    shapes = {"w": (9, 9), "b": (9,), "table": (30, 9), "v": (9, 9)}
+    params = {
+        name: 0.3 * jax.random.normal(key, shape)
+        for (name, shape), key in zip(shapes.items(), KEYS, strict=False)
+    }
+    x = jax.random.normal(KEYS[5], (N, 2, 9))
+    return params, x, jax.random.randint(KEYS[6], (N, 2), 0, 30)
+
+
+def stacked(p, x, tokens):
+    return jax.vmap(jax.grad(network), (None, 0, 0))(p, x, tokens)
+
+
+def total(rows, where):
+    return jax.tree.map(lambda r: jnp.sum(r[where], axis=0), rows)
+
+
+class TestRowsThatAreNotFinite:
+    @modes
+    @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+    def test_they_stay_alone_and_can_be_left_out(self, mode, bad):
+        params, x, tokens = problem()
+        rows = stacked(params, x, tokens)
+        x = x.at[3, 0, 2].set(bad)
+        good = np.array([0, 1, 2, 4])
+
+        @quick_jit
+        def of(params, x, tokens):
+            J = jacobian(network, **mode)(params, x, tokens)
+            safe = J.clip(0.9, nan_safe=True)
+            loose = J.clip(1e9, nan_safe=True)
+            sums = loose.sum(), loose.weighted_sum(jnp.ones(N)), loose.square_sum(), J.sum()
+            return J.norms(), safe.norms(), loose.gram(), loose @ params, sums, safe.to_rows()
+
+        norms, safe, gram, slopes, sums, clipped = of(params, x, tokens)
+        flat = np.concatenate([np.reshape(r, (N, -1)) for r in jax.tree.leaves(rows)], axis=1)
+        expected = np.linalg.norm(flat, axis=1)
+        np.testing.assert_allclose(norms[good], expected[good], rtol=1e-5)
+        assert not np.isfinite(norms[3])
+        np.testing.assert_allclose(safe[good], np.minimum(expected, 0.9)[good], rtol=1e-5)
+        flat[3] = 0
+        np.testing.assert_allclose(gram, flat @ flat.T, atol=1e-5 * expected.max() ** 2)
+        direction = np.concatenate([np.ravel(p) for p in jax.tree.leaves(params)])
+        np.testing.assert_allclose(slopes, flat @ direction, atol=1e-5 * np.abs(slopes).max())
+        assert tree_allclose(sums[0], total(rows, good))
+        assert tree_allclose(sums[1], total(rows, good))
+        assert tree_allclose(sums[2], total(jax.tree.map(jnp.square, rows), good))
+        assert not np.all(np.isfinite(sums[3]["w"]))
+        assert all(np.all(leaf[3] == 0) for leaf in jax.tree.leaves(clipped))
+
+    @modes
+    def test_one_bad_output_leaves_the_others_of_its_example(self, mode):
+        def pair(p, x, scale):
+            h = jnp.tanh(x @ p["w"])
+            return jnp.stack([jnp.sum(h), h[0] * scale * scale])  # overflows, but 0 stays 0
+
+        params, x, _ = problem()
+        args = params, x[:, 0], jnp.array([1.0, 2.0, 1e30, 3.0, 4.0])
+
+        @quick_jit
+        def of(*args):
+            J = jacobian(pair, **mode)(*args).clip(1e9, nan_safe=True)
+            return J.sum()["w"], J.norms()
+
+        rows = jax.vmap(jax.jacrev(pair), (None, 0, 0))(*args)["w"]
+        rows = jnp.where(jnp.isfinite(rows).all((2, 3), keepdims=True), rows, 0)
+        got, norms = of(*args)
+        assert tree_allclose(got, rows.sum((0, 1)))
+        assert norms[2, 1] == 0 < norms[2, 0]
+
+
+class TestSizes:
+    @modes
+    @pytest.mark.parametrize("scale", [1e15, 1e-15, 1e30, 1e-30])
+    def test_huge_and_tiny_rows_clip_right(self, mode, scale):
+        params, x, tokens = problem()
+        scales = jnp.where(jnp.arange(N) % 2 == 0, jnp.float32(scale), jnp.float32(1.0))
+
+        def scaled(p, x, tokens, scale):
+            return network(p, x, tokens) * scale
+
+        @quick_jit
+        def of(*args):
+            J = jacobian(scaled, **mode)(*args)
+            own = {"w": scale, "b": 1.0, "table": 2 * scale, "v": 0.5}
+            return J.norms(), J.clip(0.5).to_rows(), J.clip(own).weighted_sum(jnp.ones(N))
+
+        norms, clipped, each = of(params, x, tokens, scales)
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x))
+            rows = stacked(*wide, tokens)
+            scales = np.asarray(scales, np.float64)
+            rows = jax.tree.map(lambda r: np.asarray(r).swapaxes(0, -1) * scales, rows)
+            rows = jax.tree.map(lambda r: r.swapaxes(0, -1), rows)
+        of_leaf = jax.tree.map(lambda r: np.linalg.norm(r.reshape(N, -1), axis=1), rows)
+        expected = np.linalg.norm(jax.tree.leaves(of_leaf), axis=0)
+        np.testing.assert_allclose(norms, expected, rtol=1e-5)
+        bounds = {"w": scale, "b": 1.0, "table": 2 * scale, "v": 0.5}
+        for name, row in rows.items():
+            whole = np.minimum(1, 0.5 / expected)
+            want = np.swapaxes(np.swapaxes(row, 0, -1) * whole, 0, -1)
+            size = np.abs(want).reshape(N, -1).max(1).reshape(-1, *[1] * (row.ndim - 1))
+            assert np.all(np.abs(np.asarray(clipped[name], np.float64) - want) <= 1e-5 * size)
+            factor = np.minimum(1, bounds[name] / of_leaf[name])
+            want = np.tensordot(factor, row, 1)
+            np.testing.assert_allclose(each[name], want, atol=1e-5 * np.abs(want).max())
+
+    @modes
+    def test_a_row_of_zeros_has_norm_zero_with_derivative_zero(self, mode):
+        def f(p, x):
+            return jnp.sum(jnp.tanh(x @ p["w"]) @ p["v"] + x @ p["w"] @ p["w"].T)
+
+        params = {"w": jnp.ones((9, 9)), "v": jnp.zeros((9, 9))}
+        x = jnp.ones((N, 2, 9)).at[1].set(0)
+
+        @quick_jit
+        @jax.value_and_grad
+        def of(params):
+            J = jacobian(f, **mode)(params, x)
+            return jnp.sum(J.norms()[1:2]) + sum(map(jnp.sum, J.clip(1.0)[1:2].sum().values()))
+
+        value, slope = of(params)
+        assert value == 0
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slope))
+
+    def test_a_bound_of_zero_and_of_infinity(self):
+        args = problem()
+        J = quick_jit(jacobian(network))(*args)
+        nothing, everything = quick_jit(lambda J: (J.clip(0.0).sum(), J.clip(jnp.inf).sum()))(J)
+        assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(nothing))
+        assert tree_allclose(everything, total(stacked(*args), slice(None)))
+
+
+PROBE = 2.0**-30
+
+
+def probed(p, a, b):
+    """Its row is Σₜ aₜ bₜᵀ, and beside it a number that tells by what a clip has multiplied."""
+    return jnp.vdot(a @ p["w"], b).astype(jnp.float32) + p["probe"] * PROBE
+
+
+def used_twice(p, a, b):
+    """The same for T = 2, from two uses of the weight."""
+    parts = jnp.vdot(a[0] @ p["w"], b[0]) + jnp.vdot(p["w"] @ b[1], a[1])
+    return parts.astype(jnp.float32) + p["probe"] * PROBE
+
+
+def in_a_scan(p, a, b):
+    def step(total, ab):
+        a, b = ab
+        return total + jnp.vdot(a @ p["w"], b).astype(jnp.float32), None
+
+    return jax.lax.scan(step, p["probe"] * PROBE, (a, b))[0]
+
+
+@modes
+@pytest.mark.parametrize("fun", [probed, used_twice, in_a_scan])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("left", [1e-6, 1e-4, 1e-2, 0.0])
+def test_rows_that_cancel_keep_the_guarantee_of_clip(fun, dtype, left, mode):
+    rng = np.random.default_rng(1)
+    n, steps, width = 20, 2, 33
+    a = np.repeat(rng.standard_normal((n, 1, width)), steps, axis=1)
+    b = rng.standard_normal((n, steps, width))
+    b[:, -1] = left * b[:, -1] - b[:, :-1].sum(1)
+    a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+    params = {"w": jnp.zeros((width, width), dtype), "probe": jnp.float32(0)}
+
+    @quick_jit
+    def of(params, a, b, bound):
+        J = jacobian(fun, **mode)(params, a, b)
+        clipped = J.clip(bound).to_rows()
+        return J.norms(), clipped["probe"] / PROBE, clipped["w"]
+
+    exact = np.einsum("nti,ntj->nij", np.asarray(a, np.float64), np.asarray(b, np.float64))
+    true = np.linalg.norm(exact, axis=(1, 2))
+    for bound in (0.5 * np.median(true), 1e-9):
+        norms, factors, rows = of(params, a, b, jnp.float32(bound))
+        assert np.all(np.isfinite(norms))
+        assert np.all(norms >= true * (1 - 1e-3))
+        assert np.all(factors * true <= bound * (1 + 1e-3))
+        # A row that leaves as bfloat16 is rounded once more.
+        slack = 1e-3 if dtype == jnp.float32 else 2.0**-8
+        wide = np.linalg.norm(np.asarray(rows, np.float64), axis=(1, 2))
+        assert np.all(wide <= bound * (1 + slack))
+
+
+def test_norms_err_little_where_parts_cancel_little():
+    rng = np.random.default_rng(2)
+    a, b = (jnp.asarray(rng.standard_normal((200, 8, 65)), jnp.float32) for _ in range(2))
+    params = {"w": jnp.zeros((65, 65)), "probe": jnp.float32(0)}
+    norms = quick_jit(lambda *args: jacobian(probed)(*args).norms())(params, a, b)
+    exact = np.einsum("nti,ntj->nij", np.asarray(a, np.float64), np.asarray(b, np.float64))
+    np.testing.assert_allclose(norms, np.linalg.norm(exact, axis=(1, 2)), rtol=2e-6)
+
+
+class TestSketch:
+    @modes
+    def test_it_is_one_projection_for_every_batch(self, mode, x64):
+        params, x, tokens = jax.tree.map(_wide, problem())
+        dim, key = 7, jax.random.key(11)
+        size = sum(p.size for p in jax.tree.leaves(params))
+
+        def linear(p, row):
+            return sum(jnp.vdot(p[name], row[name]) for name in p)
+
+        def unflat(eye):
+            cuts = np.cumsum([p.size for p in jax.tree.leaves(params)])[:-1]
+            parts = zip(np.split(eye, cuts, axis=1), jax.tree.leaves(params), strict=True)
+            return jax.tree.unflatten(
+                jax.tree.structure(params), [e.reshape(-1, *p.shape) for e, p in parts]
+            )
+
+        @quick_jit
+        def of(params, x, tokens):
+            J = jacobian(network, **mode)(params, x, tokens)
+            return J.sketch(key, dim), J[2:4].sketch(key, dim), J.sketch(KEYS[0], dim), J.to_rows()
+
+        basis = unflat(np.eye(size))
+        projection = quick_jit(lambda p, e: jacobian(linear)(p, e).sketch(key, dim))(params, basis)
+        np.testing.assert_allclose(np.abs(projection), dim**-0.5)
+        assert abs(np.mean(np.sign(projection))) < 5 / np.sqrt(projection.size)
+        sketches, some, others, rows = of(params, x, tokens)
+        flat = np.concatenate([np.reshape(r, (N, -1)) for r in jax.tree.leaves(rows)], axis=1)
+        assert tree_allclose(sketches, flat @ np.asarray(projection))
+        assert tree_allclose(some, sketches[2:4])
+        assert not np.allclose(others, sketches)
+
+    def test_inner_products_survive_and_are_unbiased(self):
+        def f(p, x, z):
+            return jnp.sum(jnp.sin(x @ p["w"])) + jnp.sum(jnp.real(z * p["z"]))
+
+        params = {"w": jnp.ones((9, 3)) / 3, "z": jnp.ones(20, complex)}
+        x = jax.random.normal(KEYS[0], (N, 9))
+        z = jax.lax.complex(*jax.random.normal(KEYS[1], (2, N, 20)))
+
+        @quick_jit
+        def of(params, x, z):
+            J = jacobian(f)(params, x, z)
+            one = jax.vmap(lambda key: J.sketch(key, 32))(jax.random.split(KEYS[2], 200))
+            return J.gram(), jnp.einsum("sik,sjk->sij", one, one)
+
+        gram, products = map(np.asarray, of(params, x, z))
+        norms = np.sqrt(np.real(np.diag(gram)))
+        allowed = np.sqrt(2 / 32) * np.outer(norms, norms)
+        errors = products - np.real(gram)[None]
+        assert np.all(np.abs(errors.mean(0)) < 5 * allowed / np.sqrt(200))
+        assert np.all(errors.std(0) < 1.3 * allowed)
+
+
+def _wide(x):
+    return x.astype(float) if jnp.issubdtype(x.dtype, jnp.floating) else x

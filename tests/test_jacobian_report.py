@@ -1,0 +1,360 @@
+"""What a Jacobian says of itself, what it refuses, and what memory it takes."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import MODELS
+
+from pytree_grads import jacobian, value_and_jacobian
+from pytree_grads._factored._leaves import Leaf
+
+N = 5
+KEYS = jax.random.split(jax.random.key(3), 6)
+
+
+def network(p, x, token):
+    """The leaves, in order: a bias, a convolution, a table, a shared function, T = 4 and T = 1."""
+    h = jnp.tanh(x @ p["w"] + p["b"][None])
+    h = (
+        h
+        + jax.lax.conv_general_dilated(
+            h[None], p["conv"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        )[0]
+    )
+    return h.sum(0) @ p["v"] @ p["table"][token] + jnp.sum(jnp.sin(p["shared"]))
+
+
+def problem(wide=31):
+    shapes = {"w": (wide, wide), "b": (wide,), "conv": (3, wide, wide), "v": (wide, wide)}
+    shapes |= {"table": (40, wide), "shared": (3, 3)}
+    names = sorted(shapes)
+    params = {
+        name: jax.random.normal(key, shapes[name]) / 5
+        for name, key in zip(names, jax.random.split(KEYS[0], 6), strict=True)
+    }
+    return (
+        params,
+        jax.random.normal(KEYS[1], (N, 4, wide)),
+        jax.random.randint(KEYS[2], (N,), 0, 40),
+    )
+
+
+class TestExplain:
+    def lines(self, J):
+        return {line.split()[0]: line for line in J.explain().splitlines()}
+
+    def test_a_line_for_each_leaf(self):
+        J = jax.eval_shape(jacobian(network), *problem())
+        lines = self.lines(J)
+        assert set(problem()[0]) <= {re.sub(r"\W", "", name) for name in lines}
+        assert re.search(r"31x31 +outer 31x31, T=4 .*inner products", lines["['w']"])
+        assert re.search(r"31x31 +outer 31x31 .*squares", lines["['v']"])
+        assert re.search(r"40x31 +scatter 1 of 40 lines", lines["['table']"])
+        assert "shared by all rows" in lines["['shared']"]
+        assert "conv_general_dilated" in lines["['conv']"]
+        assert re.search(r"31 +dense", lines["['b']"])
+        assert all(len(line) < 160 for line in J.explain().splitlines())
+
+    @pytest.mark.parametrize("mode", [{"recompute": True}, {"chunk_size": 2}])
+    def test_it_says_that_nothing_is_kept(self, mode):
+        J = jacobian(network, **mode)(*problem())
+        assert "made again for each product" in J.explain()
+        assert set(self.lines(J)) >= set(self.lines(jacobian(network)(*problem()))) - {repr(J)}
+
+    def test_the_numbers_are_of_one_row(self):
+        params = {"w": jnp.ones((100, 200))}
+        J = jacobian(lambda p, x: jnp.sum(jnp.tanh(x @ p["w"])))(params, jnp.ones((3, 100)))
+        *_, flops_of_norm, flops_of_sum, bytes_kept = self.lines(J)["['w']"].split()
+        assert (flops_of_norm, flops_of_sum, bytes_kept) == ("600", "40k", "1.2k")
+        assert "80kB if it were" in J.explain()
+
+    def test_a_parameter_without_a_path_and_one_without_effect(self):
+        J = jacobian(lambda p, x: p[0] * x)((jnp.ones(()), jnp.ones((2, 2))), jnp.ones(N))
+        assert re.search(r"\[1\] +2x2 +zero", J.explain())
+        assert "(the parameter)" in jacobian(jnp.multiply)(jnp.ones(()), jnp.ones(N)).explain()
+
+
+CHECKED = (
+    "attention_as_jax_has_it",
+    "complex_parameters",
+    "tied_embedding",
+    "scan_over_layers",
+    "the_same_for_every_example",
+    "unused_empty_and_scalar_parameters",
+)
+
+
+def damaged(J, name):
+    """J with one number of one leaf's terms changed by much."""
+    paths = [path[0].key for path, _ in jax.tree.leaves_with_path(J._rows.params)]
+    leaves = list(J._rows.leaves)
+    i = paths.index(name)
+    arrays, treedef = jax.tree.flatten(leaves[i])
+    floats = [k for k, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
+    arrays[floats[0]] = arrays[floats[0]] * 2
+    leaves[i] = jax.tree.unflatten(treedef, arrays)
+    assert isinstance(leaves[i], Leaf)
+    return replace(J, _rows=replace(J._rows, leaves=tuple(leaves)))
+
+
+class TestCheck:
+    @pytest.mark.parametrize("name", CHECKED)
+    def test_it_passes(self, name):
+        fun, params, batch = MODELS[name]()
+        with jax.numpy_dtype_promotion("standard" if MODELS[name].promotes else "strict"):
+            jax.jit(jacobian(fun))(params, *batch).check(2)
+
+    @pytest.mark.parametrize("name", ["w", "b", "table", "v", "conv"])
+    def test_it_names_the_leaf_that_is_wrong(self, name):
+        J = jax.jit(jacobian(network))(*problem(9))
+        with pytest.raises(ValueError, match=re.escape(f"params['{name}']")) as caught:
+            damaged(J, name).check(1)
+        assert "differs from plain jax.grad" in str(caught.value)
+
+    def test_scaled_clipped_sliced_and_streamed_rows_pass(self):
+        args = problem(9)
+
+        def unlike(J):
+            return J[2:].scale(jnp.arange(3.0)).clip(1e-3, nan_safe=True)
+
+        for mode in ({}, {"chunk_size": 2}):
+            jax.jit(lambda *args, mode=mode: unlike(jacobian(network, **mode)(*args)))(*args).check(
+                2
+            )
+
+    def test_a_bias_without_effect_passes(self):
+        """Its gradient is only the rounding of the others."""
+
+        def attention(p, x):
+            scores = jax.nn.softmax((x @ p["q"]) @ (x @ p["k"] + p["b"][None]).T * 3)
+            return jnp.sum(jnp.sin(scores @ x)) * 100
+
+        params = {"q": jnp.ones((9, 5)), "k": jnp.eye(9)[:, :5], "b": jnp.ones(5)}
+        J = jax.jit(jacobian(attention))(params, jax.random.normal(KEYS[3], (N, 7, 9)))
+        assert 0 < jnp.max(jnp.abs(J.to_rows()["b"])) < 1e-3
+        J.check()
+
+    def test_rows_that_are_not_finite_do_not_hide_others(self):
+        params, x, token = problem(9)
+        J = jax.jit(jacobian(network))(params, x.at[0, 0, 0].set(jnp.nan), token)
+        J.check()
+        with pytest.raises(ValueError, match="differs"):
+            damaged(J, "w").check()
+
+    def test_outputs_of_several_dtypes(self):
+        def f(p, x):
+            return {"a": p["w"] @ x, "b": jnp.sum(p["w"]).astype(jnp.bfloat16)}
+
+        jacobian(f)({"w": jnp.ones((2, 3))}, jnp.ones((N, 3))).check()
+
+    def test_it_needs_values(self):
+        with pytest.raises(TypeError, match="looks at values: call it outside jit"):
+            jax.jit(lambda *args: jacobian(network)(*args).check())(*problem(3))
+
+
+X = jnp.ones((N, 2))
+P = {"w": jnp.ones(2), "b": jnp.ones(())}
+
+
+def f(p, x):
+    return p["w"] @ x + p["b"]
+
+
+def pair(p, x):
+    return {"a": f(p, x), "b": jnp.outer(x, x) * p["b"]}
+
+
+J, K = jacobian(f)(P, X), jacobian(pair)(P, X)
+OTHER = jacobian(lambda p, x: p["w"] @ x)({"w": jnp.ones(2)}, X)
+
+ERRORS = {
+    "fun": (lambda: jacobian(3), TypeError, "argument fun must be a function"),
+    "chunk_size": (lambda: jacobian(f, chunk_size=0), ValueError, "chunk_size"),
+    "chunk_size kind": (lambda: jacobian(f, chunk_size=2.0), TypeError, "chunk_size"),
+    "integer parameter": (
+        lambda: jacobian(f)({"w": jnp.ones(2, int), "b": 1.0}, X),
+        TypeError,
+        "argument p['w'] is differentiated and must be a real or complex floating-point array",
+    ),
+    "mapped parameter": (
+        lambda: jacobian(f, in_axes=({"w": None, "b": 0}, 0))({"w": X[0], "b": X[:, 0]}, X),
+        ValueError,
+        "args[0]['b'] is differentiated and mapped over axis 0",
+    ),
+    "batch sizes": (
+        lambda: jacobian(lambda p, x, y: p)(jnp.ones(()), X, X[:3]),
+        ValueError,
+        "the batch sizes disagree",
+    ),
+    "no batch": (lambda: jacobian(lambda p: p)(1.0), ValueError, "no argument is batched"),
+    "integer output": (
+        lambda: jacobian(lambda p, x: 3)(P, X),
+        TypeError,
+        "the output of the function to differentiate must be real and floating-point",
+    ),
+    "complex output": (
+        lambda: jacobian(lambda p, x: {"z": p["b"].astype(complex)})(P, X),
+        TypeError,
+        "outputs['z'] of the function to differentiate must be real and floating-point",
+    ),
+    "no output": (lambda: jacobian(lambda p, x: None)(P, X), TypeError, "returned no arrays"),
+    "has_aux": (lambda: jacobian(f, has_aux=True)(P, X), TypeError, "two-element tuple"),
+    "index": (lambda: J[2], TypeError, "a Jacobian takes slices of examples such as J[2:5], got 2"),
+    "step": (lambda: J[::2], TypeError, "got slice(None, None, 2)"),
+    "direction": (
+        lambda: J @ {"w": jnp.ones(3), "b": jnp.ones(())},
+        ValueError,
+        "argument v['w'] does not match the parameters['w']",
+    ),
+    "direction structure": (lambda: J @ {"w": jnp.ones(2)}, ValueError, "v"),
+    "weights": (
+        lambda: J.weighted_sum(jnp.ones(N - 1)),
+        ValueError,
+        "argument c must have one number per row, shape (5), got float32[4]",
+    ),
+    "weights of outputs": (
+        lambda: K.weighted_sum({"a": jnp.ones(N), "b": jnp.ones((N, 2, 3))}),
+        ValueError,
+        "argument c['b'] must have one number per row, shape (5,2,2), got float32[5,2,3]",
+    ),
+    "structure of weights": (
+        lambda: K.scale(jnp.ones(N)),
+        ValueError,
+        "argument s must be a tree like the function's output",
+    ),
+    "complex weights": (
+        lambda: J.T @ jnp.ones(N, complex),
+        TypeError,
+        "argument c must hold real numbers, got complex64[5]",
+    ),
+    "boolean weights": (lambda: J.scale(jnp.ones(N, bool)), TypeError, "s must hold real numbers"),
+    "text": (lambda: J.square_sum("text"), TypeError, "argument c"),
+    "gram": (lambda: J.gram(X), TypeError, "argument other must be a Jacobian, got float32[5,2]"),
+    "gram of others": (lambda: J.gram(OTHER), ValueError, "other"),
+    "J.T @ J": (lambda: J.T @ J, TypeError, "use J.square_sum() for its diagonal"),
+    "negative bound": (
+        lambda: J.clip(-1.0),
+        ValueError,
+        "argument max_norm must not be negative or NaN, got -1.0",
+    ),
+    "NaN bound": (lambda: J.clip({"w": 1.0, "b": float("nan")}), ValueError, "max_norm['b']"),
+    "bound of rank 1": (
+        lambda: J.clip(jnp.ones(2)),
+        ValueError,
+        "argument max_norm must be one real number, got float32[2]",
+    ),
+    "bound of a kind": (
+        lambda: J.clip({"w": 1.0, "b": "one"}),
+        TypeError,
+        "argument max_norm['b'] must be a real number, got a value of type str",
+    ),
+    "bounds of another structure": (
+        lambda: J.clip({"w": 1.0}),
+        ValueError,
+        "argument max_norm must be a number or a prefix tree of the parameters",
+    ),
+    "dim": (lambda: J.sketch(KEYS[0], 0), ValueError, "argument dim must be at least 1, got 0"),
+    "kind of dim": (lambda: J.sketch(KEYS[0], 2.5), TypeError, "argument dim must be an int"),
+    "no parameters": (
+        lambda: jacobian(lambda p, x: jnp.sum(x))({}, X),
+        ValueError,
+        "hold no arrays",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_the_error_table(name):
+    call, kind, words = ERRORS[name]
+    with pytest.raises(kind, match=re.escape(words)) as caught:
+        call()
+    assert caught.type is kind
+
+
+def sizes(jaxpr):
+    """The sizes of all arrays that a jaxpr makes, bodies included."""
+    for equation in jaxpr.eqns:
+        yield from (getattr(v.aval, "size", 0) for v in equation.outvars)
+        for value in equation.params.values():
+            inner = value if isinstance(value, tuple | list) else [value]
+            for body in inner:
+                body = getattr(body, "jaxpr", body)
+                if hasattr(body, "eqns"):
+                    yield from sizes(body)
+
+
+def temporary(fun, *args):
+    return jax.jit(fun).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def mlp(p, x):
+    for w, b in p:
+        x = jnp.tanh(x @ w + b)
+    return jnp.sum(x)
+
+
+class TestMemory:
+    wide, many = 256, 64
+
+    def arguments(self):
+        w, b = jnp.ones((self.wide, self.wide)), jnp.ones(self.wide)
+        return [(w, b)] * 3, jnp.ones((self.many, self.wide))
+
+    def test_no_rows_are_built_for_norms_clip_gram_and_slopes(self):
+        params, x = self.arguments()
+
+        def step(p, x):
+            outputs, J = value_and_jacobian(mlp)(p, x)
+            clipped = J.clip(1.0)
+            return outputs, J.norms(), clipped.sum(), J.gram(), J @ p, clipped.square_sum()
+
+        jaxpr = jax.make_jaxpr(step)(params, x).jaxpr
+        assert max(sizes(jaxpr)) <= self.wide**2  # a leaf, and nothing near N times it
+
+    def test_a_clipped_sum_takes_little_more_than_a_gradient(self):
+        params, x = self.arguments()
+        clipped = temporary(lambda p, x: jacobian(mlp)(p, x).clip(1.0).sum(), params, x)
+        rows = temporary(lambda p, x: jax.vmap(jax.grad(mlp), (None, 0))(p, x), params, x)
+        assert clipped < 4 * self.many * self.wide * 4 * len(params)
+        assert rows + clipped > 0  # rows are an output here, not temporary
+
+    def test_chunks_bound_the_memory(self):
+        params, x = self.arguments()
+
+        def of(chunk_size):
+            return lambda p, x: jacobian(mlp, chunk_size=chunk_size)(p, x).clip(1.0).sum()
+
+        x = jnp.concatenate([x] * 64)
+        assert temporary(of(64), params, x) < temporary(of(None), params, x) / 8
+
+    def test_recomputing_keeps_no_factors_of_a_scan(self):
+        layers, wide, many = 32, 64, 64
+
+        def deep(p, x):
+            layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+            return jnp.sum(jax.lax.scan(layer, x, p)[0])
+
+        params, x = jnp.ones((layers, wide, wide)), jnp.ones((many, wide))
+
+        def clipped_sum(**mode):
+            return lambda p, x: jacobian(deep, **mode)(p, x).clip(1.0).sum()
+
+        factors = 2 * layers * many * wide * 4  # inputs and cotangents of each layer
+        kept = temporary(clipped_sum(), params, x)
+        recomputed = temporary(clipped_sum(recompute=True), params, x)
+        assert kept > factors
+        assert recomputed < kept - factors / 3
+
+    def test_a_large_vocabulary_costs_nothing_per_row(self):
+        def bag(p, tokens):
+            return jnp.sum(jnp.tanh(p["table"][tokens].sum(0) @ p["w"]))
+
+        params = {"table": jnp.ones((20_000, 16)), "w": jnp.ones((16, 4))}
+        tokens = jnp.zeros((self.many, 10), int)
+        jaxpr = jax.make_jaxpr(lambda *args: jacobian(bag)(*args).clip(1.0).sum())(params, tokens)
+        assert max(sizes(jaxpr.jaxpr)) <= 20_000 * 16
+        assert sum(np.array(list(sizes(jaxpr.jaxpr))) >= 20_000 * 16) <= 6
