@@ -241,7 +241,12 @@ def _contract_outer(left: jax.Array, right: jax.Array, weights: jax.Array | None
         left = _weighted(weights, left)
     elif weights is not None:
         right = _weighted(weights, right)
-    return dot("bztm,bztn->bmn", left, right, precision=None)
+    # One contracted axis, as a backward pass has it: XLA copies operands that have two.
+    blocks, rows, pairs = left.shape[:3]
+    left, right = (x.reshape(blocks, rows * pairs, x.shape[-1]) for x in (left, right))
+    if left.shape[0] == 1:
+        return dot("zm,zn->mn", left[0], right[0], precision=None)[None]
+    return dot("bzm,bzn->bmn", left, right, precision=None)
 
 
 def _weighted(weights: jax.Array, x: jax.Array) -> jax.Array:
