@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from _layers import Problem
 from _measure import Program, compile_program, human_bytes, interleaved
 
+LONG = 15  # seconds; what would take longer is not run to its end
+LARGE = 1 << 29  # bytes; what needs more is tried on an eighth of the batch first
 SLOW = 5  # times the ordinary gradient; what is slower is timed once, apart from the others
+
+
+Way = Callable[[Problem], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,10 @@ class Figure:
     note: str = ""
 
     def __str__(self) -> str:
+        if self.temp_bytes < 0:
+            return self.note
         if self.time is None:
-            return self.note or f"({human_bytes(self.temp_bytes)})"
+            return f"{self.note or 'not run'} · {shown(self.memory)}"
         return f"{shown(self.time)} · {shown(self.memory)}{self.note}"
 
 
@@ -49,7 +56,7 @@ def log_progress(text: str) -> None:
 def measure(
     problem: Problem,
     base: Program,
-    ways: Mapping[str, Callable[..., Any]],
+    ways: Mapping[str, Way],
     *,
     rounds: int,
     cap: float,
@@ -65,7 +72,7 @@ def measure(
     for name, way in ways.items():
         try:
             programs[name] = compile_program(
-                way, *problem.args, repeats=3 if name in careful else 1
+                way(problem), *problem.args, repeats=3 if name in careful else 1
             )
         except Exception as error:
             log_progress(f"    {name}: {type(error).__name__}: {str(error)[:300]}")
@@ -73,19 +80,22 @@ def measure(
     once = interleaved({"ordinary": base}, seconds=0, rounds=2)["ordinary"].median
     fast: dict[str, Program] = {}
     times: dict[str, float] = {}
-    wrong = set[str]()
+    notes: dict[str, str] = {}
     reference = None
     for name, program in programs.items():
         if program.temp_bytes > cap:
+            notes[name] = human_bytes(program.temp_bytes)
             continue
-        result = jax.block_until_ready(program())
+        if program.temp_bytes > LARGE and (least := _estimate(ways[name], problem)) > LONG:
+            notes[name] = f"> {shown(least / once)}"
+            continue
+        result, seconds = _timed(program)
         reference = result if reference is None else reference
         if _distance(result, reference) > 1e-2:
-            wrong.add(name)
+            notes[name] = " (differs)"
         del result
-        start = time.perf_counter()
-        jax.block_until_ready(program())
-        seconds = time.perf_counter() - start
+        if seconds < 1 + SLOW * once:
+            _, seconds = _timed(program)
         if seconds > max(SLOW * once, 0.02):
             times[name] = seconds / once
         else:
@@ -100,11 +110,24 @@ def measure(
             _quotient(program.flops, base.flops),
             program.build_seconds / base.build_seconds,
             program.temp_bytes,
-            " (differs)" if name in wrong else "",
+            notes.get(name, ""),
         )
 
     found = {name: figure(name, program) for name, program in programs.items()}
     return taken["ordinary"].median, failed | found
+
+
+def _estimate(way: Way, problem: Problem) -> float:
+    """Seconds for the batch, from those for an eighth of it."""
+    part = problem.head(max(8, problem.size // 8))
+    program = compile_program(way(part), *part.args)
+    return _timed(program)[1] * problem.size / part.size
+
+
+def _timed(program: Program) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(program())
+    return result, time.perf_counter() - start
 
 
 def _quotient(x: float, y: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -32,6 +32,10 @@ class Problem:
     @property
     def size(self) -> int:
         return self.batch[0].shape[0]
+
+    def head(self, size: int) -> Problem:
+        """The problem of the first examples."""
+        return replace(self, batch=tuple(x[:size] for x in self.batch))
 
     @property
     def parameters(self) -> int:

@@ -168,18 +168,20 @@ def installed(module: str, package: str) -> str | None:
         return None
 
 
-def peers_of(problem: Problem, product: str) -> dict[str, Callable[..., Any]]:
-    """The peers that have a product, by name."""
-    found = {"vmap(grad)": by_rows(problem, product)}
-    if product != "clipped":
-        return found
-    found["optax"] = with_optax(problem, product)
-    if installed("jax_privacy", "jax_privacy"):
-        found["jax_privacy"] = with_jax_privacy(problem, product, None)
-        for size in (8, 1):
-            if problem.size % size == 0:
-                found[f"jax_privacy, {size}"] = with_jax_privacy(problem, product, size)
+PEERS: dict[str, Callable[[Problem, str], Callable[..., Any]]] = {
+    "vmap(grad)": by_rows,
+    "optax": with_optax,
+    "jax_privacy": partial(with_jax_privacy, microbatch_size=None),
+    "jax_privacy, 8": partial(with_jax_privacy, microbatch_size=8),
+    "jax_privacy, 1": partial(with_jax_privacy, microbatch_size=1),
+}
+
+
+def peers_with(product: str, size: int) -> list[str]:
+    """The peers that have a product, for a batch of that size."""
+    found = ["vmap(grad)"]
+    if product == "clipped":
+        found.append("optax")
+        if installed("jax_privacy", "jax_privacy"):
+            found += ["jax_privacy"] + ["jax_privacy, 8"] * (size % 8 == 0) + ["jax_privacy, 1"]
     return found
-
-
-PEERS = ("vmap(grad)", "optax", "jax_privacy", "jax_privacy, 8", "jax_privacy, 1")

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -34,7 +35,7 @@ from _measure import (
     human_seconds,
     markdown_table,
 )
-from _ways import PEERS, PRODUCTS, ROUTES, installed, ordinary, ours, peers_of
+from _ways import PEERS, PRODUCTS, ROUTES, installed, ordinary, ours, peers_with
 from models import MODELS, Model, mlp
 
 CHOICES = ("factored", "materialised", "one at a time", "vmap(grad)")  # for the cost model
@@ -85,12 +86,12 @@ def run(model: Model, options: argparse.Namespace) -> dict[str, Entry]:
     base = compile_program(ordinary(problem), *problem.args, repeats=3)
     entries = {}
     for product in options.products:
-        ways = {"auto": ours(problem, product)}
+        names = ["auto"]
         if options.routes:
-            names = ROUTES if product == "clipped" else ("auto", "factored")
-            ways |= {name: ROUTES[name](problem, product) for name in names}
+            names += [x for x in ROUTES if product == "clipped" or x == "factored"]
         if options.peers:
-            ways |= peers_of(problem, product)
+            names += peers_with(product, problem.size)
+        ways = {name: partial((ROUTES | PEERS)[name], product=product) for name in names}
         seconds, figures = measure(
             problem,
             base,
