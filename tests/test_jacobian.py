@@ -1,19 +1,17 @@
 """Every product of every model in every mode, against plain `jax.vmap(jax.grad(f))`."""
 
 import functools
-from math import prod
 
 import jax
 import numpy as np
 import pytest
 from models import MODELS, N
 from quick import quick_jit
+from routes import factors_kept, is_dense, is_matrix, leaves_of
 from rows import PRODUCTS, Given, Rows, assert_close, expected, products
 
 from pytree_grads import jacobian
-from pytree_grads._factored import _plan, _products
-from pytree_grads._factored._leaves import Leaf
-from pytree_grads._factored._terms import Dense
+from pytree_grads._factored import _products
 
 DOUBLE, SINGLE = 1e-12, 1e-5
 # JAX's own attention rounds to float32 on the way, also in float64.
@@ -23,14 +21,9 @@ RECOMPUTED = ("norms", "sum", "clip", "J @ v")
 
 
 @pytest.fixture
-def factored(monkeypatch):
-    """Keep the terms of all leaves, also of those that are smaller as they are."""
-    plan_leaf = _plan.plan_leaf
-
-    def forced(leaf, varying, route):
-        return plan_leaf(leaf, varying, "factored" if route == "auto" else route)
-
-    monkeypatch.setattr(_plan, "plan_leaf", forced)
+def factored():
+    with factors_kept():
+        yield
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)
@@ -136,16 +129,10 @@ def _narrow(x):
 
 def test_no_leaf_loses_its_factors(model, factored, x64):
     fun, params, batch = built(model, "float64")
-    J = jax.eval_shape(jacobian(fun), params, *batch)
-    nodes = jax.tree.leaves(J, is_leaf=lambda x: isinstance(x, Leaf))
-    leaves = [x for x in nodes if isinstance(x, Leaf)]
-    found = set()
-    for (path, _), leaf in zip(jax.tree.leaves_with_path(params), leaves, strict=True):
-        wide = sum(n > 1 for n in leaf.shape) > 1
-        own = [x for x in leaf.pieces if isinstance(x.term, Dense) and any(x.levels)]
-        if wide and any(prod(piece.shape) == prod(leaf.shape) for piece in own):
-            found.add(jax.tree_util.keystr(path))
-    assert found <= model.dense
+    leaves = leaves_of(jax.eval_shape(jacobian(fun), params, *batch))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    pairs = zip(paths, leaves, strict=True)
+    assert {path for path, x in pairs if is_matrix(x) and is_dense(x)} <= model.dense
 
 
 def test_the_table_is_about_batches():

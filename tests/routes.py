@@ -1,0 +1,41 @@
+"""Routes of the engine, forced: small shapes would otherwise all be materialised."""
+
+import contextlib
+from math import prod
+
+import jax
+
+from pytree_grads._factored import _plan
+from pytree_grads._factored._leaves import Leaf
+from pytree_grads._factored._terms import Dense
+
+
+@contextlib.contextmanager
+def factors_kept():
+    """Keep the terms of all leaves, also of those that are smaller as they are."""
+    plan_leaf = _plan.plan_leaf
+
+    def forced(leaf, varying, route):
+        return plan_leaf(leaf, varying, "factored" if route == "auto" else route)
+
+    _plan.plan_leaf = forced
+    try:
+        yield
+    finally:
+        _plan.plan_leaf = plan_leaf
+
+
+def leaves_of(J):
+    """The engine's leaves of a Jacobian, in the order of the parameters."""
+    nodes = jax.tree.leaves(J, is_leaf=lambda x: isinstance(x, Leaf))
+    return [x for x in nodes if isinstance(x, Leaf)]
+
+
+def is_dense(leaf):
+    """Whether a term that differs between rows has the leaf's own size."""
+    own = [x for x in leaf.pieces if isinstance(x.term, Dense) and any(x.levels)]
+    return any(prod(piece.shape) == prod(leaf.shape) for piece in own)
+
+
+def is_matrix(leaf):
+    return sum(n > 1 for n in leaf.shape) > 1
