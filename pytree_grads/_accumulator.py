@@ -158,7 +158,7 @@ def _undivided(total: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _divided(total: jax.Array, weight: jax.Array) -> jax.Array:
-    return _tree.scale(weight, total, op=jnp.divide)
+    return _tree.scale(weight, total, op=_tree.divide_by)
 
 
 @functools.partial(jax.jit, inline=True, static_argnums=1)

@@ -90,15 +90,20 @@ def check_real_leaves(coefficients: Any, name: str, tree: PyTree, what: str) -> 
 
 
 def scale(coefficient: jax.Array, leaf: jax.Array, op: Callable = jnp.multiply) -> jax.Array:
-    """``op(leaf, coefficient)`` in the leaf's dtype, the coefficient broadcast over the leaf.
+    """``op(coefficient, leaf)`` in the leaf's dtype, the coefficient broadcast over the leaf.
 
     A real coefficient acts on the parts of a complex leaf one by one: promoted to complex it would
     turn an infinity into NaN.
     """
     if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(coefficient):
         part = coefficient.astype(leaf.real.dtype)
-        return jax.lax.complex(op(leaf.real, part), op(leaf.imag, part))
-    return op(leaf, coefficient.astype(leaf.dtype))
+        return jax.lax.complex(op(part, leaf.real), op(part, leaf.imag))
+    return op(coefficient.astype(leaf.dtype), leaf)
+
+
+def divide_by(divisor: jax.Array, leaf: jax.Array) -> jax.Array:
+    """The ``op`` of a ``scale`` that divides."""
+    return leaf / divisor
 
 
 def contract(coefficients: jax.Array, leaf: jax.Array) -> jax.Array:

@@ -70,7 +70,7 @@ def _scaled(scalar: jax.Array, left: _Carried) -> _Carried:
 
 @_jitted
 def _divided(scalar: jax.Array, left: _Carried) -> _Carried:
-    return _apply_scalar(jnp.divide, scalar, left)
+    return _apply_scalar(_tree.divide_by, scalar, left)
 
 
 def _apply_scalar(op: Callable[..., jax.Array], scalar: jax.Array, vector: _Carried) -> _Carried:
