@@ -6,9 +6,10 @@ The loss is contrastive, so it couples all examples and no average over microbat
 gradient. What is compared is timed in the same run, call by call in turn; a quotient of two times
 is the median, over rounds, of their quotient in one round. The chunked gradient evaluates every
 example once more than the ordinary one does: 4/3 of its work, if a backward pass is worth two
-evaluations. Differences are those to the ordinary gradient, in float32 as measured and in float64,
-relative to the largest entry of each leaf. The last line of an encoder has the memory of the loss
-and its derivative by given outputs, N × N similarities among it, below which no chunk can go.
+evaluations; `work` counts its products of matrices. Differences are those to the ordinary gradient,
+in float32 as measured and in float64, relative to the largest entry of each leaf. The last line of
+an encoder has the memory of the loss and its derivative by given outputs, N × N similarities among
+it, below which no chunk can go.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ class Encoder:
     batch: jax.Array
 
 
-def mlp(n: int, widths: Sequence[int] = (784, 512, 512, 64)) -> Encoder:
+SHALLOW, DEEP = (784, 512, 512, 64), (256, *[512] * 6, 64)
+
+
+def mlp(n: int, widths: Sequence[int]) -> Encoder:
     def fun(params, x):
         *hidden, last = params
         for p in hidden:
@@ -110,7 +114,8 @@ def in_float64(encoder: Encoder, size: int | None, examples: int = 300) -> float
         return difference(got, jax.jit(ordinary(encoder))(*args))
 
 
-HEADER = ["encoder", "gradient", "time", "/ ordinary", "temporary", "off by", "float64"]
+HEADER = ["encoder", "gradient", "time", "/ ordinary", "work / ordinary", "temporary", "off by",
+          "float64"]  # fmt: skip
 
 
 def rows_of(encoder: Encoder, chunks: Sequence[int], seconds: float) -> list[list[str]]:
@@ -131,6 +136,7 @@ def rows_of(encoder: Encoder, chunks: Sequence[int], seconds: float) -> list[lis
             name,
             human_seconds(timings[name].median),
             f"{timings[name].over(timings['ordinary']):.2f}",
+            f"{program.flops / programs['ordinary'].flops:.2f}",
             human_bytes(program.temp_bytes),
         ]
         if name == "ordinary":
@@ -141,7 +147,7 @@ def rows_of(encoder: Encoder, chunks: Sequence[int], seconds: float) -> list[lis
     alone = compile_program(jax.grad(contrastive), outputs)
     return [
         *rows,
-        [encoder.name, "of the loss alone", "", "", human_bytes(alone.temp_bytes), "", ""],
+        [encoder.name, "of the loss alone", "", "", "", human_bytes(alone.temp_bytes), "", ""],
     ]
 
 
@@ -150,11 +156,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chunks", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--examples", type=int, nargs=2, default=[1024, 512], metavar="N",
-                        help="of the MLP and of the transformer (%(default)s)")  # fmt: skip
+                        help="of the MLPs and of the transformer (%(default)s)")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=4.0, help="an encoder (%(default)s)")
     options = parser.parse_args(argv)
     rows = []
-    for encoder in (mlp(options.examples[0]), transformer(options.examples[1])):
+    flat, sequences = options.examples
+    for encoder in (mlp(flat, SHALLOW), mlp(flat, DEEP), transformer(sequences)):
         rows += rows_of(encoder, options.chunks, options.seconds)
     print(f"{environment()}.\n")
     print(markdown_table(HEADER, rows))
