@@ -1,7 +1,7 @@
 """Linear combinations of trees: K of them in one compiled call."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _tree
-from ._checks import PyTree, describe, is_float0, located
+from ._checks import PyTree, describe, is_array, is_float0, located
 
 _NAME = "argument coefficients"
 
@@ -61,6 +61,12 @@ def linear_combination(coefficients: Any, trees: PyTree) -> PyTree:
     coefficients = _as_coefficients(coefficients)
     if type(trees) in (list, tuple):
         return _tree.call(_combine_sequence, coefficients, trees=trees)
+    is_leaf = jax.tree_util.all_leaves([trees]) and not is_array(trees)
+    if is_leaf and isinstance(trees, Iterable):  # a generator, say, or a deque
+        raise TypeError(
+            "argument trees must be a list or a tuple of K trees, or one tree whose leaves are "
+            f"stacked, got {describe(trees)}: give list(trees)"
+        )
     return _tree.call(_combine_stacked, coefficients, trees=trees)
 
 

@@ -6,6 +6,7 @@ from collections import namedtuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import CompilationCounter, equations, tree_allclose
 
@@ -91,6 +92,18 @@ def test_the_sum_is_carried_wide():
     assert tree_allclose(linear_combination([1] * 1000, [ones] * 1000), expected, rtol=0)
     stacked = {"w": jnp.ones((1000, 3), jnp.bfloat16)}
     assert tree_allclose(linear_combination(jnp.ones(1000), stacked), expected, rtol=0)
+
+
+def test_what_optax_does_without_a_word():
+    """Why there is a sum of ours beside it, as the README says."""
+    tall, wide = {"w": jnp.ones((3, 1))}, {"w": jnp.ones((1, 4))}
+    with jax.numpy_rank_promotion("allow"):
+        assert optax.tree.add(tall, wide)["w"].shape == (3, 4)
+    with pytest.raises(ValueError, match=r"expected float32\[3,1\], got float32\[1,4\]"):
+        linear_combination([1, 1], [tall, wide])
+    one = {"w": jnp.ones((), jnp.bfloat16)}
+    total = jax.lax.fori_loop(0, 1000, lambda _, total: optax.tree.add(total, one), one)
+    assert float(total["w"]) == 256
 
 
 def test_coefficients_of_every_kind_never_change_the_dtype():

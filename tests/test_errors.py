@@ -1,7 +1,7 @@
 """The error table: for every misuse, the kind and the words of the message."""
 
 import re
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,24 @@ TABLE = {
         TypeError,
         "argument trees['w'] is",
     ),
+    "a generator of trees": (
+        stacked([1.0], (tree for tree in [W])),
+        TypeError,
+        "argument trees must be a list or a tuple of K trees, or one tree whose leaves are "
+        "stacked, got a value of type generator: give list(trees)",
+    ),
+    "a deque of trees": (stacked([1.0], deque([W])), TypeError, "got a value of type deque: give"),
     # Coefficients
+    "a generator": (
+        combine(W, coefficients=(c for c in [1.0])),
+        TypeError,
+        "argument coefficients must hold numbers, got a value of type generator",
+    ),
+    "no numbers": (
+        combine(W, W, coefficients=[1.0, None]),
+        TypeError,
+        "argument coefficients must hold numbers, got object[2]",
+    ),
     "no trees": (combine(), ValueError, "argument trees is empty"),
     "count": (
         combine(W, W, coefficients=[1, 2, 3]),
