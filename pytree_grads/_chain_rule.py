@@ -52,7 +52,9 @@ def chain_rule_value_and_grad(
         default None for the differentiated arguments and 0 for all others. Keyword arguments are
         mapped over axis 0.
       has_aux: whether ``fun`` also returns auxiliary data, which is stacked.
-      chunk_size: how many examples to work on at once; None means all. It need not divide N.
+      chunk_size: how many examples to work on at once; None means all. It need not divide N. Call
+        the result inside ``jax.jit``: outside, a loop over chunks is compiled at every call, as
+        ``jax.lax.scan`` of a new function is.
       outer_has_params: whether ``outer`` also takes the differentiated argument (a tuple of them
         for a tuple of ``argnums``), whose direct gradient is added: a penalty on weights, say.
       outer_has_aux: whether ``outer`` also returns auxiliary data.
@@ -77,6 +79,9 @@ def chain_rule_value_and_grad(
     a differentiated argument    its gradient has the same batch axis (with ``in_axes``)
     that is batched
     a NaN or inf in ∂L/∂f or J   NaN or inf in the entries it touches, as with ``jax.grad``
+    a ``jax.custom_vjp`` in      as with ``jax.grad`` if ``chunk_size`` divides N; if not, the last
+    ``fun`` that is not linear   two chunks share examples, whose cotangents go through it in two
+    (it clips cotangents, say)   halves: choose one that does
     ===========================  =================================================================
 
     Source: the two passes are those of GradCache (Gao et al., 2021, arXiv:2101.06983).

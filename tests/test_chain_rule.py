@@ -312,6 +312,25 @@ def test_fun_is_traced_once_a_pass_and_outer_once(chunk_size, traces):
     assert (fun.count, outer.count) == (traces, 1)
 
 
+def test_a_backward_pass_that_clips():
+    """Not linear in the cotangent: exact where chunks do not overlap, as the docstring says."""
+
+    @jax.custom_vjp
+    def clipped(x):
+        return x
+
+    clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1.0, 1.0),))
+
+    def gradient(chunk_size):
+        return chain_rule_grad(
+            lambda f: 3.0 * jnp.sum(f), lambda p, x: clipped(p * x), chunk_size=chunk_size
+        )(jnp.float32(2), jnp.ones(6))
+
+    for chunk_size in (None, 1, 2, 3):
+        assert tree_allclose(gradient(chunk_size), jnp.float32(6))
+    assert tree_allclose(gradient(4), jnp.float32(8))  # two examples in halves, each clipped to 1
+
+
 def test_dropout_gives_the_same_bits_in_both_passes():
     """What each pass saw is sent home by a callback: the outputs of one example, bit for bit."""
     seen = {}
