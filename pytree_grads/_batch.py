@@ -9,9 +9,10 @@
 ``.args, .kwargs``    the arguments; differentiated leaves are JAX arrays
 ``.primals``          tuple of the differentiated arguments
 ``.with_primals(p)``  the same batch with other differentiated arguments
-``.example_avals()``  (args, kwargs) of one example: ``ShapeDtypeStruct``, batch axes removed
-``.chunk(start, k)``  the Batch of examples start..start+k-1; ``start`` may be traced
+``.chunk(start, k)``  the Batch of examples start..start+k-1
 ``.vmap(fun)``        ``fun(args, kwargs)`` mapped over the examples; results stack on axis 0
+``.chunks(k)``        which examples are worked on together, about k at a time
+``.part(place)``      the Batch of one such chunk
 ``.localized()``      gradients by shared leaves stay on the device of their example
 ``.require_shared()`` raises when a differentiated leaf is itself batched
 ====================  ==============================================================================
@@ -21,25 +22,24 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from . import _compat
 from ._axes import argument_specs, checked_axis, common_size, leaf_axes
 from ._checks import (
     PyTree,
     argument_names,
-    check_chunk_size,
     check_differentiable,
     located,
     normalize_argnums,
 )
+from ._chunks import Chunks, Place, loop_chunk
+from ._sharding import Names, count_at, laid_out, layout, names_at, without, zeros
 
 
 @dataclass(frozen=True)
@@ -92,27 +92,26 @@ class Batch:
             args[i] = primal
         return replace(self, leaves=tuple(jax.tree.leaves((tuple(args), self.kwargs))))
 
-    def example_avals(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` of one example, abstract.
-
-        Shared leaves that are not JAX arrays (functions, numbers, NumPy arrays) stay as they are.
-        """
-
-        def aval(leaf: Any, axis: int | None) -> Any:
-            if not isinstance(leaf, jax.Array):
-                return leaf
-            shape = leaf.shape if axis is None else leaf.shape[:axis] + leaf.shape[axis + 1 :]
-            return jax.ShapeDtypeStruct(shape, leaf.dtype)
-
-        return jax.tree.unflatten(self.treedef, list(map(aval, self.leaves, self.axes)))
-
-    def chunk(self, start: int | jax.Array, size: int) -> "Batch":
-        """The batch of the ``size`` examples from ``start`` on; ``start`` may be traced."""
+    def chunk(self, start: int, size: int) -> "Batch":
+        """The batch of the ``size`` examples from ``start`` on."""
         leaves = [
             leaf if axis is None else jax.lax.dynamic_slice_in_dim(leaf, start, size, axis)
             for leaf, axis in zip(self.leaves, self.axes, strict=True)
         ]
         return replace(self, leaves=tuple(leaves), size=size)
+
+    def chunks(self, chunk_size: int) -> Chunks:
+        """Which examples are worked on together."""
+        devices = max((count_at(leaf, axis) for leaf, axis in self._mapped), default=1)
+        return Chunks.of(self.size, chunk_size, devices)
+
+    def part(self, place: Place) -> "Batch":
+        """The batch of one chunk."""
+        leaves = [
+            leaf if axis is None else place.cut(leaf, axis)
+            for leaf, axis in zip(self.leaves, self.axes, strict=True)
+        ]
+        return replace(self, leaves=tuple(leaves), size=place.chunks.size)
 
     def vmap(
         self, fun: Callable[[tuple[Any, ...], dict[str, Any]], PyTree], out_axes: Any = 0
@@ -130,22 +129,42 @@ class Batch:
         arrays = [self.leaves[i] for i in mapped]
         return jax.vmap(one, in_axes=(axes,), out_axes=out_axes, axis_size=self.size)(arrays)
 
+    @property
+    def mesh_axes(self) -> Names:
+        """The Explicit mesh axes over which the examples are sharded."""
+        return next(filter(None, itertools.starmap(names_at, self._mapped)), ())
+
+    @property
+    def _mapped(self) -> list[tuple[Any, int]]:
+        """The leaves that differ between examples, each with its axis."""
+        pairs = zip(self.leaves, self.axes, strict=True)
+        return [(leaf, axis) for leaf, axis in pairs if axis is not None]
+
     def localized(self) -> "Batch":
-        """The same batch, with gradients of an example that are of this example alone.
+        """The same batch, with what the examples share in the hands of each device.
 
         Inside ``jax.shard_map``, ``jax.grad`` adds the gradients by a replicated value up over the
-        devices. A value that varies over the mesh axes over which the examples vary has its own on
-        each device.
+        devices; by a value that varies over the mesh axes over which the examples vary, each device
+        has its own. Over Explicit mesh axes, ``jax.vmap`` takes shared values only if they are not
+        sharded over the axes of the examples: they are gathered (as FSDP has it).
         """
-        axes = frozenset[str]().union(
-            *(
-                _compat.varying_axes(x)
-                for x, a in zip(self.leaves, self.axes, strict=True)
-                if a is not None
-            )
-        )
-        vary = functools.partial(_compat.as_varying, axes=axes)
-        return self.with_primals(jax.tree.map(vary, self.primals))
+        varying = frozenset[str]().union(*(_compat.varying_axes(x) for x, _ in self._mapped))
+        names = self.mesh_axes
+
+        def own(leaf: Any, axis: int | None) -> Any:
+            if axis is not None or not isinstance(leaf, jax.Array):
+                return leaf
+            if names:
+                leaf = laid_out(leaf, without(layout(leaf), names))
+            return _compat.as_varying(leaf, varying)
+
+        return replace(self, leaves=tuple(map(own, self.leaves, self.axes)))
+
+    def varied(self, tree: PyTree) -> PyTree:
+        """A tree of arrays that vary over all mesh axes over which something in the batch does."""
+        arrays = [x for x in self.leaves if isinstance(x, jax.Array)]
+        axes = frozenset[str]().union(*map(_compat.varying_axes, arrays))
+        return jax.tree.map(functools.partial(_compat.as_varying, axes=axes), tree)
 
     def require_shared(self) -> None:
         """Raise a ValueError if a differentiated leaf differs from example to example."""
@@ -208,22 +227,6 @@ def resolve(
     return Batch(tuple(leaves), tuple(axes), treedef, positions, common_size(sizes))
 
 
-def chunk_starts(size: int, chunk_size: int) -> np.ndarray:
-    """Where each chunk begins; the last one is moved back so that it is full.
-
-    >>> chunk_starts(7, 3)
-    array([0, 3, 4], dtype=int32)
-    """
-    count = math.ceil(size / chunk_size)
-    return np.minimum(np.arange(count) * chunk_size, size - chunk_size).astype(np.int32)
-
-
-def loop_chunk(size: int, chunk_size: int | None) -> int | None:
-    """The size of the chunks to loop over, or None where one direct call takes the whole batch."""
-    check_chunk_size(chunk_size)
-    return None if chunk_size is None or size <= chunk_size else int(chunk_size)
-
-
 def map_chunks(
     fun: Callable[..., PyTree], batch: Batch, chunk_size: int | None, rows: PyTree = None
 ) -> PyTree:
@@ -237,46 +240,43 @@ def map_chunks(
     extra = () if rows is None else (rows,)
     if chunk_size is None:
         return fun(batch, *extra)
+    chunks = batch.chunks(chunk_size)
 
     def of_chunk(start: jax.Array) -> PyTree:
-        cut = functools.partial(
-            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk_size
-        )
-        return fun(batch.chunk(start, chunk_size), *jax.tree.map(cut, extra))
+        place = Place(chunks, start)
+        return fun(batch.part(place), *jax.tree.map(place.cut, extra))
 
     # jit remembers its trace, so that finding the shapes first does not trace ``fun`` again.
     rows_from = jax.jit(of_chunk, inline=True)
-    starts = chunk_starts(batch.size, chunk_size)
+    starts = chunks.starts
     avals = jax.eval_shape(rows_from, jax.ShapeDtypeStruct((), starts.dtype))
-    empty = jax.tree.map(lambda a: jax.lax.full_like(a, 0, shape=(batch.size, *a.shape[1:])), avals)
+    empty = jax.tree.map(lambda a: zeros(a, (batch.size, *a.shape[1:])), avals)
 
     def write(rows: PyTree, start: jax.Array) -> tuple[PyTree, None]:
-        update = jax.lax.dynamic_update_slice_in_dim
-        return jax.tree.map(lambda r, c: update(r, c, start, 0), rows, rows_from(start)), None
+        return jax.tree.map(Place(chunks, start).put, rows, rows_from(start)), None
 
     return jax.lax.scan(write, empty, jnp.asarray(starts))[0]
 
 
 def fold_chunks(
-    step: Callable[[PyTree, Batch, Any, jax.Array], PyTree],
+    step: Callable[[PyTree, Batch, Place], PyTree],
     init: PyTree,
     batch: Batch,
     chunk_size: int | None,
 ) -> PyTree:
-    """``carry = step(carry, chunk, start, fresh)`` over the chunks of a batch.
+    """``carry = step(carry, chunk, place)`` over the chunks of a batch.
 
-    ``fresh``, bool of shape (chunk.size,), is False for rows that the chunk before has had already:
-    leave them out by selection (``jnp.where``), for 0 * NaN is NaN.
+    ``place.fresh``, bool of shape (chunk.size,), is False for rows that the chunk before has had
+    already: leave them out by selection (``jnp.where``), for 0 * NaN is NaN.
     """
     chunk_size = loop_chunk(batch.size, chunk_size)
     if chunk_size is None:
-        return step(init, batch, 0, jnp.ones(batch.size, bool))
-    starts = chunk_starts(batch.size, chunk_size)
-    firsts = np.arange(len(starts), dtype=starts.dtype) * chunk_size
+        return step(init, batch, Place(Chunks(batch.size, 1, batch.size), 0))
+    chunks = batch.chunks(chunk_size)
 
-    def body(carry: PyTree, xs: tuple[jax.Array, jax.Array]) -> tuple[PyTree, None]:
-        start, first = xs
-        fresh = start + jnp.arange(chunk_size, dtype=start.dtype) >= first
-        return step(carry, batch.chunk(start, chunk_size), start, fresh), None
+    def body(carry: PyTree, at: tuple[jax.Array, jax.Array]) -> tuple[PyTree, None]:
+        place = Place(chunks, *at)
+        return step(carry, batch.part(place), place), None
 
-    return jax.lax.scan(body, init, (jnp.asarray(starts), jnp.asarray(firsts)))[0]
+    at = (jnp.asarray(chunks.starts), jnp.asarray(chunks.firsts))
+    return jax.lax.scan(body, batch.varied(init), at)[0]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _tree
-from ._batch import Batch, loop_chunk, map_chunks, resolve
+from ._batch import Batch, map_chunks, resolve
 from ._checks import (
     PyTree,
     check_callable,
@@ -18,7 +18,9 @@ from ._checks import (
     like,
     split_aux,
 )
+from ._chunks import loop_chunk
 from ._push_pull import pull_chunks, vjp
+from ._sharding import AxisName, placed_like, sum_over, value_over
 
 
 def chain_rule_value_and_grad(
@@ -31,6 +33,7 @@ def chain_rule_value_and_grad(
     chunk_size: int | None = None,
     outer_has_params: bool = False,
     outer_has_aux: bool = False,
+    axis_name: AxisName = None,
 ) -> Callable[..., Any]:
     """The value and gradient of ``outer`` of the stacked outputs of ``fun``, without the rows.
 
@@ -58,6 +61,9 @@ def chain_rule_value_and_grad(
       outer_has_params: whether ``outer`` also takes the differentiated argument (a tuple of them
         for a tuple of ``argnums``), whose direct gradient is added: a penalty on weights, say.
       outer_has_aux: whether ``outer`` also returns auxiliary data.
+      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which value and gradient are
+        added up. ``outer`` sees the outputs of its device (and others' by collectives of its own),
+        and what is differentiated is the sum of its values on all devices.
 
     Returns:
       A function of the arguments of ``fun``, and of the keyword ``outer_args``, a tuple, empty by
@@ -122,7 +128,8 @@ def chain_rule_value_and_grad(
             raise TypeError(
                 f"argument outer_args must be a tuple of arguments, got {describe(outer_args)}"
             )
-        batch = resolve(fun, args, kwargs, argnums, in_axes)
+        resolved = resolve(fun, args, kwargs, argnums, in_axes)
+        batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
         if chunk is None:
             outputs, pull, aux = vjp(apply, batch)
@@ -133,7 +140,8 @@ def chain_rule_value_and_grad(
         total = _tree.carry(pull(cotangents))
         for grads in direct:
             total = jax.tree.map(jnp.add, total, _tree.carry(grads))
-        grads = _tree.round_like(total, batch.primals)
+        value, total = value_over(value, axis_name), sum_over(total, axis_name)
+        grads = _tree.round_like(placed_like(total, resolved.primals), batch.primals)
         auxs = (aux,) * has_aux + (outer_aux,) * outer_has_aux
         if auxs:
             value = (value, auxs if len(auxs) == 2 else auxs[0])
@@ -152,6 +160,7 @@ def chain_rule_grad(
     chunk_size: int | None = None,
     outer_has_params: bool = False,
     outer_has_aux: bool = False,
+    axis_name: AxisName = None,
 ) -> Callable[..., Any]:
     """The gradient of ``outer`` of the stacked outputs of ``fun``: Jᵀ ∂L/∂f, without the rows.
 
@@ -164,6 +173,7 @@ def chain_rule_grad(
       chunk_size: how many examples to work on at once.
       outer_has_params: whether ``outer`` also takes the differentiated argument.
       outer_has_aux: whether ``outer`` also returns auxiliary data.
+      axis_name: mesh axes over which the gradient is added up.
 
     Returns:
       A function of the arguments of ``fun``, and of ``outer_args``, that returns ``grads``; with
@@ -187,6 +197,7 @@ def chain_rule_grad(
         chunk_size=chunk_size,
         outer_has_params=outer_has_params,
         outer_has_aux=outer_has_aux,
+        axis_name=axis_name,
     )
 
     @like(fun)

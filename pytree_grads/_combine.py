@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from . import _tree
 from ._checks import PyTree, describe, is_array, is_float0, located
+from ._sharding import in_auto, rest
 
 _NAME = "argument coefficients"
 
@@ -111,7 +113,8 @@ def _combine_stacked(coefficients: Any, trees: PyTree) -> PyTree:
             )
         if is_float0(leaf):
             return np.zeros(array.shape[:-1] + leaf.shape[1:], leaf.dtype)
-        return _tree.contract(array, leaf).astype(leaf.dtype)
+        out = PartitionSpec(*[None] * (array.ndim - 1), *rest(leaf, 1))
+        return in_auto(_tree.contract, out)(array, leaf).astype(leaf.dtype)
 
     return jax.tree.map_with_path(combine, trees)
 

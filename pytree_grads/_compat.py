@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
@@ -70,12 +71,20 @@ def _source(equation: core.JaxprEqn) -> Any:
 
 def varying_axes(value: Any) -> frozenset[str]:
     """The mesh axes over which a value varies inside `jax.shard_map`; empty outside."""
-    aval = jax.typeof(value)
+    aval = value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
     kind = getattr(aval, "manual_axis_type", None)
-    return frozenset(getattr(aval, "vma", ()) if kind is None else kind.varying)
+    return frozenset((getattr(aval, "vma", None) or ()) if kind is None else kind.varying)
 
 
 def as_varying(value: jax.Array, axes: frozenset[str]) -> jax.Array:
     """The same value, varying over these mesh axes too."""
     missing = tuple(sorted(axes - varying_axes(value)))
     return jax.lax.pcast(value, missing, to="varying") if missing else value
+
+
+def abstract_like(value: jax.Array, shape: tuple[int, ...]) -> Any:
+    """An operand for `jax.linear_transpose` of another shape, of a value's dtype and type."""
+    axes = varying_axes(value)
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, value.dtype)
+    return as_varying(jnp.zeros(shape, value.dtype), axes)

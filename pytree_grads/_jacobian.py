@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from . import _clip, _report, _sketch
 from ._checks import PyTree, check_matching, describe
@@ -92,7 +93,7 @@ class Jacobian:
         v = jax.tree.map(jnp.asarray, other.tree if hasattr(other, "tree") else other)
         check_matching(self._rows.params, v, "the parameters", "v", dtypes=False)
         vectors = jax.tree.leaves(v)
-        return self._outputs.expand(self._rows.map(lambda matrix: matrix.apply(vectors)))
+        return self._outputs.expand(self._rows.map(Matrix.apply, vectors))
 
     def weighted_sum(self, c: PyTree) -> PyTree:
         """The weighted sum of rows, Jᵀ c = Σᵢ cᵢ Jᵢ, at the cost of one ordinary gradient.
@@ -121,7 +122,7 @@ class Jacobian:
 
     def mean(self) -> PyTree:
         """The sum of all rows divided by their number; NaN where there are none."""
-        count = np.prod(self._rows.shape)
+        count = self._rows.count
         return jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), self._rows.sum(None))
 
     def norms(self) -> PyTree:
@@ -161,14 +162,17 @@ class Jacobian:
             self._rows.params, other._rows.params, "the parameters", "other", dtypes=False
         )
         depth = len(self._rows.shape)
-        theirs_first = [*range(depth, depth + len(other._rows.shape)), *range(depth)]
+        theirs = len(other._rows.shape)
+        theirs_first = [*range(depth, depth + theirs), *range(depth)]
+        out = PartitionSpec(*[None] * theirs, *self._rows.layout)
+
+        def products(theirs: Matrix, mine: Matrix) -> jax.Array:
+            return mine.gram(theirs).transpose(theirs_first)
 
         def against(mine: Matrix) -> jax.Array:
-            products = other._rows.map(lambda theirs: mine.gram(theirs).transpose(theirs_first))
-            return products.transpose(np.argsort(theirs_first))
+            return other._rows.map(products, mine, out=out).transpose(np.argsort(theirs_first))
 
-        rows = self._outputs.expand(self._rows.map(against))
-        theirs = len(other._rows.shape)
+        rows = self._outputs.expand(self._rows.each(against))
         return jax.tree.map(lambda x: other._outputs.expand(x, axis=x.ndim - theirs), rows)
 
     def square_sum(self, c: PyTree = None) -> PyTree:
@@ -228,7 +232,7 @@ class Jacobian:
         Source: Achlioptas, "Database-friendly random projections", 2003.
         """
         dim = _sketch.checked_dim(dim)
-        projected = self._rows.map(lambda matrix: _sketch.project(matrix, key, dim))
+        projected = self._rows.map(lambda matrix, key: _sketch.project(matrix, key, dim), key)
         return self._outputs.expand(projected)
 
     def to_rows(self) -> PyTree:
@@ -237,7 +241,7 @@ class Jacobian:
         For outputs that are not scalar the result is as from ``jax.jacrev``: a tree like the
         output that holds trees like the parameters, with leaves of shape (N, *k, *leaf).
         """
-        stacked = self._rows.map(lambda matrix: tuple(matrix.rows()))
+        stacked = self._rows.stacked()
         if self._outputs.is_scalar:
             return self._rows.like_params(list(stacked))
         parts = [self._outputs.expand(x) for x in stacked]

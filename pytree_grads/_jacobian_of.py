@@ -10,6 +10,7 @@ from ._checks import check_callable, check_chunk_size, like
 from ._jacobian import Jacobian
 from ._kept import Rows
 from ._outputs import Outputs
+from ._sharding import AxisName
 from ._source import Source
 
 
@@ -21,6 +22,7 @@ def jacobian(
     has_aux: bool = False,
     chunk_size: int | None = None,
     recompute: bool = False,
+    axis_name: AxisName = None,
 ) -> Callable[..., Any]:
     """J, the rows of a function's gradients at every example, without building them.
 
@@ -42,6 +44,9 @@ def jacobian(
         not divide N.
       recompute: keep nothing between products. Norms are taken where rows arise (inside the body
         of a scan over layers), and a weighted sum is one vector-Jacobian product.
+      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which sums of rows (``sum``,
+        ``mean``, ``weighted_sum``, ``square_sum``) are those of all devices. By default they are
+        those of the rows on the device; norms and all else per row always are.
 
     Returns:
       A function of the arguments of ``fun`` that returns a ``Jacobian``, or with ``has_aux`` the
@@ -63,7 +68,9 @@ def jacobian(
     >>> print(f"{J.clip(4.5).sum()['b']:.3f}")
     1.500
     """
-    return _make(fun, argnums, in_axes, has_aux, chunk_size, recompute, with_outputs=False)
+    return _make(
+        fun, argnums, in_axes, has_aux, chunk_size, recompute, axis_name, with_outputs=False
+    )
 
 
 def value_and_jacobian(
@@ -74,6 +81,7 @@ def value_and_jacobian(
     has_aux: bool = False,
     chunk_size: int | None = None,
     recompute: bool = False,
+    axis_name: AxisName = None,
 ) -> Callable[..., Any]:
     """The outputs of a function at every example, and J, from one forward pass.
 
@@ -89,7 +97,9 @@ def value_and_jacobian(
     >>> print(outputs, J.norms())
     [3.] [1.4142135]
     """
-    return _make(fun, argnums, in_axes, has_aux, chunk_size, recompute, with_outputs=True)
+    return _make(
+        fun, argnums, in_axes, has_aux, chunk_size, recompute, axis_name, with_outputs=True
+    )
 
 
 def _make(
@@ -99,6 +109,7 @@ def _make(
     has_aux: bool,
     chunk_size: int | None,
     recompute: bool,
+    axis_name: AxisName,
     *,
     with_outputs: bool,
 ) -> Callable[..., Any]:
@@ -117,11 +128,12 @@ def _make(
             leaves = None
             values, aux = source.outputs() if with_outputs or has_aux else (None, None)
         else:
-            factored = source.factor(batch)
+            factored = source.factor(batch.localized())
             outputs = Outputs.of(factored.output_avals)
             leaves = factored.leaves
             values, aux = factored.outputs, factored.aux
-        made = Jacobian(Rows(source, leaves, outputs.rows(batch.size), not recompute), outputs)
+        shape = outputs.rows(batch.size)
+        made = Jacobian(Rows(source, leaves, shape, not recompute, axis_name), outputs)
         if with_outputs:
             return ((values, aux) if has_aux else values), made
         return (made, aux) if has_aux else made

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ._checks import PyTree
 from ._clip import Clip
@@ -14,6 +16,7 @@ from ._compat import trace_state
 from ._factored._leaves import Leaf
 from ._factored._matrix import Matrix
 from ._factored._plan import Route
+from ._sharding import AxisName, device_count, in_auto, layout, sum_over, without, zeros
 from ._source import Source
 from ._tree import carried_dtype
 
@@ -21,7 +24,7 @@ from ._tree import carried_dtype
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["source", "leaves", "weights", "valid", "clip"],
-    meta_fields=["shape", "one_pass", "uniform"],
+    meta_fields=["shape", "one_pass", "axis_name", "uniform"],
 )
 @dataclass(frozen=True)
 class Rows:
@@ -29,12 +32,14 @@ class Rows:
 
     Where `leaves` is None nothing is kept: each product makes the rows again, chunk by chunk. With
     `one_pass`, a clip then waits for the product, which takes the norms of a chunk as it goes.
+    Sums over rows are those over all devices along the mesh axes `axis_name`.
     """
 
     source: Source
     leaves: tuple[Leaf, ...] | None
     shape: tuple[int, ...]
     one_pass: bool = False
+    axis_name: AxisName = None
     weights: tuple[jax.Array, ...] | None = None  # of rows, for each leaf
     valid: jax.Array | None = None  # rows that count; the others are zero
     uniform: bool = True  # whether the weights are the same for all leaves
@@ -49,6 +54,16 @@ class Rows:
     @property
     def primals(self) -> list[jax.Array]:
         return jax.tree.leaves(self.params)
+
+    @property
+    def count(self) -> int:
+        """How many rows there are on all devices along `axis_name`."""
+        return prod(self.shape) * device_count(self.axis_name)
+
+    @property
+    def layout(self) -> PartitionSpec:
+        """How numbers per row are laid out: as the examples are."""
+        return PartitionSpec(self.source.batch.mesh_axes)
 
     def like_params(self, leaves: list[jax.Array]) -> PyTree:
         return jax.tree.unflatten(jax.tree.structure(self.params), leaves)
@@ -92,12 +107,44 @@ class Rows:
     def _matrix(self) -> Matrix:
         return Matrix(self.leaves or (), self.weights, self.valid)
 
-    def map(self, fun: Callable[[Matrix], PyTree], route: Route = "auto") -> PyTree:
-        """`fun` of the rows, which gives arrays that begin with a row each."""
+    def map(
+        self,
+        fun: Callable[..., PyTree],
+        *args: PyTree,
+        route: Route = "auto",
+        out: PyTree = None,
+    ) -> PyTree:
+        """`fun` of the rows, and of trees of arrays, which gives arrays that begin with a row each.
+
+        `out` is a prefix tree of their layouts, if that is not the one of numbers per row.
+        """
+        own = in_auto(fun, self.layout if out is None else out)
+        return self.each(lambda matrix: own(matrix, *args), route)
+
+    def each(self, fun: Callable[[Matrix], PyTree], route: Route = "auto") -> PyTree:
+        """The same for a function that sees to layouts by itself."""
         if self.leaves is not None:
             return fun(self._matrix)
-        clip = self.clip or (lambda matrix: matrix)
-        return self.source.map(lambda m: fun(clip(m)), self.weights, self.valid, route)
+        return self.source.map(lambda m: fun(self._clip(m)), self.weights, self.valid, route)
+
+    def stacked(self) -> tuple[jax.Array, ...]:
+        """The rows as arrays, one for each leaf."""
+        names = self.source.batch.mesh_axes
+        lead = (names, *[None] * (len(self.shape) - 1))
+        out = tuple(PartitionSpec(*lead, *without(layout(x), names)) for x in self.primals)
+        return self.map(lambda matrix: tuple(matrix.rows()), out=out)
+
+    def _clip(self, matrix: Matrix) -> Matrix:
+        """Some of the rows, clipped if a clip waits."""
+        if self.clip is None:
+            return matrix
+
+        def factors(matrix: Matrix, clip: Clip) -> Any:
+            clipped = clip(matrix)
+            return clipped.weights, clipped.valid
+
+        weights, valid = in_auto(factors, self.layout)(matrix, self.clip)
+        return replace(matrix, weights=weights, valid=valid)
 
     def fold(
         self,
@@ -106,20 +153,25 @@ class Rows:
         dtype: Callable[[Any], Any] = lambda dtype: dtype,
     ) -> list[jax.Array]:
         """`fun` of the rows, which gives sums over them: arrays like the leaves, carried."""
+        own = in_auto(fun, [layout(x) for x in self.primals])
         if self.leaves is not None:
-            return fun(self._matrix, extra)
-        clip = self.clip or (lambda matrix: matrix)
-        zeros = [jnp.zeros(x.shape, dtype(carried_dtype(x.dtype))) for x in self.primals]
-        return self.source.fold(
-            lambda matrix, extra: fun(clip(matrix), extra), zeros, self.weights, self.valid, extra
+            return sum_over(own(self._matrix, extra), self.axis_name)
+        init = [zeros(x, x.shape, dtype(carried_dtype(x.dtype))) for x in self.primals]
+        sums = self.source.fold(
+            lambda matrix, extra: own(self._clip(matrix), extra),
+            init,
+            self.weights,
+            self.valid,
+            extra,
         )
+        return sum_over(sums, self.axis_name)
 
     def sum(self, c: jax.Array | None) -> PyTree:
         """The sum of the rows times c: a tree like the parameters, in their dtypes."""
         if self._can_pull_back:
             ones = jnp.ones(self.shape) if c is None else c
             own = ones if self.weights is None else ones * self.weights[0].astype(ones.dtype)
-            return self.like_params(self.source.pull_back(own))
+            return self.like_params(sum_over(self.source.pull_back(own), self.axis_name))
         sums = self.fold(lambda matrix, c: matrix.weighted_sum(c), c)
         return self.like_params(
             [x.astype(p.dtype) for x, p in zip(sums, self.primals, strict=True)]

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _tree
-from ._batch import Batch, chunk_starts, fold_chunks, map_chunks
-from ._checks import PyTree, is_float0
+from ._batch import Batch, fold_chunks, map_chunks
+from ._checks import PyTree
+from ._chunks import Place
+from ._sharding import zeros
 
 # From a batch, the stacked outputs and auxiliary data of its examples.
 Apply = Callable[[Batch], tuple[PyTree, PyTree]]
@@ -47,45 +49,35 @@ def push_chunks(apply: Apply, batch: Batch, chunk_size: int, tangents: PyTree) -
 
 def pull_chunks(apply: Apply, batch: Batch, chunk_size: int, cotangents: PyTree) -> PyTree:
     """The gradient of ``batch.primals``, carried, by one vector-Jacobian product per chunk."""
-    cotangents = _share_overlap(cotangents, batch.size, chunk_size)
-    axes = batch.primal_axes
+    cotangents = _share_overlap(cotangents, batch.chunks(chunk_size).twice)
     leaves, treedef = jax.tree.flatten(batch.primals)
-    zeros = [jax.lax.full_like(x, 0, dtype=_tree.carried_dtype(x.dtype)) for x in leaves]
+    start = [zeros(x, x.shape, _tree.carried_dtype(x.dtype)) for x in leaves]
 
-    def cut(leaf: Any, start: Any) -> Any:
-        if is_float0(leaf):
-            return np.zeros((chunk_size, *leaf.shape[1:]), leaf.dtype)
-        return jax.lax.dynamic_slice_in_dim(leaf, start, chunk_size)
-
-    def step(totals: list[jax.Array], chunk: Batch, start: Any, _: Any) -> list[jax.Array]:
+    def step(totals: list[jax.Array], chunk: Batch, place: Place) -> list[jax.Array]:
         _, pull, _ = vjp(apply, chunk)
-        grads = pull(jax.tree.map(lambda leaf: cut(leaf, start), cotangents))
+        grads = pull(jax.tree.map(place.cut, cotangents))
         wide = jax.tree.leaves(_tree.carry(grads))
-        return [_add_at(*args, start) for args in zip(totals, wide, axes, strict=True)]
+        return [_add_at(place, *args) for args in zip(totals, wide, batch.primal_axes, strict=True)]
 
-    return jax.tree.unflatten(treedef, fold_chunks(step, zeros, batch, chunk_size))
+    return jax.tree.unflatten(treedef, fold_chunks(step, start, batch, chunk_size))
 
 
-def _add_at(total: jax.Array, part: jax.Array, axis: int | None, start: Any) -> jax.Array:
-    """``total + part``, at ``start`` on the batch axis of a leaf that has one."""
+def _add_at(place: Place, total: jax.Array, part: jax.Array, axis: int | None) -> jax.Array:
+    """``total + part``, in the place of a chunk on the batch axis of a leaf that has one."""
     if axis is None:
         return total + part
-    old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis)
-    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis)
+    return place.put(total, place.cut(total, axis) + part, axis)
 
 
-def _share_overlap(cotangents: PyTree, size: int, chunk_size: int) -> PyTree:
+def _share_overlap(cotangents: PyTree, twice: np.ndarray) -> PyTree:
     """Halve the cotangents of the rows that the last chunk shares with the one before it.
 
     Each of the two then contributes half of a row's gradient. Halving is exact, and unlike a zero
     cotangent it makes no NaN of an infinite derivative.
     """
-    starts = chunk_starts(size, chunk_size)
-    last, end_before = int(starts[-1]), (len(starts) - 1) * chunk_size
-    if last == end_before:
+    if not twice.any():
         return cotangents
-    row = jnp.arange(size)
-    share = jnp.where((row >= last) & (row < end_before), 0.5, 1.0)
+    share = jnp.where(twice, 0.5, 1.0)
     return _tree.map_inexact(
         lambda x: _tree.scale(share.reshape(-1, *[1] * (x.ndim - 1)), x), cotangents
     )

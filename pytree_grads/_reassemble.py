@@ -19,6 +19,7 @@ from ._checks import (
     is_inexact,
     located,
 )
+from ._sharding import in_auto, rest
 
 
 def reassemble(outer: Callable[[PyTree], Any], outputs: PyTree, rows: PyTree) -> PyTree:
@@ -91,11 +92,16 @@ def _contracted(weights: Sequence[jax.Array], parts: Sequence[PyTree]) -> PyTree
         first = rows[0].shape[weights[0].ndim :]  # p
         if is_float0(rows[0]):
             return np.zeros(first, rows[0].dtype)
-        terms = [
-            _tree.contract(weight.reshape(-1), row.reshape(weight.size, *first))
-            for weight, row in zip(weights, rows, strict=True)
-        ]
-        return sum(terms[1:], start=terms[0]).astype(rows[0].dtype)
+
+        def summed(weights: Sequence[jax.Array], rows: Sequence[jax.Array]) -> jax.Array:
+            terms = [
+                _tree.contract(weight.reshape(-1), row.reshape(weight.size, *first))
+                for weight, row in zip(weights, rows, strict=True)
+            ]
+            return sum(terms[1:], start=terms[0])
+
+        out = rest(rows[0], weights[0].ndim)
+        return in_auto(summed, out)(weights, rows).astype(rows[0].dtype)
 
     return jax.tree.map(contract, *parts)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _tree
-from ._batch import Batch, loop_chunk, map_chunks, resolve
+from ._batch import Batch, map_chunks, resolve
 from ._checks import (
     PyTree,
     check_callable,
@@ -21,7 +21,9 @@ from ._checks import (
     like,
     split_aux,
 )
+from ._chunks import loop_chunk
 from ._push_pull import pull_chunks, push_chunks
+from ._sharding import AxisName, device_count, placed_like, sum_over
 
 
 def gauss_newton_product(
@@ -34,6 +36,7 @@ def gauss_newton_product(
     chunk_size: int | None = None,
     outer_has_params: bool = False,
     outer_has_aux: bool = False,
+    axis_name: AxisName = None,
 ) -> Callable[..., Callable[[PyTree], PyTree]]:
     """The product with the generalized Gauss-Newton matrix of ``outer`` of the outputs of ``fun``.
 
@@ -57,6 +60,7 @@ def gauss_newton_product(
         Hessian by the outputs and the argument together, and the identity stands below J: a penalty
         on the weights in ``outer`` damps G as it should.
       outer_has_aux: whether ``outer`` also returns auxiliary data, which is dropped.
+      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which products are added up.
 
     Returns:
       A function of the arguments of ``fun``, and of ``outer_args``, that returns the product: a
@@ -109,7 +113,8 @@ def gauss_newton_product(
             raise TypeError(
                 f"argument outer_args must be a tuple of arguments, got {describe(outer_args)}"
             )
-        batch = resolve(fun, args, kwargs, argnums, in_axes)
+        resolved = resolve(fun, args, kwargs, argnums, in_axes)
+        batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
         if chunk is None:
             outputs, push, fixed = jax.linearize(
@@ -142,11 +147,13 @@ def gauss_newton_product(
             expected = batch.primals[0] if is_single else batch.primals
             tangents = jax.tree.map(jnp.asarray, given)
             check_matching(expected, tangents[0] if is_single else tangents, "params", "v")
+            tangents = placed_like(tangents, batch.primals)
             direct = tangents if outer_has_params else ()
             cotangents, *more = curve(push(tangents), *direct)
             total = _tree.carry(pull(cotangents))
             if more:
                 total = jax.tree.map(jnp.add, total, _tree.carry(tuple(more)))
+            total = placed_like(sum_over(total, axis_name), resolved.primals)
             result = _tree.round_like(total, batch.primals)
             return result[0] if is_single else result
 
@@ -162,6 +169,7 @@ def fisher_product(
     in_axes: Any = None,
     has_aux: bool = False,
     chunk_size: int | None = None,
+    axis_name: AxisName = None,
 ) -> Callable[..., Callable[[PyTree], PyTree]]:
     """The product with the empirical Fisher matrix, F v = Jᵀ J v / N.
 
@@ -178,6 +186,7 @@ def fisher_product(
       in_axes: the axis of the examples in each argument.
       has_aux: whether ``fun`` also returns auxiliary data, which is dropped.
       chunk_size: how many examples to work on at once, as in :func:`gauss_newton_product`.
+      axis_name: mesh axes over which products are added up; N then counts all their examples.
 
     Returns:
       A function of the arguments of ``fun`` that returns the product, as
@@ -205,14 +214,13 @@ def fisher_product(
         check_scalar(value, "the value of fun", mend)
         return value
 
-    return gauss_newton_product(_half_mean_square, scalar, argnums, in_axes=in_axes,
-                                chunk_size=chunk_size)  # fmt: skip
+    def half_mean_square(outputs: jax.Array) -> jax.Array:
+        """Its Hessian is 1 / N."""
+        wide = outputs.astype(_tree.carried_dtype(outputs.dtype))
+        return jnp.sum(wide**2) / (2 * max(1, wide.size * device_count(axis_name)))
 
-
-def _half_mean_square(outputs: jax.Array) -> jax.Array:
-    """Its Hessian is 1 / N."""
-    wide = outputs.astype(_tree.carried_dtype(outputs.dtype))
-    return jnp.sum(wide**2) / (2 * max(1, wide.size))
+    return gauss_newton_product(half_mean_square, scalar, argnums, in_axes=in_axes,
+                                chunk_size=chunk_size, axis_name=axis_name)  # fmt: skip
 
 
 def _has_derivative(outputs: PyTree) -> PyTree:

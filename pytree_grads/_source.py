@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._batch import Batch, fold_chunks, loop_chunk, map_chunks
+from ._batch import Batch, fold_chunks, map_chunks
 from ._checks import PyTree
+from ._chunks import Place
 from ._factored import _rows
 from ._factored._matrix import Matrix
 from ._factored._plan import Route
+from ._sharding import placed_like, zeros
 from ._tree import carried_dtype
 
 
@@ -56,7 +58,7 @@ class Source:
         def of_chunk(chunk: Batch, rows: Any) -> PyTree:
             return fun(self.matrix(chunk, *rows, route=route))
 
-        return map_chunks(of_chunk, self.batch, self.chunk_size, (weights, valid))
+        return map_chunks(of_chunk, self.batch.localized(), self.chunk_size, (weights, valid))
 
     def fold(
         self,
@@ -67,35 +69,35 @@ class Source:
         extra: Any,
     ) -> list[jax.Array]:
         """The sum of `fun(matrix, extra)` over the chunks; `extra` holds arrays of N rows."""
-        chunk_size = loop_chunk(self.batch.size, self.chunk_size)
 
-        def step(carry: Any, chunk: Batch, start: Any, fresh: jax.Array) -> Any:
-            rows = _cut((weights, valid, extra), start, chunk.size)
+        def step(carry: Any, chunk: Batch, place: Place) -> Any:
+            rows = jax.tree.map(place.cut, (weights, valid, extra))
             own_weights, own_valid, own_extra = rows
             matrix = self.matrix(chunk, own_weights, own_valid)
-            if chunk_size is not None and self.batch.size % chunk_size:
-                seen = fresh.reshape(-1, *[1] * (len(matrix.leaves[0].rows) - 1))
+            if not place.chunks.is_even:
+                seen = place.fresh.reshape(-1, *[1] * (len(matrix.leaves[0].rows) - 1))
                 seen = jnp.broadcast_to(seen, matrix.leaves[0].rows)
                 own_valid = seen if own_valid is None else own_valid & seen
                 matrix = replace(matrix, valid=own_valid)
             return jax.tree.map(jnp.add, carry, fun(matrix, own_extra))
 
-        return fold_chunks(step, init, self.batch, self.chunk_size)
+        return fold_chunks(step, init, self.batch.localized(), self.chunk_size)
 
     def pull_back(self, weights: jax.Array) -> list[jax.Array]:
         """The sum of the rows of a scalar function times weights: one ordinary gradient."""
+        primals = jax.tree.leaves(self.batch.primals)
 
-        def step(carry: Any, chunk: Batch, start: Any, fresh: jax.Array) -> Any:
-            own = jax.lax.dynamic_slice_in_dim(weights, start, chunk.size)
-            own = jnp.where(fresh, own, jnp.zeros_like(own))
-            _, vjp, *_ = jax.vjp(
+        def step(carry: Any, chunk: Batch, place: Place) -> Any:
+            own = place.cut(weights)
+            own = jnp.where(placed_like(place.fresh, own), own, jnp.zeros_like(own))
+            values, vjp, *_ = jax.vjp(
                 lambda primals: self._values(chunk.with_primals(primals)), chunk.primals
             )
-            (sums,) = vjp(own)
-            return jax.tree.map(jnp.add, carry, jax.tree.leaves(sums))
+            (sums,) = vjp(placed_like(own, values))
+            return jax.tree.map(jnp.add, carry, placed_like(jax.tree.leaves(sums), primals))
 
-        zeros = [jnp.zeros_like(x) for x in jax.tree.leaves(self.batch.primals)]
-        return fold_chunks(step, zeros, self.batch, self.chunk_size)
+        init = [zeros(x, x.shape) for x in primals]
+        return fold_chunks(step, init, self.batch.localized(), self.chunk_size)
 
     def _values(self, batch: Batch) -> jax.Array:
         def one(args: Any, kwargs: Any) -> Any:
@@ -112,39 +114,20 @@ class Source:
             result = chunk.vmap(lambda args, kwargs: self.fun(*args, **kwargs))
             return result if self.has_aux else (result, None)
 
-        return map_chunks(of_chunk, self.batch, self.chunk_size)
+        return map_chunks(of_chunk, self.batch.localized(), self.chunk_size)
 
     def output_avals(self) -> PyTree:
         """The output of one example, abstract."""
-        args, kwargs = self.batch.example_avals()
-        arrays, rebuild = _split(args, kwargs)
+        batch = self.batch.localized()
 
-        def one(arrays: Any) -> Any:
-            args, kwargs = rebuild(arrays)
+        def one(args: Any, kwargs: Any) -> Any:
             result = self.fun(*args, **kwargs)
             return result[0] if self.has_aux else result
 
-        avals = jax.eval_shape(one, arrays)
+        stacked = jax.eval_shape(lambda: batch.vmap(one))
+        avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
         _rows.check_outputs(avals)
         return avals
-
-
-def _cut(tree: PyTree, start: Any, size: int) -> PyTree:
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), tree)
-
-
-def _split(args: Any, kwargs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The arrays among arguments, and how to put them back."""
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    at = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
-
-    def rebuild(arrays: list[Any]) -> Any:
-        filled = list(leaves)
-        for i, x in zip(at, arrays, strict=True):
-            filled[i] = x
-        return jax.tree.unflatten(treedef, filled)
-
-    return [leaves[i] for i in at], rebuild
 
 
 def _flatten(source: Source) -> tuple[list[Any], Any]:

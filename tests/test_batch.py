@@ -7,6 +7,7 @@ import pytest
 from helpers import tree_allclose
 
 from pytree_grads import _batch
+from pytree_grads._chunks import Chunks, Place
 
 N = 7
 KEYS = jax.random.split(jax.random.key(0), N)
@@ -38,20 +39,6 @@ def test_what_resolve_finds():
     batch.require_shared()
 
 
-def test_one_example_in_the_abstract():
-    (params, example, activation), kwargs = resolved().example_avals()
-    assert params["w"].shape == (3,)
-    assert params["none"] is None
-    assert example["x"].shape == (3,)
-    assert example["key"].shape == ()
-    assert example["key"].dtype == KEYS.dtype
-    assert kwargs["weight"].shape == ()
-    assert activation is jnp.tanh
-    weight = kwargs["weight"]
-    value = jax.eval_shape(lambda p, e, w: fun(p, e, activation, weight=w), params, example, weight)
-    assert value.shape == ()
-
-
 def test_a_chunk_is_a_batch():
     batch = resolved()
     rows = batch.vmap(call)
@@ -70,14 +57,11 @@ def test_every_row_is_fresh_once(chunk_size):
     rows = batch.vmap(call)
     assert tree_allclose(_batch.map_chunks(lambda chunk: chunk.vmap(call), batch, chunk_size), rows)
 
-    def step(total, chunk, start, fresh):
-        seen = jax.lax.dynamic_slice_in_dim(total["seen"], start, chunk.size)
-        written = jax.lax.dynamic_update_slice_in_dim(
-            total["seen"], seen + fresh.astype(jnp.int32), start, 0
-        )
+    def step(total, chunk, place):
+        seen = place.cut(total["seen"]) + place.fresh.astype(jnp.int32)
         return {
-            "sum": total["sum"] + jnp.sum(jnp.where(fresh, chunk.vmap(call), 0.0)),
-            "seen": written,
+            "sum": total["sum"] + jnp.sum(jnp.where(place.fresh, chunk.vmap(call), 0.0)),
+            "seen": place.put(total["seen"], seen),
         }
 
     init = {"sum": jnp.zeros(()), "seen": jnp.zeros(N, jnp.int32)}
@@ -90,3 +74,31 @@ def test_parameters_that_differ_by_example():
     assert batch.primal_axes == (1,)
     with pytest.raises(ValueError, match=r"argument args\[0\]\['w'\] is differentiated and mapped"):
         batch.require_shared()
+
+
+@pytest.mark.parametrize("total, chunk_size", [(12, 4), (12, 8), (12, 9), (8, 8), (9, 1), (7, 5)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_chunks_of_several_groups(total, chunk_size, axis):
+    """Every row is fresh once, and goes back to where it was cut from."""
+    chunks = Chunks.of(total, chunk_size)
+    assert chunks.size == chunk_size
+    x = jnp.moveaxis(jnp.arange(2 * total).reshape(total, 2), 0, axis)
+    back, times = jnp.zeros_like(x), np.zeros(total, int)
+    fresh = []
+    for start, first in zip(chunks.starts, chunks.firsts, strict=True):
+        place = Place(chunks, start, first)
+        rows = place.cut(jnp.arange(total))
+        back = place.put(back, place.cut(x, axis), axis)
+        fresh += rows[place.fresh].tolist()
+        times[np.asarray(rows)] += 1
+    assert sorted(fresh) == list(range(total))
+    assert tree_allclose(back, x)
+    assert (times == np.where(chunks.twice, 2, 1)).all()
+    assert chunks.is_even == (not chunks.twice.any())
+
+
+@pytest.mark.parametrize("chunk_size, width", [(8, 1), (9, 1), (3, 1), (16, 2), (31, 3)])
+def test_chunks_are_shared_out_evenly_to_devices(chunk_size, width):
+    chunks = Chunks.of(32, chunk_size, devices=8)
+    assert chunks.size == 8 * width
+    assert chunks.groups % 8 == 0

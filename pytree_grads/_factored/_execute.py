@@ -11,7 +11,9 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from .._sharding import in_auto
 from ._graph import Atom, Equation, Graph, Known, Value
 from ._layout import Frame
 from ._plan import AtDot, AtNorm, AtScan, AtScatter, Site, is_dense
@@ -178,9 +180,11 @@ def _run(graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: _Needs) 
             case Known(value):
                 return jnp.asarray(value)
             case Norm(site):
-                own = keys_of(site)
-                term, _ = assemble(site, [read(x) for x in own], [0] * len(own))
-                return norm(term)
+
+                def length(arrays: list[jax.Array]) -> jax.Array:
+                    return norm(assemble(site, arrays, [0] * len(arrays))[0])
+
+                return in_auto(length, PartitionSpec())([read(x) for x in keys_of(site)])
         return env[key if atom is None else atom]
 
     for equation in graph.equations:

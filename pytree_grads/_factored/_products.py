@@ -8,7 +8,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 
-from .._batch import chunk_starts
+from .._chunks import chunk_starts
 from .._tree import carried_dtype, common_dtype
 from . import _terms
 from ._leaves import (

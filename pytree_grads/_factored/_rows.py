@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from .._batch import Batch
 from .._checks import describe
+from .._sharding import placed_like
 from . import _execute, _graph, _plan
 from ._leaves import Leaf, Piece
 from ._terms import Term
@@ -140,7 +141,7 @@ def _trace(fun: Callable[..., Any], batch: Batch, args: Any, kwargs: Any, has_au
             if not isinstance(outputs, jax.Array) or outputs.shape != ():
                 raise _NotScalar(jax.tree.map(jax.typeof, outputs))
             cotangents = jnp.ones_like(outputs)
-        return vjp(cotangents)[0], (outputs, aux)
+        return vjp(placed_like(cotangents, outputs))[0], (outputs, aux)
 
     values = [flat[i] for i in primal_at], [flat[i] for i in mapped_at]
     make = jax.make_jaxpr(backward, return_shape=True)

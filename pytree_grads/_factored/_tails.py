@@ -15,6 +15,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.extend.core import primitives as p
 
+from .._compat import abstract_like
 from ._graph import Atom, Equation, Known, Value
 
 Shape: TypeAlias = tuple[int, ...]
@@ -88,7 +89,7 @@ def transposed(tail: Tail, shape: Sequence[int], v: jax.Array) -> jax.Array:
     """The transpose of a tail that takes arrays of `shape`, applied to `v`."""
     if not tail:
         return v
-    taken = jax.ShapeDtypeStruct(tuple(shape), v.dtype)
+    taken = abstract_like(v, tuple(shape))
     (x,) = jax.linear_transpose(lambda x: apply(tail, x), taken)(v)
     return x
 

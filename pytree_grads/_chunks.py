@@ -1,0 +1,124 @@
+"""Chunks: which examples of a batch are worked on together, on one device or on many."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._checks import check_chunk_size, is_float0
+
+
+def chunk_starts(size: int, chunk_size: int) -> np.ndarray:
+    """Where each chunk begins; the last one is moved back so that it is full.
+
+    >>> chunk_starts(7, 3)
+    array([0, 3, 4], dtype=int32)
+    """
+    count = math.ceil(size / chunk_size)
+    return np.minimum(np.arange(count) * chunk_size, size - chunk_size).astype(np.int32)
+
+
+def loop_chunk(size: int, chunk_size: int | None) -> int | None:
+    """The size of the chunks to loop over, or None where one direct call takes the whole batch."""
+    check_chunk_size(chunk_size)
+    return None if chunk_size is None or size <= chunk_size else int(chunk_size)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """N rows, in equal groups; a chunk takes so many neighbours of each group.
+
+    A chunk of neighbours alone would be on one device where rows are sharded. There are as many
+    groups as divide the batch and the chunk. So if the number of devices divides both, each device
+    has whole groups, and every chunk has as many rows on one device as on another.
+    """
+
+    total: int  # N
+    groups: int
+    width: int  # rows of each group in a chunk
+
+    @classmethod
+    def of(cls, total: int, chunk_size: int, devices: int = 1) -> "Chunks":
+        """Chunks of a size, or of the next below that has as many rows on each of the devices.
+
+        >>> Chunks.of(7, 3)
+        Chunks(total=7, groups=1, width=3)
+        >>> Chunks.of(32, 12), Chunks.of(32, 12, devices=8).size
+        (Chunks(total=32, groups=4, width=3), 8)
+        """
+        if chunk_size % devices:
+            chunk_size = devices * max(1, chunk_size // devices)
+        groups = math.gcd(total, chunk_size)
+        return cls(total, groups, chunk_size // groups)
+
+    @property
+    def size(self) -> int:
+        """The number of rows in a chunk."""
+        return self.groups * self.width
+
+    @property
+    def span(self) -> int:
+        """The number of rows in a group."""
+        return self.total // self.groups
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each chunk begins in every group."""
+        return chunk_starts(self.span, self.width)
+
+    @property
+    def firsts(self) -> np.ndarray:
+        """The first place in every group that is not in an earlier chunk, for each chunk."""
+        return np.arange(len(self.starts), dtype=np.int32) * self.width
+
+    @property
+    def is_even(self) -> bool:
+        """Whether no row is in two chunks."""
+        return self.span % self.width == 0
+
+    @property
+    def twice(self) -> np.ndarray:
+        """Which rows are in two chunks: where the last one overlaps its predecessor."""
+        row = np.arange(self.span)
+        in_group = (row >= self.starts[-1]) & (row < self.firsts[-1])
+        return np.tile(in_group, self.groups)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one chunk is."""
+
+    chunks: Chunks
+    start: Any  # in every group; may be traced
+    first: Any = 0
+
+    @property
+    def fresh(self) -> jax.Array:
+        """Which rows of the chunk are in no earlier one."""
+        groups, width = self.chunks.groups, self.chunks.width
+        own = self.start + jnp.arange(width, dtype=jnp.int32) >= self.first
+        return jnp.broadcast_to(own, (groups, width)).reshape(-1)
+
+    def cut(self, x: Any, axis: int = 0) -> Any:
+        """The rows of the chunk, from an array of all rows."""
+        if self.chunks.size == self.chunks.total:
+            return x
+        shape = (*x.shape[:axis], self.chunks.size, *x.shape[axis + 1 :])
+        if is_float0(x):
+            return np.zeros(shape, x.dtype)
+        grouped = self._grouped(x, self.chunks.span, axis)
+        part = jax.lax.dynamic_slice_in_dim(grouped, self.start, self.chunks.width, axis + 1)
+        return part.reshape(shape)
+
+    def put(self, x: jax.Array, part: jax.Array, axis: int = 0) -> jax.Array:
+        """An array of all rows with those of the chunk in their places."""
+        grouped = self._grouped(x, self.chunks.span, axis)
+        part = self._grouped(part, self.chunks.width, axis)
+        update = jax.lax.dynamic_update_slice_in_dim
+        return update(grouped, part, self.start, axis + 1).reshape(x.shape)
+
+    def _grouped(self, x: jax.Array, size: int, axis: int) -> jax.Array:
+        return x.reshape(*x.shape[:axis], self.chunks.groups, size, *x.shape[axis + 1 :])
