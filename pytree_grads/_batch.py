@@ -39,7 +39,7 @@ from ._checks import (
     normalize_argnums,
 )
 from ._chunks import Chunks, Place, loop_chunk
-from ._sharding import Names, count_at, laid_out, layout, names_at, without, zeros
+from ._sharding import Names, count_at, laid_out, layout, names_at, take, without, zeros
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Batch:
     def chunk(self, start: int, size: int) -> "Batch":
         """The batch of the ``size`` examples from ``start`` on."""
         leaves = [
-            leaf if axis is None else jax.lax.dynamic_slice_in_dim(leaf, start, size, axis)
+            leaf if axis is None else take(leaf, start, size, axis)
             for leaf, axis in zip(self.leaves, self.axes, strict=True)
         ]
         return replace(self, leaves=tuple(leaves), size=size)

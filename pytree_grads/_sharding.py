@@ -74,6 +74,13 @@ def laid_out(leaf: Any, parts: PartitionSpec) -> Any:
     return leaf if mesh is None else jax.sharding.reshard(leaf, NamedSharding(mesh, parts))
 
 
+def take(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
+    """Some neighbours along an axis, which are gathered if they cannot be shared out evenly."""
+    if size % count_at(x, axis):
+        x = laid_out(x, without(layout(x), names_at(x, axis)))
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
 def placed_like(tree: PyTree, other: PyTree) -> PyTree:
     """A tree whose leaves are laid out, and vary, as their counterparts in another do."""
     return jax.tree.map(

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._sharding import take as neighbours
 from .._tree import carried_dtype
 from . import _terms
 from ._tails import Shape, Tail, apply, disjoint, isometric, transposed
@@ -84,7 +85,7 @@ def take(leaf: Leaf, start: Any, size: int) -> Leaf:
     def of(piece: Piece) -> Piece:
         arrays, treedef = jax.tree.flatten(piece.term)
         cut = [
-            jax.lax.dynamic_slice_in_dim(x, start, size, piece.axis) if level else x
+            neighbours(x, start, size, piece.axis) if level else x
             for x, level in zip(arrays, piece.levels, strict=True)
         ]
         return replace(piece, term=jax.tree.unflatten(treedef, cut))

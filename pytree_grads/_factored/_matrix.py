@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._sharding import take as neighbours
 from .._tree import common_dtype
 from . import _products
 from ._leaves import Leaf, Piece, take
@@ -125,7 +126,7 @@ class Matrix:
 
     def taken(self, start: Any, size: int) -> "Matrix":
         """The rows of `size` examples from `start` on."""
-        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        cut = partial(neighbours, start=start, size=size)
         weights = None if self.weights is None else tuple(map(cut, self.weights))
         valid = None if self.valid is None else cut(self.valid)
         return Matrix(tuple(take(leaf, start, size) for leaf in self.leaves), weights, valid)
