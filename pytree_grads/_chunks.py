@@ -77,7 +77,7 @@ class Chunks:
     @property
     def is_even(self) -> bool:
         """Whether no row is in two chunks."""
-        return self.span % self.width == 0
+        return not self.width or self.span % self.width == 0
 
     @property
     def twice(self) -> np.ndarray:

@@ -1,19 +1,27 @@
 """Each example runs as its reader would run it, and prints and draws what it says."""
 
 import ast
+import os
 import re
+import socket
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def run(name: str, *flags: str, expected: int = 0) -> str:
+def run(name: str, *flags: str, expected: int = 0, **environment: str) -> str:
     """What the example prints, with warnings as errors and a bounded time."""
     command = [sys.executable, "-W", "error", str(EXAMPLES / name), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
     assert done.returncode == expected, done.stderr
     return done.stdout if expected == 0 else done.stderr
 
@@ -96,3 +104,35 @@ def test_weights():
     carried, by_hand = map(float, re.findall(r"off by ([\d.]+)% of its way", printed))
     assert carried < 2  # the last rounding to bfloat16
     assert by_hand > 20  # stalled
+
+
+def test_multi_device():
+    """One device, eight, and two processes print the same."""
+    flags = ["--steps", "100"]
+
+    def process(own):
+        return run(
+            "multi_device.py", *flags, JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+            JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(own),
+        )  # fmt: skip
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor(2) as pool:
+        both, other = pool.map(process, range(2))
+    assert "step" not in other  # one of them tells
+    one = run("multi_device.py", *flags)
+    eight = run("multi_device.py", *flags, JAX_NUM_CPU_DEVICES="8")
+    told = [re.findall(r"^(?:step|test).*", text, re.MULTILINE) for text in (one, eight, both)]
+    assert len(told[0]) == 6
+    losses, *rest = [[float(x) for x in re.findall(r"loss ([\d.]+)", str(ls))] for ls in told]
+    assert rest == [pytest.approx(losses, abs=2e-3)] * 2
+    for lines in told:
+        assert float(re.findall(r"accuracy ([\d.]+)%", lines[-1])[0]) > 85
+    for text, found in (
+        (one, "1 devices in 1"),
+        (eight, "8 devices in 1"),
+        (both, "2 devices in 2"),
+    ):
+        assert f"{found} processes" in text
