@@ -91,12 +91,12 @@ def _line(path: Any, leaf: Leaf) -> tuple[str, ...]:
 def _term(piece: Piece) -> str:
     match piece.term:
         case Outer():
-            (blocks, m, n), steps = piece.shape, piece.term.left.shape[-2]
+            (blocks, m, n), steps = piece.shape, _terms.pair_count(piece.term)
             size = f"{m}x{n}"
             kind = f"outer {size}" if steps == 1 else f"outer {size}, T={steps}"
-        case Scatter(_, right, length):
+        case Scatter(_, _, length):
             blocks = piece.shape[0]
-            kind = f"scatter {right.shape[-2]} of {length} lines"
+            kind = f"scatter {_terms.pair_count(piece.term)} of {length} lines"
         case Dense():
             blocks, kind = 1, "dense, shared by all rows" if piece.levels == (0,) else "dense"
     return kind if blocks == 1 else f"{blocks} x {kind}"

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._tree import carried_dtype
 from ._graph import Atom, Equation
-from ._tails import Reshape, Shape, Slice, Tail, Transpose, is_zero
+from ._tails import Reshape, Shape, Slice, Tail, Transpose, is_zero, same_along
 from ._terms import Outer, Scatter
 
 
@@ -66,12 +67,13 @@ class Side:
     blocks: Shape
     steps: Shape
     free: Shape
+    summed: Shape = ()  # the other factor is the same along these, so this one is added up
 
     @property
     def sizes(self) -> Shape:
         """(B, T, m), without the steps of scans."""
         bounds = zip(self.start, self.limit, self.strides, strict=True)
-        sizes = [len(range(*bound)) for bound in bounds]
+        sizes = [1 if i in self.summed else len(range(*b)) for i, b in enumerate(bounds)]
         return tuple(
             prod(sizes[i] for i in group) for group in (self.blocks, self.steps, self.free)
         )
@@ -80,6 +82,9 @@ class Side:
         """The factor (B, *rows, T, m) of an operand that has the axes of a frame before its own."""
         before, lead = (0,) * frame.axes, x.shape[: frame.axes]
         x = lax.slice(x, before + self.start, lead + self.limit, (1,) * frame.axes + self.strides)
+        if self.summed:
+            axes = tuple(i + frame.axes for i in self.summed)
+            x = jnp.sum(x, axes, carried_dtype(x.dtype), keepdims=True)
         outer = [i for i, stacked in enumerate(frame.stacked) if stacked]
         added = [i for i, stacked in enumerate(frame.stacked) if not stacked]
         rows = range(len(frame.stacked), frame.axes)
@@ -140,7 +145,11 @@ def dot_layout(equation: Equation, tail: Tail) -> tuple[DotLayout, Tail]:
     swapped = wide[:1] == ["N"]
     order = "BNM" if swapped else "BMN"
     canonical = sorted(dims, key=lambda dim: order.index(dim.group))
-    sides = [_side(shapes[i], canonical, contracted[i], "MN"[i], i) for i in (0, 1)]
+    same = [_same_steps(equation.inputs[i], contracted[i]) for i in (0, 1)]
+    same[1] -= same[0]
+    sides = [
+        _side(shapes[i], canonical, contracted[i], "MN"[i], i, same[i], same[1 - i]) for i in (0, 1)
+    ]
     left, right = reversed(sides) if swapped else sides
     if [d for d in canonical if d.size != 1] == [d for d in dims if d.size != 1]:
         unfold: Tail = (Reshape(tuple(dim.size for dim in dims)),)  # only dimensions of size 1 move
@@ -150,12 +159,29 @@ def dot_layout(equation: Equation, tail: Tail) -> tuple[DotLayout, Tail]:
     return DotLayout(left, right, swapped), unfold + tail
 
 
-def _side(shape: Shape, dims: list[_Dim], contracted: Shape, group: str, i: int) -> Side:
+def _same_steps(operand: Atom, contracted: Shape) -> set[int]:
+    """Which of the contracted axes an operand is the same along."""
+    axes = same_along(operand)
+    return {j for j, axis in enumerate(contracted) if axis in axes}
+
+
+def _side(
+    shape: Shape,
+    dims: list[_Dim],
+    contracted: Shape,
+    group: str,
+    i: int,
+    same: set[int],
+    summed: set[int],
+) -> Side:
+    """One side of a contraction; `same` and `summed` count among the contracted axes."""
     start, limit, strides = [0] * len(shape), list(shape), [1] * len(shape)
     blocks = [(dim, dim.axes[i]) for dim in dims if dim.group == "B"]
     free = [(dim, dim.axes[0]) for dim in dims if dim.group == group]
     for dim, axis in blocks + free:
         start[axis], limit[axis], strides[axis] = dim.start, dim.limit, dim.stride
+    for j in same:
+        limit[contracted[j]] = 1
     return Side(
         tuple(start),
         tuple(limit),
@@ -163,6 +189,7 @@ def _side(shape: Shape, dims: list[_Dim], contracted: Shape, group: str, i: int)
         tuple(axis for _, axis in blocks),
         tuple(contracted),
         tuple(axis for _, axis in free),
+        tuple(contracted[j] for j in summed),
     )
 
 
@@ -182,10 +209,12 @@ class ScatterLayout:
             index = jnp.clip(index, 0, self.length - 1)
         elif self.mode is lax.GatherScatterMode.FILL_OR_DROP:
             inside = (index >= 0) & (index < self.length)
-            index = jnp.where(inside, index, jnp.zeros((), index.dtype))
+            index = jnp.where(inside, index, jnp.asarray(self.length, index.dtype))
             # Either may lack axes of rows, always the last ones.
             rows = max(inside.ndim, lines.ndim - 1) - 2
             inside, lines = _with_rows(inside, rows, 1), _with_rows(lines, rows, 2)
+            if lines.shape[-2] == 1:  # one line goes to all places
+                inside = jnp.any(inside, axis=-1, keepdims=True)
             lines = jnp.where(inside[..., None], lines, jnp.zeros((), lines.dtype))
         return Scatter(index, lines, self.length)
 
@@ -224,10 +253,14 @@ def scatter_layout(equation: Equation) -> tuple[ScatterLayout, Tail] | None:
         return None
     positions = [i for i in range(len(updates.shape)) if i not in window]
     last = len(indices.shape) - 1  # of size 1: the axis of index vectors
+    lines = _whole(updates.shape, positions, window)
+    if same_along(equation.inputs[2]).issuperset(positions):
+        limit = tuple(1 if i in positions else size for i, size in enumerate(updates.shape))
+        lines = replace(lines, limit=limit)
     layout = ScatterLayout(
         operand.shape[axis],
         _whole(indices.shape, range(last), (last,)),
-        _whole(updates.shape, positions, window),
+        lines,
         lax.GatherScatterMode.from_any(equation.params["mode"]),
     )
     return layout, _axis_from_front(operand.shape, axis)

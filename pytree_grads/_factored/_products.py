@@ -143,9 +143,8 @@ def _over_blocks(
 
 def square_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
     """The sum over rows of weight times |entry|**2, entry by entry; in the real carried dtype."""
-    if len(leaf.pieces) == 1 and _terms.cannot_cancel(leaf.pieces[0].term):
-        (piece,) = leaf.pieces
-        squared = replace(piece, term=_terms.squared(piece.term), factor=piece.factor**2)
+    if len(leaf.pieces) == 1 and _terms.has_squares(leaf.pieces[0].term):
+        squared = _squared(leaf, leaf.pieces[0])
         return weighted_sum(replace(leaf, pieces=(squared,), dtype=leaf.real), weights)
 
     def add(total: jax.Array, block: Leaf, start: jax.Array, fresh: jax.Array) -> jax.Array:
@@ -159,6 +158,17 @@ def square_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
         return total + jnp.tensordot(own.reshape(-1).astype(leaf.real), squares, 1)
 
     return _over_blocks(add, jnp.zeros(leaf.shape, leaf.real), leaf)
+
+
+def _squared(leaf: Leaf, piece: Piece) -> Piece:
+    """The piece with the squares of its entries, for a term that `has_squares`."""
+    term, levels, depth = piece.term, piece.levels, len(leaf.rows)
+    if isinstance(term, Scatter) and _terms.pair_count(term) > 1:  # lines of one index meet
+        own = replace(leaf, pieces=(piece,))
+        right = over_rows(lambda terms: _terms.collapsed(terms[0]).right, own)
+        right = jnp.moveaxis(right, range(depth), range(piece.axis, piece.axis + depth))
+        term, levels = replace(term, right=right), (levels[0], depth)
+    return replace(piece, term=_terms.squared(term), levels=levels, factor=piece.factor**2)
 
 
 def weighted_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:

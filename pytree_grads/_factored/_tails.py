@@ -154,6 +154,39 @@ def is_zero(atom: Atom) -> bool:
     return made is not None and made.primitive is p.broadcast_in_dim_p and is_zero(made.inputs[0])
 
 
+_ELEMENTWISE = {
+    p.mul_p, p.div_p, p.neg_p, p.add_p, p.add_jaxvals_p, p.sub_p, p.select_n_p,
+    p.convert_element_type_p, p.copy_p, p.name_p, p.stop_gradient_p,
+}  # fmt: skip
+
+
+def same_along(atom: Atom) -> frozenset[int]:
+    """The axes along which an array is known to repeat its entries, as a broadcast does."""
+    return _same_along(atom, {}, 16)
+
+
+def _same_along(atom: Atom, known: dict[Atom, frozenset[int]], depth: int) -> frozenset[int]:
+    made = atom.producer if isinstance(atom, Value) else None
+    if made is None or not depth:
+        return frozenset()
+    if atom in known:
+        return known[atom]
+    shape, same = atom.aval.shape, frozenset[int]()
+    if made.primitive is p.broadcast_in_dim_p:
+        operand, axes = made.inputs[0], made.params["broadcast_dimensions"]
+        inner, sizes = _same_along(operand, known, depth - 1), operand.aval.shape
+        differs = {i for j, i in enumerate(axes) if j not in inner and sizes[j] == shape[i]}
+        same = frozenset(range(len(shape))) - differs
+    elif made.primitive is p.transpose_p:
+        inner = _same_along(made.inputs[0], known, depth - 1)
+        same = frozenset(i for i, j in enumerate(made.params["permutation"]) if j in inner)
+    elif made.primitive in _ELEMENTWISE:
+        wide = [x for x in made.inputs if x.aval.shape == shape]  # the others are scalars
+        same = frozenset.intersection(*(_same_along(x, known, depth - 1) for x in wide))
+    known[atom] = same
+    return same
+
+
 def concrete_scalar(atom: Atom) -> float | None:
     """The value of a real scalar that is known while tracing, else None."""
     if not isinstance(atom, Known) or isinstance(atom.value, Tracer):

@@ -58,8 +58,8 @@ class Outer:
 class Scatter:
     """An outer whose left vectors are one-hot: right[b, t] is added to line index[b, t] of m."""
 
-    index: jax.Array  # (B, T), within 0:length
-    right: jax.Array  # (B, T, n)
+    index: jax.Array  # (B, T), within 0:length, or length for what is added to no line
+    right: jax.Array  # (B, T, n), or (B, 1, n) where one vector is added to all lines
     length: int
 
     @property
@@ -89,6 +89,7 @@ def materialize(term: Term) -> jax.Array:
 
 def add_lines(block: jax.Array, index: jax.Array, lines: jax.Array) -> jax.Array:
     """Add lines (B, ..., n) to the places index (B, ...) of each block of (B, m, n)."""
+    lines = jnp.broadcast_to(lines, (*index.shape, lines.shape[-1]))
     if block.shape[0] == 1:
         flat = lines.reshape(-1, lines.shape[-1])
         return block.at[0, index.reshape(-1)].add(flat, mode="drop")
@@ -111,7 +112,7 @@ def pairs(x: Outer | Scatter, y: Outer | Scatter) -> jax.Array:
         case Outer(), Outer():
             lefts = dot("btm,bsm->bts", x.left.conj(), y.left)
         case Scatter(), Scatter():
-            lefts = x.index[:, :, None] == y.index[:, None, :]
+            lefts = _same_index(x, y)
         case Outer(), Scatter():
             lefts = _columns(x.left, y.index).conj()
         case Scatter(), Outer():
@@ -122,12 +123,14 @@ def pairs(x: Outer | Scatter, y: Outer | Scatter) -> jax.Array:
 
 def _columns(left: jax.Array, index: jax.Array) -> jax.Array:
     """left[b, t, index[b, s]], shape (B, T, S)."""
-    return jnp.take_along_axis(left, index[:, None, :], axis=2, mode="clip")
+    places = index[:, None, :]
+    return jnp.take_along_axis(left, places, axis=2, mode="fill", fill_value=0)
 
 
 def _lines(block: jax.Array, index: jax.Array) -> jax.Array:
     """The lines (B, index) of a block (B, m, n): shape (B, T, n)."""
-    return jnp.take_along_axis(block, index[:, :, None], axis=1, mode="clip")
+    places = index[:, :, None]
+    return jnp.take_along_axis(block, places, axis=1, mode="fill", fill_value=0)
 
 
 def apply_row(term: Term, v: jax.Array) -> jax.Array:
@@ -141,9 +144,40 @@ def apply_row(term: Term, v: jax.Array) -> jax.Array:
             return jnp.sum(_lines(v, index) * right.astype(dtype_of(term)))
 
 
+def pair_count(term: Term) -> int:
+    """T: how many outer products add up in a block; one where the row is an array."""
+    match term:
+        case Dense():
+            return 1
+        case Outer(left, _):
+            return left.shape[-2]
+        case Scatter(index, _, _):
+            return index.shape[-1]
+
+
 def cannot_cancel(term: Term) -> bool:
-    """Whether the squared norm of a row is a sum of squares, which cannot cancel."""
-    return isinstance(term, Dense) or term.right.shape[-2] <= 1
+    """Whether the squared norm of a row is a sum of squares, or of numbers of one sign."""
+    return isinstance(term, Dense | Scatter) or pair_count(term) <= 1
+
+
+def collapsed(term: Scatter) -> Scatter:
+    """The same row with each line at the first of the places that share its index, else zeros."""
+    same = _same_index(term, term)
+    t, s = (lax.broadcasted_iota(jnp.int32, same.shape, axis) for axis in (1, 2))
+    is_first = jnp.logical_not(jnp.any(same & (s < t), axis=2))
+    dtype = dtype_of(term)
+    if term.right.shape[1] == 1:
+        right = jnp.sum(same, axis=2, dtype=dtype)[..., None] * term.right.astype(dtype)
+    else:
+        right = dot("bts,bsn->btn", same.astype(dtype), term.right)
+    right = jnp.where(is_first[..., None], right, jnp.zeros((), dtype))
+    return Scatter(term.index, right, term.length)
+
+
+def _same_index(x: Scatter, y: Scatter) -> jax.Array:
+    """Whether places t of x and s of y are the same line: shape (B, T, S)."""
+    others = jnp.where(y.index < y.length, y.index, jnp.full_like(y.index, -1))
+    return x.index[:, :, None] == others[:, None, :]
 
 
 def normalized(term: Term) -> tuple[Term, jax.Array]:
@@ -200,6 +234,8 @@ def norm(term: Term) -> jax.Array:
             return norm(jax.tree.unflatten(treedef, [x[None] for x in block]))
 
         return norm(Dense(lax.map(one, arrays)))
+    if isinstance(term, Scatter) and term.right.shape[1] > 1:
+        term = Dense(collapsed(term).right)
     unit, size = normalized(term)
     if isinstance(unit, Dense):
         square = jnp.sum(jnp.abs(unit.value) ** 2)
@@ -212,7 +248,7 @@ def norm(term: Term) -> jax.Array:
 
 
 def _has_large_blocks(term: Term) -> bool:
-    if isinstance(term, Dense) or cannot_cancel(term) or term.right.shape[0] == 1:
+    if isinstance(term, Dense) or pair_count(term) <= 1 or term.right.shape[0] == 1:
         return False
     return sum(x.size for x in jax.tree.leaves(term)) // term.right.shape[0] >= LARGE_BLOCK
 
@@ -244,7 +280,7 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 
 
 def squared(term: Term) -> Term:
-    """The row with each entry's |entry|**2, for a term that cannot cancel."""
+    """The row with each entry's |entry|**2, where T = 1 or, in a scatter, no two lines meet."""
     match term:
         case Dense(value):
             return Dense(_square(value))
@@ -252,6 +288,13 @@ def squared(term: Term) -> Term:
             return Outer(_square(left), _square(right))
         case Scatter(index, right, length):
             return Scatter(index, _square(right), length)
+
+
+def has_squares(term: Term) -> bool:
+    """Whether squares of entries are cheaper as a term of the same kind than from the row."""
+    if isinstance(term, Scatter):
+        return pair_count(term) ** 2 <= max(1, term.length)
+    return pair_count(term) <= 1
 
 
 def _square(x: jax.Array) -> jax.Array:
@@ -262,7 +305,7 @@ def row_cost(term: Term) -> int:
     """Multiplications and additions that materialise one row."""
     if isinstance(term, Outer):
         blocks, m, n = term.shape
-        return 2 * blocks * term.left.shape[-2] * m * n
+        return 2 * blocks * pair_count(term) * m * n
     return term.value.size if isinstance(term, Dense) else term.right.size
 
 
@@ -272,4 +315,4 @@ def inner_cost(x: Term, y: Term) -> int:
         return 2 * max(row_cost(x), row_cost(y))
     blocks, m, n = x.shape
     m = m if isinstance(x, Outer) and isinstance(y, Outer) else 1
-    return 2 * blocks * x.right.shape[-2] * y.right.shape[-2] * (m + n)
+    return 2 * blocks * pair_count(x) * pair_count(y) * (m + n)
