@@ -11,7 +11,7 @@ import numpy as np
 
 from ._checks import PyTree, describe, describe_node, located
 from ._factored._matrix import Matrix
-from ._factored._products import combined_norms
+from ._factored._norms import Norms, combined
 
 
 @partial(
@@ -29,12 +29,12 @@ class Clip:
         """The rows of a matrix, clipped."""
         return self.with_norms(matrix, matrix.leaf_norms())
 
-    def with_norms(self, matrix: Matrix, norms: Sequence[jax.Array]) -> Matrix:
+    def with_norms(self, matrix: Matrix, norms: Sequence[Norms]) -> Matrix:
         """The same, where the norms of the rows of each leaf are known."""
         factors: list[Any] = [None] * len(norms)
-        finite = jnp.ones(norms[0].shape, bool)
+        finite = jnp.ones(norms[0].size.shape, bool)
         for members, bound in zip(self.members, self.bounds, strict=True):
-            norm = combined_norms([norms[i] for i in members])
+            norm = combined([norms[i] for i in members]).value
             finite &= jnp.isfinite(norm)
             bound = bound.astype(norm.dtype)
             too_long = norm > bound  # False for NaN, which is passed on

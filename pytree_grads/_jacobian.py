@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from . import _clip, _report, _sketch
 from ._checks import PyTree, check_matching, describe
 from ._factored._matrix import Matrix
-from ._factored._products import combined_norms
+from ._factored._norms import combined
 from ._kept import Rows
 from ._outputs import Outputs
 
@@ -136,7 +136,7 @@ class Jacobian:
         of no weight unless the parts of a row nearly cancel. Where it has weight (a thousandth of
         the squared norm), that error is added: a norm may then be too large, but not too small.
         """
-        return self._outputs.expand(combined_norms(self._rows.leaf_norms()))
+        return self._outputs.expand(combined(self._rows.leaf_norms()).value)
 
     def squared_norms(self) -> PyTree:
         """The squared norms of the rows; they overflow where the square itself does."""

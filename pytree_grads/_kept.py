@@ -15,6 +15,7 @@ from ._clip import Clip
 from ._compat import trace_state
 from ._factored._leaves import Leaf
 from ._factored._matrix import Matrix
+from ._factored._norms import Norms
 from ._factored._plan import Route
 from ._sharding import AxisName, device_count, in_auto, layout, sum_over, without, zeros
 from ._source import Source
@@ -184,7 +185,7 @@ class Rows:
         alike = self.uniform and self.valid is None and self.clip is None
         return self.leaves is None and len(self.shape) == 1 and wide and alike
 
-    def leaf_norms(self) -> tuple[jax.Array, ...]:
+    def leaf_norms(self) -> tuple[Norms, ...]:
         """The norms of each leaf's rows, made once for all products in one trace that need them."""
         norms = self._norms_in_this_trace()
         if norms is None:
@@ -193,6 +194,6 @@ class Rows:
             self.__dict__["_norms"] = (trace_state(), norms)
         return norms
 
-    def _norms_in_this_trace(self) -> tuple[jax.Array, ...] | None:
+    def _norms_in_this_trace(self) -> tuple[Norms, ...] | None:
         made_in, norms = self.__dict__.get("_norms", (None, None))
         return norms if made_in == trace_state() else None

@@ -68,7 +68,7 @@ def _line(path: Any, leaf: Leaf) -> tuple[str, ...]:
     shape = "x".join(map(str, leaf.shape)) or "scalar"
     terms = " + ".join(_term(piece) for piece in leaf.pieces) or "zero"
     norm = "rows" if materializes(leaf, leaf) else "inner products"
-    if all(_terms.cannot_cancel(piece.term) for piece in leaf.pieces):
+    if all(isinstance(piece.term, Scatter) or _terms.pair_count(piece.term) <= 1 for piece in leaf.pieces):
         norm = "squares"
     pairs = [(x.term, y.term) for x in leaf.pieces for y in leaf.pieces]
     norm_flops = sum(_terms.inner_cost(x, y) for x, y in pairs)

@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec
 from .._sharding import in_auto
 from ._graph import Atom, Equation, Graph, Known, Value
 from ._layout import Frame
+from ._norms import norm
 from ._plan import AtDot, AtNorm, AtScan, AtScatter, Site, is_dense
-from ._terms import Dense, Term, norm
+from ._terms import Dense, Term
 
 
 @dataclass(frozen=True)

@@ -94,21 +94,23 @@ def take(leaf: Leaf, start: Any, size: int) -> Leaf:
 
 
 def over_rows(
-    fun: Callable[..., Any], leaf: Leaf, *arrays: jax.Array, materializes: bool = False
+    fun: Callable[..., Any], leaf: Leaf, *numbers: Any, materializes: bool = False
 ) -> Any:
-    """`fun(terms of one row, *entries of arrays)` for each row; arrays begin like `leaf.rows`.
+    """`fun(terms of one row, *numbers of it)` for each row.
 
+    Trees of numbers have arrays of shape (N, K), (N,) or (), for rows, for examples or for all.
     Where `fun` materialises rows, only some examples are done at a time.
     """
     for level in (2, 1)[leaf.outputs is None :]:
-        axes = [piece.in_axes(level) for piece in leaf.pieces], *([0] * len(arrays))
+        own = jax.tree.map(lambda x, level=level: 0 if x.ndim >= level else None, numbers)
+        axes = [piece.in_axes(level) for piece in leaf.pieces], *own
         size = leaf.size if level == 1 else leaf.outputs
         if level == 1 and materializes:
             at_once = ENTRIES_AT_ONCE // max(1, prod(leaf.shape) * (leaf.outputs or 1))
             fun = _some_at_once(fun, axes, leaf.size, max(1, at_once))
         else:
             fun = jax.vmap(fun, in_axes=axes, axis_size=size)
-    return fun(leaf.terms, *arrays)
+    return fun(leaf.terms, *numbers)
 
 
 def _some_at_once(
@@ -194,22 +196,3 @@ def materializes(one: Leaf, other: Leaf) -> bool:
         return dense or disjoint(a.tail, b.tail) or _alike(a, b)
 
     return not all(free(a, b) for a in one.pieces for b in other.pieces)
-
-
-def length(leaf: Leaf, terms: Sequence[Term]) -> jax.Array:
-    """The norm of one row of a leaf, as `norm` of a term has it."""
-    pieces = leaf.pieces
-    if not terms:
-        return jnp.zeros((), leaf.real)
-    if len(terms) == 1 and isometric(pieces[0].tail):
-        return times(_terms.norm(terms[0]).astype(leaf.real), abs(pieces[0].factor))
-    if materializes(leaf, leaf):
-        return _terms.norm(Dense(row(leaf, terms))).astype(leaf.real)
-    units, sizes = zip(*map(_terms.normalized, terms), strict=True)
-    sizes = jnp.stack([size.astype(leaf.real) for size in sizes])
-    size = jnp.max(sizes)
-    units = [_terms.scaled(x, s) for x, s in zip(units, sizes / size, strict=True)]
-    square = jnp.real(inner(leaf, units, leaf, units)).astype(leaf.real)
-    masses = [times(_terms.mass(x), abs(p.factor)) for x, p in zip(units, pieces, strict=True)]
-    mass = jnp.sum(jnp.stack([x.astype(leaf.real) for x in masses]))
-    return size * _terms.safe_sqrt(_terms.not_too_small(square, mass**2))

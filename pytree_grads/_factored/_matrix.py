@@ -12,6 +12,7 @@ from .._sharding import take as neighbours
 from .._tree import common_dtype
 from . import _products
 from ._leaves import Leaf, Piece, take
+from ._norms import Norms, leaf_norms
 
 
 @partial(
@@ -61,12 +62,10 @@ class Matrix:
         extra = extra.astype(self.leaves[i].real)
         return extra if own is None else own * extra
 
-    def leaf_norms(self) -> list[jax.Array]:
-        norms, rows = [], self.selected()
-        for i, leaf in enumerate(rows.leaves):
-            norm, weight = _products.norms(leaf), rows.weight(i)
-            norms.append(norm if weight is None else norm * jnp.abs(weight))
-        return norms
+    def leaf_norms(self) -> list[Norms]:
+        """The norms of the rows of each leaf."""
+        rows = self.selected()
+        return [leaf_norms(leaf).scaled(rows.weight(i)) for i, leaf in enumerate(rows.leaves)]
 
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         """One array per leaf, in its carried dtype."""

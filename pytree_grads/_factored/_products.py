@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from .._chunks import chunk_starts
-from .._tree import carried_dtype, common_dtype
+from .._tree import carried_dtype
 from . import _terms
 from ._leaves import (
     ENTRIES_AT_ONCE,
     Leaf,
     Piece,
     inner,
-    length,
     materializes,
     over_rows,
     row,
@@ -31,20 +30,6 @@ def rows(leaf: Leaf, *, carried: bool = False) -> jax.Array:
     """All rows, stacked: shape (N, *leaf) or (N, K, *leaf), in the leaf's dtype or as carried."""
     dtype = leaf.carried if carried else leaf.dtype
     return over_rows(lambda terms: row(leaf, terms).astype(dtype), leaf)
-
-
-def norms(leaf: Leaf) -> jax.Array:
-    """Row norms: shape (N,) or (N, K)."""
-    materialized = materializes(leaf, leaf)
-    return over_rows(lambda terms: length(leaf, terms), leaf, materializes=materialized)
-
-
-def combined_norms(norms: Sequence[jax.Array]) -> jax.Array:
-    """The norms of rows from those of their leaves, without overflow or underflow on the way."""
-    dtype = common_dtype(*(x.dtype for x in norms))
-    stacked = jnp.stack([x.astype(dtype) for x in norms])
-    size = _terms.magnitude(jnp.max(stacked, axis=0))
-    return size * _terms.safe_sqrt(jnp.sum((stacked / size[None]) ** 2, axis=0))
 
 
 def applied(leaf: Leaf, v: jax.Array) -> jax.Array:

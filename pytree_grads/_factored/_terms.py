@@ -5,6 +5,7 @@ shape (B, m, n), or of any shape where it is dense. B counts blocks (scanned lay
 vector pairs whose outer products add up in a block (positions of a sequence, uses of a weight).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -14,8 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._tree import carried_dtype, common_dtype
-
-LARGE_BLOCK = 1 << 13  # entries of factors: enough work to make the turns of a loop cheap
 
 _register = jax.tree_util.register_dataclass
 
@@ -36,6 +35,10 @@ class Dense:
     value: jax.Array
 
     @property
+    def factors(self) -> tuple[jax.Array, ...]:
+        return (self.value,)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
 
@@ -47,6 +50,10 @@ class Outer:
 
     left: jax.Array  # (B, T, m)
     right: jax.Array  # (B, T, n)
+
+    @property
+    def factors(self) -> tuple[jax.Array, ...]:
+        return (self.left, self.right)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,6 +68,10 @@ class Scatter:
     index: jax.Array  # (B, T), within 0:length, or length for what is added to no line
     right: jax.Array  # (B, T, n), or (B, 1, n) where one vector is added to all lines
     length: int
+
+    @property
+    def factors(self) -> tuple[jax.Array, ...]:
+        return (self.right,)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -180,103 +191,20 @@ def _same_index(x: Scatter, y: Scatter) -> jax.Array:
     return x.index[:, :, None] == others[:, None, :]
 
 
-def normalized(term: Term) -> tuple[Term, jax.Array]:
-    """`(x, size)`: the row is `size * x`, and no entry of the factors of x is above 4."""
+def divided(term: Term, sizes: Sequence[jax.Array]) -> Term:
+    """The row with each factor divided by a real number, carried."""
+    factors = [
+        x.astype(dtype) / size.astype(dtype)
+        for x, size in zip(term.factors, sizes, strict=True)
+        for dtype in [carried_dtype(x.dtype)]
+    ]
     match term:
-        case Dense(value):
-            value, size = _normalized(value)
-            return Dense(value), size
-        case Outer(left, right):
-            left, one = _normalized(left)
-            right, other = _normalized(right)
-            return Outer(left, right), one * other
-        case Scatter(index, right, length):
-            right, size = _normalized(right)
-            return Scatter(index, right, length), size
-
-
-def _normalized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x = x.astype(carried_dtype(x.dtype))
-    size = magnitude(jnp.max(jnp.abs(x), initial=0))
-    return x * (1 / size).astype(x.dtype), size
-
-
-def magnitude(x: jax.Array) -> jax.Array:
-    """x > 0, moved to where its reciprocal is a normal number; a constant to derivatives."""
-    limits = jnp.finfo(x.dtype)
-    return lax.stop_gradient(jnp.clip(x, float(limits.tiny), float(limits.max) / 4))
-
-
-def scaled(term: Term, factor: jax.Array) -> Term:
-    """The row times a real scalar."""
-    factor = factor.astype(dtype_of(term))
-    match term:
-        case Dense(value):
-            return Dense(value.astype(dtype_of(term)) * factor)
-        case Outer(left, right):
-            return Outer(left, right.astype(dtype_of(term)) * factor)
-        case Scatter(index, right, length):
-            return Scatter(index, right.astype(dtype_of(term)) * factor, length)
-
-
-def norm(term: Term) -> jax.Array:
-    """The norm of one row, without overflow or underflow on the way to it, and not too small.
-
-    Inner products of T > 1 pairs subtract, and lose the digits of a row whose parts nearly cancel:
-    the squared norm is rounded by the order of eps times the sum of the absolute values of what it
-    adds up. Where that is more than a thousandth of the squared norm, it is added.
-    """
-    if _has_large_blocks(term):
-        # One block after the other: what is scaled here need not be held for all blocks at once.
-        arrays, treedef = jax.tree.flatten(term)
-
-        def one(block: list[jax.Array]) -> jax.Array:
-            return norm(jax.tree.unflatten(treedef, [x[None] for x in block]))
-
-        return norm(Dense(lax.map(one, arrays)))
-    if isinstance(term, Scatter) and term.right.shape[1] > 1:
-        term = Dense(collapsed(term).right)
-    unit, size = normalized(term)
-    if isinstance(unit, Dense):
-        square = jnp.sum(jnp.abs(unit.value) ** 2)
-    else:
-        products = jnp.real(pairs(unit, unit))
-        square = jnp.sum(products)
-        if not cannot_cancel(term):
-            square = not_too_small(square, jnp.sum(jnp.abs(products)))
-    return size.astype(square.dtype) * safe_sqrt(square)
-
-
-def _has_large_blocks(term: Term) -> bool:
-    if isinstance(term, Dense) or pair_count(term) <= 1 or term.right.shape[0] == 1:
-        return False
-    return sum(x.size for x in jax.tree.leaves(term)) // term.right.shape[0] >= LARGE_BLOCK
-
-
-def not_too_small(square: jax.Array, absolute: jax.Array) -> jax.Array:
-    """A squared norm plus its rounding error, if that is of weight; see `norm`.
-
-    `absolute` is the sum of the absolute values of the summands of the squared norm.
-    """
-    rounding = lax.stop_gradient(absolute) * float(8 * jnp.finfo(square.dtype).eps)
-    return jnp.where(rounding > square * 1e-3, jnp.maximum(square, 0) + rounding, square)
-
-
-def mass(term: Term) -> jax.Array:
-    """The sum of the norms of the parts of a row; its square bounds what `not_too_small` asks."""
-    if isinstance(term, Dense):
-        return safe_sqrt(jnp.sum(jnp.abs(materialize(term)) ** 2))
-    products = jnp.real(pairs(term, term))
-    t, s = (lax.broadcasted_iota(jnp.int32, products.shape, axis) for axis in (1, 2))
-    squares = jnp.sum(jnp.where(t == s, products, jnp.zeros_like(products)), axis=2)
-    return jnp.sum(safe_sqrt(squares))
-
-
-def safe_sqrt(x: jax.Array) -> jax.Array:
-    """The square root of x, 0 where x is not positive, with derivative 0 there; keeps NaN."""
-    idle = x <= 0
-    root = jnp.sqrt(jnp.where(idle, jnp.ones_like(x), x))
-    return jnp.where(idle, jnp.zeros_like(x), root)
+        case Dense():
+            return Dense(*factors)
+        case Outer():
+            return Outer(*factors)
+        case Scatter(index, _, length):
+            return Scatter(index, *factors, length)
 
 
 def squared(term: Term) -> Term:
