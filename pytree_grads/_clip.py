@@ -36,10 +36,11 @@ class Clip:
         for members, bound in zip(self.members, self.bounds, strict=True):
             norm = combined([norms[i] for i in members]).value
             finite &= jnp.isfinite(norm)
-            bound = bound.astype(norm.dtype)
-            too_long = norm > bound  # False for NaN, which is passed on
-            shrink = bound / jnp.where(too_long, norm, jnp.ones_like(norm))
-            factor = jnp.where(too_long, shrink, jnp.ones_like(norm))
+            limits = jnp.finfo(norm.dtype)
+            bound = jnp.clip(bound.astype(norm.dtype), 0, float(limits.max))
+            # 1 where the norm is NaN, which is passed on; 0 for a bound of 0.
+            length = jnp.where(norm > bound, norm, jnp.maximum(bound, float(limits.tiny)))
+            factor = bound / length  # in this form, XLA does not find it again for each leaf
             for i in members:
                 factors[i] = factor
         clipped = matrix.scaled(factors)

@@ -181,8 +181,11 @@ def _same_along(atom: Atom, known: dict[Atom, frozenset[int]], depth: int) -> fr
         inner = _same_along(made.inputs[0], known, depth - 1)
         same = frozenset(i for i, j in enumerate(made.params["permutation"]) if j in inner)
     elif made.primitive in _ELEMENTWISE:
-        wide = [x for x in made.inputs if x.aval.shape == shape]  # the others are scalars
-        same = frozenset.intersection(*(_same_along(x, known, depth - 1) for x in wide))
+        same = frozenset(range(len(shape)))
+        for x in made.inputs:
+            if sizes := x.aval.shape:  # a scalar is the same everywhere, as is an axis of size 1
+                spread = {i for i, size in enumerate(sizes) if size != shape[i]}
+                same &= _same_along(x, known, depth - 1) | spread
     known[atom] = same
     return same
 
