@@ -15,6 +15,7 @@ from ._checks import PyTree, located
 from ._factored import _terms
 from ._factored._leaves import Leaf, Piece, materializes
 from ._factored._terms import Dense, Outer, Scatter
+from ._factored._windows import Windows
 from ._tree import carried_dtype, common_dtype
 
 if TYPE_CHECKING:
@@ -68,10 +69,10 @@ def _line(path: Any, leaf: Leaf) -> tuple[str, ...]:
     shape = "x".join(map(str, leaf.shape)) or "scalar"
     terms = " + ".join(_term(piece) for piece in leaf.pieces) or "zero"
     norm = "rows" if materializes(leaf, leaf) else "inner products"
-    if all(isinstance(piece.term, Scatter) or _terms.pair_count(piece.term) <= 1 for piece in leaf.pieces):
+    terms_of = [piece.term for piece in leaf.pieces]
+    if all(isinstance(x, Scatter) or _terms.pair_count(x) <= 1 for x in terms_of):
         norm = "squares"
-    pairs = [(x.term, y.term) for x in leaf.pieces for y in leaf.pieces]
-    norm_flops = sum(_terms.inner_cost(x, y) for x, y in pairs)
+    norm_flops = sum(_terms.inner_cost(x, y) for x in terms_of for y in terms_of)
     if norm == "squares":
         norm_flops = 2 * _entries(leaf)
     sum_flops = sum(_terms.row_cost(piece.term) for piece in leaf.pieces)
@@ -97,6 +98,10 @@ def _term(piece: Piece) -> str:
         case Scatter(_, _, length):
             blocks = piece.shape[0]
             kind = f"scatter {_terms.pair_count(piece.term)} of {length} lines"
+        case Windows(offsets=offsets):
+            blocks = piece.shape[0]
+            kernel = "x".join(map(str, offsets))
+            kind = f"windows {kernel} of {piece.term.left.shape[-1]}x{piece.shape[2]}"
         case Dense():
             blocks, kind = 1, "dense, shared by all rows" if piece.levels == (0,) else "dense"
     return kind if blocks == 1 else f"{blocks} x {kind}"

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from .._sharding import in_auto
+from .._tree import common_dtype
 from ._graph import Atom, Equation, Graph, Known, Value
 from ._layout import Frame
 from ._norms import norm
-from ._plan import AtDot, AtNorm, AtScan, AtScatter, Site, is_dense
-from ._terms import Dense, Term
+from ._plan import AtConvolution, AtDot, AtNorm, AtRow, AtScan, AtScatter, Site, is_dense
+from ._terms import Dense, Term, materialize
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,14 @@ class Norm:
     site: Site
 
 
-Key: TypeAlias = Value | Known | Stacked | Total | Norm
+@dataclass(frozen=True)
+class Row:
+    """A row of the term at a site, as an array."""
+
+    site: Site
+
+
+Key: TypeAlias = Value | Known | Stacked | Total | Norm | Row
 
 
 def keys_of(site: Site) -> tuple[Key, ...]:
@@ -52,6 +60,8 @@ def keys_of(site: Site) -> tuple[Key, ...]:
     match site:
         case AtNorm(inner):
             return (Norm(inner),)
+        case AtRow(inner):
+            return (Row(inner),)
         case AtScan(equation, inner, stacked):
             make = Stacked if stacked or not is_dense(inner) else Total
             return tuple(make(equation, key) for key in keys_of(inner))
@@ -94,7 +104,7 @@ def assemble(
     while isinstance(site, AtScan) and not is_dense(site):
         stacked += (site.stacked,)
         site = site.site
-    if isinstance(site, AtDot | AtScatter):
+    if isinstance(site, AtDot | AtScatter | AtConvolution):
         frames = [Frame(stacked, level) for level in levels]
         return site.layout(arrays, frames), site.layout.levels(*levels)
     (value,) = arrays
@@ -132,7 +142,7 @@ def _needs(graph: Graph, keys: Iterable[Key]) -> _Needs:
             atoms.add(atom)
             continue
         match key:
-            case Norm(site):
+            case Norm(site) | Row(site):
                 todo += keys_of(site)
             case Stacked(equation, inner):
                 inside.setdefault(equation, ({}, {}))[0][inner] = None
@@ -180,12 +190,13 @@ def _run(graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: _Needs) 
         match key if atom is None else atom:
             case Known(value):
                 return jnp.asarray(value)
-            case Norm(site):
+            case Norm(site) | Row(site):
+                of_term = norm if isinstance(key, Norm) else materialize
 
-                def length(arrays: list[jax.Array]) -> jax.Array:
-                    return norm(assemble(site, arrays, [0] * len(arrays))[0])
+                def made(arrays: list[jax.Array]) -> jax.Array:
+                    return of_term(assemble(site, arrays, [0] * len(arrays))[0])
 
-                return in_auto(length, PartitionSpec())([read(x) for x in keys_of(site)])
+                return in_auto(made, PartitionSpec())([read(x) for x in keys_of(site)])
         return env[key if atom is None else atom]
 
     for equation in graph.equations:
@@ -247,6 +258,9 @@ def _shape_dtype(key: Key) -> tuple[tuple[int, ...], Any]:
             return (equation.params["length"], *shape), dtype
         case Total(_, inner):
             return _shape_dtype(inner)
+        case Row(site):
+            kinds = [_shape_dtype(own)[1] for own in keys_of(site)]
+            return site.shape, common_dtype(*kinds)
         case Norm():
             raise AssertionError("norms of the steps of a scan are not added up")
     return tuple(key.aval.shape), key.aval.dtype
@@ -265,7 +279,7 @@ def _depends(key: Key, reached: set[Atom]) -> bool:
     match key:
         case Stacked(equation, inner) | Total(equation, inner):
             return _depends(inner, _reached_in_body(equation, reached))
-        case Norm(site):
+        case Norm(site) | Row(site):
             return any(_depends(own, reached) for own in keys_of(site))
     return key in reached
 

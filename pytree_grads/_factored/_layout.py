@@ -53,8 +53,12 @@ class Frame:
     def axes(self) -> int:
         return len(self.stacked) + self.rows
 
-    def inside(self, stacked: bool) -> "Frame":
-        return Frame((*self.stacked, stacked), self.rows)
+    @property
+    def parted(self) -> tuple[list[int], range, list[int]]:
+        """The axes of steps that are blocks, those of rows, and those of steps that add up."""
+        outer = [i for i, stacked in enumerate(self.stacked) if stacked]
+        added = [i for i, stacked in enumerate(self.stacked) if not stacked]
+        return outer, range(len(self.stacked), self.axes), added
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,7 @@ class Side:
         if self.summed:
             axes = tuple(i + frame.axes for i in self.summed)
             x = jnp.sum(x, axes, carried_dtype(x.dtype), keepdims=True)
-        outer = [i for i, stacked in enumerate(frame.stacked) if stacked]
-        added = [i for i, stacked in enumerate(frame.stacked) if not stacked]
-        rows = range(len(frame.stacked), frame.axes)
+        outer, rows, added = frame.parted
         blocks, steps, free = (
             [i + frame.axes for i in group] for group in (self.blocks, self.steps, self.free)
         )

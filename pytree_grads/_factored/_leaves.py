@@ -14,6 +14,7 @@ from .._tree import carried_dtype
 from . import _terms
 from ._tails import Shape, Tail, apply, disjoint, isometric, transposed
 from ._terms import Dense, Term
+from ._windows import Windows
 
 ENTRIES_AT_ONCE = 1 << 22  # of materialised rows, in loops that materialise some rows at a time
 
@@ -192,7 +193,9 @@ def materializes(one: Leaf, other: Leaf) -> bool:
     """Whether inner products of rows of two leaves need rows as arrays."""
 
     def free(a: Piece, b: Piece) -> bool:
-        dense = isinstance(a.term, Dense) or isinstance(b.term, Dense)
-        return dense or disjoint(a.tail, b.tail) or _alike(a, b)
+        if isinstance(a.term, Dense) or isinstance(b.term, Dense) or disjoint(a.tail, b.tail):
+            return True
+        windows = isinstance(a.term, Windows) or isinstance(b.term, Windows)
+        return _alike(a, b) and not windows
 
     return not all(free(a, b) for a in one.pieces for b in other.pieces)

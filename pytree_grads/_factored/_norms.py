@@ -17,6 +17,7 @@ from .._tree import carried_dtype, common_dtype
 from ._leaves import Leaf, Piece, inner, materializes, over_rows, row, times
 from ._tails import isometric
 from ._terms import Dense, Outer, Scatter, Term, collapsed, divided, pair_count, pairs
+from ._windows import Windows
 
 LARGE_BLOCK = 1 << 13  # entries of factors: enough work to make the turns of a loop cheap
 
@@ -122,13 +123,14 @@ def leaf_norms(leaf: Leaf) -> Norms:
     """The norms of the rows of a leaf."""
     if not leaf.pieces:
         return Norms(jnp.zeros(leaf.rows, leaf.real), jnp.zeros(leaf.rows, leaf.real))
-    if materializes(leaf, leaf):
+    by_piece = len(leaf.pieces) == 1 and isometric(leaf.pieces[0].tail)
+    if not by_piece and materializes(leaf, leaf):
         found = over_rows(lambda terms: norm(Dense(row(leaf, terms))), leaf, materializes=True)
         return Norms(found.astype(leaf.real), jnp.ones(leaf.rows, leaf.real))
     factors = [_factors(piece) for piece in leaf.pieces]
     sizes = [[x.largest() for x in own] for own in factors]
     products = [_product(leaf, own) for own in sizes]
-    if len(leaf.pieces) == 1 and isometric(leaf.pieces[0].tail):
+    if by_piece:
         (piece,), (own,), (size,), (product,) = leaf.pieces, factors, sizes, products
         if _is_vectors(piece.term):
             square = _product(leaf, [x.square(y) for x, y in zip(own, size, strict=True)])
@@ -179,6 +181,8 @@ def squared_norm(term: Term, sizes: Sequence[jax.Array]) -> jax.Array:
     term = divided(term, sizes)
     if isinstance(term, Dense):
         return jnp.sum(jnp.abs(term.value) ** 2)
+    if isinstance(term, Windows):
+        return term.squared_norm()
     products = jnp.real(pairs(term, term))
     square = jnp.sum(products)
     return (
@@ -200,7 +204,7 @@ def _squared_sum(
 
 
 def _has_large_blocks(term: Term) -> bool:
-    if isinstance(term, Dense) or pair_count(term) <= 1 or term.right.shape[0] == 1:
+    if isinstance(term, Dense | Windows) or pair_count(term) <= 1 or term.right.shape[0] == 1:
         return False
     return sum(x.size for x in jax.tree.leaves(term)) // term.right.shape[0] >= LARGE_BLOCK
 
@@ -215,6 +219,7 @@ def mass(term: Term) -> jax.Array:
             return jnp.sum(safe_sqrt(squares[0] * squares[1]))
         case Scatter(index, _, _):
             return jnp.sum(jnp.broadcast_to(safe_sqrt(squares[0]), index.shape))
+    raise TypeError(f"no parts of {type(term).__name__}")
 
 
 # --------------------------------------------------------------------------------------------------

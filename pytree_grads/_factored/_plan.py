@@ -4,7 +4,7 @@
 terms. What the walk does not know becomes a dense term: slower, never wrong.
 """
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import prod
@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 from jax.extend.core import primitives as p
 
+from ._convolutions import WindowLayout, window_layout
 from ._graph import Atom, Equation, Value
 from ._layout import DotLayout, ScatterLayout, dot_layout, line_layout, scatter_layout
 from ._tails import (
@@ -93,6 +94,26 @@ class AtScatter:
 
 
 @dataclass(frozen=True)
+class AtConvolution:
+    """A term of windows, from the operands of a convolution."""
+
+    equation: Equation
+    layout: WindowLayout
+
+    @property
+    def shape(self) -> Shape:
+        return self.layout.shape
+
+    @property
+    def size(self) -> int:
+        return self.layout.size
+
+    @property
+    def operands(self) -> tuple[Atom, ...]:
+        return tuple(self.equation.inputs)
+
+
+@dataclass(frozen=True)
 class AtScan:
     """A term inside the body of a scan, stacked over its steps or added up over them."""
 
@@ -129,34 +150,35 @@ class AtNorm:
     shape: Shape = ()
     size: int = 1
 
+
+@dataclass(frozen=True)
+class AtRow:
+    """A row of another term as an array, a dense term of its own."""
+
+    site: "Site"
+
     @property
-    def operands(self) -> tuple[Atom, ...]:
-        return () if isinstance(self.site, AtScan) else self.site.operands
+    def shape(self) -> Shape:
+        return self.site.shape
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
 
 
-Site: TypeAlias = AtValue | AtDot | AtScatter | AtScan | AtNorm
+Site: TypeAlias = AtValue | AtDot | AtScatter | AtConvolution | AtScan | AtNorm | AtRow
 
 
 def is_dense(site: Site) -> bool:
     """Whether the term of a site is dense."""
-    return site.is_dense if isinstance(site, AtScan) else isinstance(site, AtValue | AtNorm)
-
-
-def scans_of(sites: Iterable[Site]) -> dict[Equation, list[AtScan]]:
-    """The sites in the bodies of scans, each once, by scan."""
-    found: dict[Equation, dict[AtScan, None]] = {}
-    for site in sites:
-        site = site.site if isinstance(site, AtNorm) else site
-        if isinstance(site, AtScan):
-            found.setdefault(site.equation, {})[site] = None
-    return {equation: list(sites) for equation, sites in found.items()}
+    return site.is_dense if isinstance(site, AtScan) else isinstance(site, AtValue | AtNorm | AtRow)
 
 
 def origin(site: Site) -> str:
     """The name of the primitive that makes a term, with the scans around it."""
     if isinstance(site, AtScan):
         return f"scan/{origin(site.site)}"
-    if isinstance(site, AtNorm):
+    if isinstance(site, AtNorm | AtRow):
         return origin(site.site)
     equation = site.equation if not isinstance(site, AtValue) else site.producer
     return str(equation.primitive or "remat") if equation else "input"
@@ -188,7 +210,10 @@ def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> tuple[Piece
     if route != "factored" and kept >= max(1, prod(leaf.aval.shape)):
         stops = dict.fromkeys(piece.reason for piece in pieces)
         reason = ", ".join(stops) if all(stops) else "factors are larger than the row"
-        pieces = (Piece(AtValue(leaf), reason=reason),)
+        if all(_is_convolution(site) for site in sites):
+            pieces = tuple(replace(q, site=_row_at(q.site), reason=reason) for q in pieces)
+        else:
+            pieces = (Piece(AtValue(leaf), reason=reason),)
     return _norms_of(pieces) if route == "norms" else pieces
 
 
@@ -228,6 +253,17 @@ def _norm_at(site: Site) -> Site:
     return AtNorm(site)
 
 
+def _is_convolution(site: Site) -> bool:
+    while isinstance(site, AtScan):
+        site = site.site
+    return isinstance(site, AtConvolution)
+
+
+def _row_at(site: Site) -> Site:
+    """Rows as arrays, made where their terms arise."""
+    return replace(site, site=_row_at(site.site)) if isinstance(site, AtScan) else AtRow(site)
+
+
 def decompose(value: Atom) -> tuple[Piece, ...]:
     """Pieces that add up to a value."""
     pieces: list[Piece] = []
@@ -257,6 +293,8 @@ def decompose(value: Atom) -> tuple[Piece, ...]:
         elif equation.primitive is p.scatter_add_p and (read := scatter_layout(equation)):
             found(AtScatter(equation, read[0], tuple(equation.inputs[1:])), read[1] + tail, factor)
             todo.append((equation.inputs[0], tail, factor))
+        elif equation.primitive is p.conv_general_dilated_p and (read := window_layout(equation)):
+            found(AtConvolution(equation, read[0]), read[1] + tail, factor)
         elif equation.primitive is p.dynamic_update_slice_p and (line := line_layout(equation)):
             layout, rest, operands = line
             found(AtScatter(equation, layout, operands), rest + tail, factor)

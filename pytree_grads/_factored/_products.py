@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from .._chunks import chunk_starts
 from .._tree import carried_dtype
 from . import _terms
+from ._dot import dot
 from ._leaves import (
     ENTRIES_AT_ONCE,
     Leaf,
@@ -23,7 +24,8 @@ from ._leaves import (
     times,
 )
 from ._tails import apply, transposed
-from ._terms import Dense, Outer, Scatter, Term, dot
+from ._terms import Dense, Outer, Scatter, Term
+from ._windows import Windows
 
 
 def rows(leaf: Leaf, *, carried: bool = False) -> jax.Array:
@@ -225,6 +227,10 @@ def _contract_term(term: Term, weights: jax.Array | None, axis: int) -> jax.Arra
             empty = jnp.zeros(term.shape, _terms.dtype_of(term))
             lines = right if weights is None else _weighted(weights, right)
             return _terms.add_lines(empty, term.index, lines.astype(empty.dtype))
+        case Windows(left, right):
+            if weights is not None:
+                term = replace(term, right=_weighted(weights, right))
+            return term.summed()
 
 
 LARGE = 1 << 20  # entries of a block's factors: enough work to make the turns of a loop cheap

@@ -6,7 +6,7 @@ vector pairs whose outer products add up in a block (positions of a sequence, us
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -14,17 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._tree import carried_dtype, common_dtype
+from .._tree import carried_dtype
+from ._dot import dot
+from ._windows import Windows
 
 _register = jax.tree_util.register_dataclass
-
-
-def dot(spec: str, *operands: jax.Array, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
-    """An einsum that is carried in float32 or wider."""
-    dtype = common_dtype(*(x.dtype for x in operands))
-    if len({x.dtype for x in operands}) > 1:  # else products of narrow floats are exact as they are
-        operands = tuple(x.astype(dtype) for x in operands)
-    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=dtype)
 
 
 @partial(_register, data_fields=["value"], meta_fields=[])
@@ -78,7 +72,7 @@ class Scatter:
         return (self.index.shape[0], self.length, self.right.shape[-1])
 
 
-Term: TypeAlias = Dense | Outer | Scatter
+Term: TypeAlias = Dense | Outer | Scatter | Windows
 
 
 def dtype_of(term: Term) -> Any:
@@ -96,6 +90,8 @@ def materialize(term: Term) -> jax.Array:
         case Scatter(index, right):
             empty = jnp.zeros(term.shape, dtype_of(term))
             return add_lines(empty, index, right.astype(empty.dtype))
+        case Windows():
+            return term.materialize()
 
 
 def add_lines(block: jax.Array, index: jax.Array, lines: jax.Array) -> jax.Array:
@@ -117,7 +113,7 @@ def inner(x: Term, y: Term) -> jax.Array:
     return jnp.sum(pairs(x, y))
 
 
-def pairs(x: Outer | Scatter, y: Outer | Scatter) -> jax.Array:
+def pairs(x: Term, y: Term) -> jax.Array:
     """<x, y> pair by pair: entry (b, t, s) is the inner product of outer products t and s."""
     match x, y:
         case Outer(), Outer():
@@ -128,6 +124,8 @@ def pairs(x: Outer | Scatter, y: Outer | Scatter) -> jax.Array:
             lefts = _columns(x.left, y.index).conj()
         case Scatter(), Outer():
             lefts = jnp.swapaxes(_columns(y.left, x.index), 1, 2)
+        case _:
+            raise TypeError(f"no pairs of {type(x).__name__} and {type(y).__name__}")
     rights = dot("btn,bsn->bts", x.right.conj(), y.right)
     return jnp.where(lefts, rights, 0) if lefts.dtype == bool else lefts * rights
 
@@ -153,6 +151,8 @@ def apply_row(term: Term, v: jax.Array) -> jax.Array:
             return jnp.sum(dot("btm,bmn->btn", left, v) * right.astype(dtype_of(term)))
         case Scatter(index, right):
             return jnp.sum(_lines(v, index) * right.astype(dtype_of(term)))
+        case Windows():
+            return term.apply(v)
 
 
 def pair_count(term: Term) -> int:
@@ -164,11 +164,8 @@ def pair_count(term: Term) -> int:
             return left.shape[-2]
         case Scatter(index, _, _):
             return index.shape[-1]
-
-
-def cannot_cancel(term: Term) -> bool:
-    """Whether the squared norm of a row is a sum of squares, or of numbers of one sign."""
-    return isinstance(term, Dense | Scatter) or pair_count(term) <= 1
+        case Windows():
+            return term.pairs
 
 
 def collapsed(term: Scatter) -> Scatter:
@@ -205,6 +202,8 @@ def divided(term: Term, sizes: Sequence[jax.Array]) -> Term:
             return Outer(*factors)
         case Scatter(index, _, length):
             return Scatter(index, *factors, length)
+        case Windows():
+            return replace(term, left=factors[0], right=factors[1])
 
 
 def squared(term: Term) -> Term:
@@ -216,13 +215,14 @@ def squared(term: Term) -> Term:
             return Outer(_square(left), _square(right))
         case Scatter(index, right, length):
             return Scatter(index, _square(right), length)
+    raise TypeError(f"no squares of {type(term).__name__}")
 
 
 def has_squares(term: Term) -> bool:
     """Whether squares of entries are cheaper as a term of the same kind than from the row."""
     if isinstance(term, Scatter):
         return pair_count(term) ** 2 <= max(1, term.length)
-    return pair_count(term) <= 1
+    return pair_count(term) <= 1 and not isinstance(term, Windows)
 
 
 def _square(x: jax.Array) -> jax.Array:
@@ -231,7 +231,7 @@ def _square(x: jax.Array) -> jax.Array:
 
 def row_cost(term: Term) -> int:
     """Multiplications and additions that materialise one row."""
-    if isinstance(term, Outer):
+    if isinstance(term, Outer | Windows):
         blocks, m, n = term.shape
         return 2 * blocks * pair_count(term) * m * n
     return term.value.size if isinstance(term, Dense) else term.right.size

@@ -1,0 +1,117 @@
+"""Windows: terms of convolutions, whose rows correlate an image with the cotangent of another."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .._tree import common_dtype
+from ._dot import dot
+from ._tails import Shape
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["left", "right"],
+    meta_fields=["offsets", "strides", "dilation"],
+)
+@dataclass(frozen=True)
+class Windows:
+    """Lines o of block b are the sum over a and t of left[b, a, window o, :] right[b, a, t, :].
+
+    Window o has an entry for each t: it begins at o times the strides, and goes on in steps of the
+    dilation. An offset and a position t have a coordinate for each axis of an image.
+    """
+
+    left: jax.Array  # (B, A, *image, m)
+    right: jax.Array  # (B, A, *T, n)
+    offsets: Shape  # how many along each axis
+    strides: Shape
+    dilation: Shape
+
+    @property
+    def factors(self) -> tuple[jax.Array, ...]:
+        return (self.left, self.right)
+
+    @property
+    def shape(self) -> Shape:
+        return (self.left.shape[0], prod(self.offsets) * self.left.shape[-1], self.right.shape[-1])
+
+    @property
+    def steps(self) -> Shape:
+        """T, along each axis."""
+        return self.right.shape[2:-1]
+
+    @property
+    def pairs(self) -> int:
+        return prod(self.right.shape[1:-1])
+
+    def _starts(self) -> jax.Array:
+        places = np.stack(np.unravel_index(range(prod(self.offsets)), self.offsets), -1)
+        return jnp.asarray(places * np.array(self.strides), "int32")
+
+    def _window(self, start: jax.Array) -> jax.Array:
+        """The window that begins somewhere: shape (B, A T, m)."""
+        zero = jnp.zeros_like(start[0])
+        blocks, depth, *_, m = self.left.shape
+        spans = [(t - 1) * step + 1 for t, step in zip(self.steps, self.dilation, strict=True)]
+        taken = lax.dynamic_slice(self.left, (zero, zero, *start, zero), (blocks, depth, *spans, m))
+        taken = lax.slice(taken, (0,) * taken.ndim, taken.shape, (1, 1, *self.dilation, 1))
+        return taken.reshape(blocks, self.pairs, m)
+
+    def _right(self) -> jax.Array:
+        return self.right.reshape(self.right.shape[0], self.pairs, self.right.shape[-1])
+
+    def materialize(self) -> jax.Array:
+        """The row, one offset after the other: XLA on CPUs is slow at convolutions in groups."""
+        right = self._right()
+        lines = lax.map(lambda o: dot("btm,btn->bmn", self._window(o), right), self._starts())
+        return jnp.moveaxis(lines, 0, 1).reshape(self.shape)
+
+    def squared_norm(self) -> jax.Array:
+        """That of the row, of which one offset is there at a time."""
+        right = self._right()
+
+        def square(start: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.abs(dot("btm,btn->bmn", self._window(start), right)) ** 2)
+
+        return jnp.sum(lax.map(square, self._starts()))
+
+    def apply(self, v: jax.Array) -> jax.Array:
+        """The sum of the products of a row's entries with those of v."""
+        blocks, _, n = self.shape
+        lines = jnp.moveaxis(v.reshape(blocks, prod(self.offsets), -1, n), 1, 0)
+
+        def add(total: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            start, line = at
+            return total + dot("btm,bmn->btn", self._window(start), line).astype(total.dtype), None
+
+        right = self._right()
+        zeros = jnp.zeros(right.shape, v.dtype)
+        total, _ = lax.scan(add, zeros, (self._starts(), lines))
+        return jnp.sum(total * right.astype(v.dtype))
+
+    def summed(self) -> jax.Array:
+        """The sum over rows, which both arrays have on their second axis."""
+        arrays = [x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (self.left, self.right)]
+        term = replace(self, left=arrays[0], right=arrays[1])
+        if term.shape[0] > 1:
+            return term.materialize()
+        last = len(self.offsets) + 1
+        numbers = lax.ConvDimensionNumbers(
+            (last, *range(last)), (last, *range(last)), (last - 1, last, *range(last - 1))
+        )
+        dtype = common_dtype(self.left.dtype, self.right.dtype)
+        lines = lax.conv_general_dilated(
+            term.left[0].astype(dtype),
+            term.right[0].astype(dtype),
+            self.strides,
+            "VALID",
+            rhs_dilation=self.dilation,
+            dimension_numbers=numbers,
+        )
+        return lines.reshape(term.shape)
