@@ -161,7 +161,9 @@ def check(jacobian: "Jacobian", rows: int) -> None:
 
 @jax.jit
 def _products(rows: "Rows", c: jax.Array) -> tuple[Any, Any, Any, Any]:
-    stacked, norms = rows.map(lambda matrix: (tuple(matrix.rows()), tuple(matrix.leaf_norms())))
+    stacked, norms = rows.map(
+        lambda matrix: (tuple(matrix.rows()), tuple(x.value for x in matrix.leaf_norms()))
+    )
     sums = rows.fold(lambda matrix, c: matrix.weighted_sum(c), c)
     squares = rows.fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
     return stacked, norms, sums, squares

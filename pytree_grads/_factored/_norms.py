@@ -211,14 +211,14 @@ def _has_large_blocks(term: Term) -> bool:
 
 def mass(term: Term) -> jax.Array:
     """The sum of the norms of the parts of a row; its square bounds what `not_too_small` asks."""
-    squares = [jnp.sum(jnp.abs(x) ** 2, axis=-1) for x in term.factors]
+    if isinstance(term, Dense):
+        return safe_sqrt(jnp.sum(jnp.abs(term.value) ** 2))
+    lengths = [safe_sqrt(jnp.sum(jnp.abs(x) ** 2, axis=-1)) for x in term.factors]
     match term:
-        case Dense():
-            return safe_sqrt(jnp.sum(squares[0]))
         case Outer():
-            return jnp.sum(safe_sqrt(squares[0] * squares[1]))
+            return jnp.sum(lengths[0] * lengths[1])
         case Scatter(index, _, _):
-            return jnp.sum(jnp.broadcast_to(safe_sqrt(squares[0]), index.shape))
+            return jnp.sum(jnp.broadcast_to(lengths[0], index.shape))
     raise TypeError(f"no parts of {type(term).__name__}")
 
 

@@ -30,6 +30,10 @@ from ._tails import (
     simplified,
 )
 
+# The factors of a convolution are worth their place only if they are that many times smaller than its
+# row: each product then goes through all windows again, which costs as much as making the row.
+DEARER = 4
+
 Route: TypeAlias = Literal["auto", "factored", "rows", "norms"]
 
 
@@ -206,7 +210,8 @@ def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> tuple[Piece
         for piece in decompose(leaf)
     )
     sites = [piece.site for piece in pieces]
-    kept = sum(s.size for s in sites if not (isinstance(s, AtValue) and s.value not in varying))
+    own = [site for site in sites if not (isinstance(site, AtValue) and site.value not in varying)]
+    kept = sum(site.size * (DEARER if _is_convolution(site) else 1) for site in own)
     if route != "factored" and kept >= max(1, prod(leaf.aval.shape)):
         stops = dict.fromkeys(piece.reason for piece in pieces)
         reason = ", ".join(stops) if all(stops) else "factors are larger than the row"
