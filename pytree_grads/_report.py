@@ -14,6 +14,7 @@ from ._batch import Batch
 from ._checks import PyTree, located
 from ._factored import _terms
 from ._factored._leaves import Leaf, Piece, materializes
+from ._factored._matrix import Matrix
 from ._factored._terms import Dense, Outer, Scatter
 from ._factored._windows import Windows
 from ._tree import carried_dtype, common_dtype
@@ -73,6 +74,8 @@ def _line(path: Any, leaf: Leaf) -> tuple[str, ...]:
     if all(isinstance(x, Scatter) or _terms.pair_count(x) <= 1 for x in terms_of):
         norm = "squares"
     norm_flops = sum(_terms.inner_cost(x, y) for x in terms_of for y in terms_of)
+    if len(terms_of) == 1 and isinstance(terms_of[0], Windows):
+        norm, norm_flops = "windows", _terms.row_cost(terms_of[0]) + 2 * prod(leaf.shape)
     if norm == "squares":
         norm_flops = 2 * _entries(leaf)
     sum_flops = sum(_terms.row_cost(piece.term) for piece in leaf.pieces)
@@ -161,9 +164,10 @@ def check(jacobian: "Jacobian", rows: int) -> None:
 
 @jax.jit
 def _products(rows: "Rows", c: jax.Array) -> tuple[Any, Any, Any, Any]:
-    stacked, norms = rows.map(
-        lambda matrix: (tuple(matrix.rows()), tuple(x.value for x in matrix.leaf_norms()))
-    )
+    def of_rows(matrix: Matrix) -> tuple[Any, Any]:
+        return tuple(matrix.rows()), tuple(x.value for x in matrix.leaf_norms())
+
+    stacked, norms = rows.map(of_rows)
     sums = rows.fold(lambda matrix, c: matrix.weighted_sum(c), c)
     squares = rows.fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
     return stacked, norms, sums, squares

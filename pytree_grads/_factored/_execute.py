@@ -18,7 +18,7 @@ from .._tree import common_dtype
 from ._graph import Atom, Equation, Graph, Known, Value
 from ._layout import Frame
 from ._norms import norm
-from ._plan import AtConvolution, AtDot, AtNorm, AtRow, AtScan, AtScatter, Site, is_dense
+from ._plan import AtNorm, AtRow, AtScan, AtTerm, Site, is_dense
 from ._terms import Dense, Term, materialize
 
 
@@ -104,7 +104,7 @@ def assemble(
     while isinstance(site, AtScan) and not is_dense(site):
         stacked += (site.stacked,)
         site = site.site
-    if isinstance(site, AtDot | AtScatter | AtConvolution):
+    if isinstance(site, AtTerm):
         frames = [Frame(stacked, level) for level in levels]
         return site.layout(arrays, frames), site.layout.levels(*levels)
     (value,) = arrays

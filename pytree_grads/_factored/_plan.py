@@ -30,8 +30,8 @@ from ._tails import (
     simplified,
 )
 
-# The factors of a convolution are worth their place only if they are that many times smaller than its
-# row: each product then goes through all windows again, which costs as much as making the row.
+# The factors of a convolution are worth their place only if they are that many times smaller than
+# its row: each product then goes through all windows again, which costs as much as the row.
 DEARER = 4
 
 Route: TypeAlias = Literal["auto", "factored", "rows", "norms"]
@@ -61,11 +61,12 @@ class AtValue:
 
 
 @dataclass(frozen=True)
-class AtDot:
-    """An outer term, from the operands of a `dot_general`."""
+class AtTerm:
+    """An outer, scatter or windows term, from the operands of the equation that adds it up."""
 
     equation: Equation
-    layout: DotLayout
+    layout: DotLayout | ScatterLayout | WindowLayout
+    operands: tuple[Atom, ...]
 
     @property
     def shape(self) -> Shape:
@@ -74,47 +75,6 @@ class AtDot:
     @property
     def size(self) -> int:
         return self.layout.size
-
-    @property
-    def operands(self) -> tuple[Atom, ...]:
-        return tuple(self.equation.inputs)
-
-
-@dataclass(frozen=True)
-class AtScatter:
-    """A scatter term, from a `scatter-add` or the update of a slice of zeros."""
-
-    equation: Equation
-    layout: ScatterLayout
-    operands: tuple[Atom, ...]  # indices and updates
-
-    @property
-    def shape(self) -> Shape:
-        return self.layout.shape
-
-    @property
-    def size(self) -> int:
-        return self.layout.size
-
-
-@dataclass(frozen=True)
-class AtConvolution:
-    """A term of windows, from the operands of a convolution."""
-
-    equation: Equation
-    layout: WindowLayout
-
-    @property
-    def shape(self) -> Shape:
-        return self.layout.shape
-
-    @property
-    def size(self) -> int:
-        return self.layout.size
-
-    @property
-    def operands(self) -> tuple[Atom, ...]:
-        return tuple(self.equation.inputs)
 
 
 @dataclass(frozen=True)
@@ -170,7 +130,7 @@ class AtRow:
         return prod(self.shape)
 
 
-Site: TypeAlias = AtValue | AtDot | AtScatter | AtConvolution | AtScan | AtNorm | AtRow
+Site: TypeAlias = AtValue | AtTerm | AtScan | AtNorm | AtRow
 
 
 def is_dense(site: Site) -> bool:
@@ -261,7 +221,7 @@ def _norm_at(site: Site) -> Site:
 def _is_convolution(site: Site) -> bool:
     while isinstance(site, AtScan):
         site = site.site
-    return isinstance(site, AtConvolution)
+    return isinstance(site, AtTerm) and isinstance(site.layout, WindowLayout)
 
 
 def _row_at(site: Site) -> Site:
@@ -294,15 +254,17 @@ def decompose(value: Atom) -> tuple[Piece, ...]:
             todo += [(x, tail, s * factor) for x, s in zip(equation.inputs, signs, strict=True)]
         elif equation.primitive is p.dot_general_p:
             layout, rest = dot_layout(equation, tail)
-            found(AtDot(equation, layout), rest, factor)
+            found(AtTerm(equation, layout, tuple(equation.inputs)), rest, factor)
         elif equation.primitive is p.scatter_add_p and (read := scatter_layout(equation)):
-            found(AtScatter(equation, read[0], tuple(equation.inputs[1:])), read[1] + tail, factor)
+            site = AtTerm(equation, read[0], tuple(equation.inputs[1:]))
+            found(site, read[1] + tail, factor)
             todo.append((equation.inputs[0], tail, factor))
         elif equation.primitive is p.conv_general_dilated_p and (read := window_layout(equation)):
-            found(AtConvolution(equation, read[0]), read[1] + tail, factor)
+            site = AtTerm(equation, read[0], tuple(equation.inputs))
+            found(site, read[1] + tail, factor)
         elif equation.primitive is p.dynamic_update_slice_p and (line := line_layout(equation)):
             layout, rest, operands = line
-            found(AtScatter(equation, layout, operands), rest + tail, factor)
+            found(AtTerm(equation, layout, operands), rest + tail, factor)
         elif equation.primitive is p.scan_p and (parts := _scan_parts(equation, atom.index)):
             for part in parts:
                 if isinstance(part.site, AtScan):

@@ -190,20 +190,20 @@ def _same_index(x: Scatter, y: Scatter) -> jax.Array:
 
 def divided(term: Term, sizes: Sequence[jax.Array]) -> Term:
     """The row with each factor divided by a real number, carried."""
-    factors = [
+    first, *rest = [
         x.astype(dtype) / size.astype(dtype)
         for x, size in zip(term.factors, sizes, strict=True)
         for dtype in [carried_dtype(x.dtype)]
     ]
     match term:
         case Dense():
-            return Dense(*factors)
+            return Dense(first)
         case Outer():
-            return Outer(*factors)
+            return Outer(first, *rest)
         case Scatter(index, _, length):
-            return Scatter(index, *factors, length)
+            return Scatter(index, first, length)
         case Windows():
-            return replace(term, left=factors[0], right=factors[1])
+            return replace(term, left=first, right=rest[0])
 
 
 def squared(term: Term) -> Term:
