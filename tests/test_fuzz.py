@@ -1,7 +1,10 @@
 """Random programs, a few at each run; `python -m tests.fuzz` tries as many as one likes."""
 
+import random
+
 import hypothesis
 import hypothesis.strategies as st
+import pytest
 from fuzz import MODES, Count, check
 from grammar import program
 
@@ -24,3 +27,11 @@ def test_programs_are_of_many_kinds_and_mostly_factored():
     """What the run above has seen: were all leaves dense, it would have compared rows with rows."""
     assert COUNT.programs >= 10
     assert COUNT.factored > 0.5 * COUNT.matrices
+
+
+@pytest.mark.parametrize("seed", [5275, 5326])
+def test_programs_that_have_failed(x64, seed):
+    """Of the command: a row that is a sum of arrays and outer products, for several outputs."""
+    choose = random.Random(seed)
+    made = program(choose.choice)
+    check(made, seed, choose.choice(list(MODES)))

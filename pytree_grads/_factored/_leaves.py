@@ -170,9 +170,9 @@ def _pair(a: Piece, x: Term, b: Piece, y: Term) -> jax.Array:
     if _alike(a, b):
         return _terms.inner(x, y)
     if isinstance(x, Dense):
-        return _terms.apply_row(y, _pulled(b, y, _block(a, x).conj()))
+        return _terms.apply_own(y, _pulled(b, y, _block(a, x).conj()))
     if isinstance(y, Dense):
-        return _terms.apply_row(x, _pulled(a, x, _block(b, y).conj())).conj()
+        return _terms.apply_own(x, _pulled(a, x, _block(b, y).conj())).conj()
     return jnp.sum(_block(a, x).conj() * _block(b, y))
 
 

@@ -107,9 +107,9 @@ def add_lines(block: jax.Array, index: jax.Array, lines: jax.Array) -> jax.Array
 def inner(x: Term, y: Term) -> jax.Array:
     """<x, y> of two rows in one block layout; the left one conjugated."""
     if isinstance(x, Dense):
-        return apply_row(y, materialize(x).conj())
+        return apply_own(y, materialize(x).conj())
     if isinstance(y, Dense):
-        return apply_row(x, materialize(y).conj()).conj()
+        return apply_own(x, materialize(y).conj()).conj()
     return jnp.sum(pairs(x, y))
 
 
@@ -153,6 +153,14 @@ def apply_row(term: Term, v: jax.Array) -> jax.Array:
             return jnp.sum(_lines(v, index) * right.astype(dtype_of(term)))
         case Windows():
             return term.apply(v)
+
+
+def apply_own(term: Term, v: jax.Array) -> jax.Array:
+    """`apply_row` for a v that each row has its own of, as large as the row: memory is no matter.
+
+    (XLA on CPUs fails at the contraction of `apply_row` with three axes that both operands have.)
+    """
+    return jnp.sum(materialize(term) * v) if isinstance(term, Outer) else apply_row(term, v)
 
 
 def pair_count(term: Term) -> int:
