@@ -107,25 +107,26 @@ def products(settings, loss, features, params, batch, axis_name):
     c = batch[1]
     outputs, J = value_and_jacobian(loss, axis_name=axis_name, **settings)(params, *batch)
     numbers = {"outputs": outputs, "norms": J.norms(), "directional": J @ params}
-    sums = {
-        "weighted": new().weighted_sum(c),
-        "clipped": new().clip(0.5).sum(),
-        "squares": new().square_sum(c),
-    }
+    sums = {"weighted": new().weighted_sum(c), "clipped": new().clip(0.5).sum()}
+    if "recompute" not in settings:
+        sums["squares"] = new().square_sum(c)
     if not settings:
         groups = {"embedding": 0.1, "layers": 0.2, "w": 0.3, "b": 0.2, "v": 0.1}
-        numbers["sketch"] = J.sketch(jax.random.key(3), 1)
-        numbers["of outputs"] = new(features).norms()
         sums["mean"] = new().scale(c).clip(0.5).mean()
         sums["groups"] = new().clip(groups, nan_safe=True).sum()
         sums["of outputs"] = new(features).clip(0.5).sum()
-    if not settings or "recompute" in settings:
+    if "chunk_size" not in settings:
         numbers["rows"] = new().clip(0.5).to_rows()
-    if axis_name is None and "chunk_size" not in settings:
+    if axis_name is None and not settings:
         numbers["gram"] = new().clip(0.5).gram(new(features))
-    if axis_name is None and "chunk_size" in settings:
+    if axis_name is None and settings:
         numbers["gram"] = J.gram()
     return numbers, sums
+
+
+def sketch(loss, features, params, batch, axis_name):
+    J = jacobian(loss)(params, *batch)
+    return {"sketch": J.sketch(jax.random.key(3), 1)}, {}
 
 
 def chain(chunk_size, loss, features, params, batch, axis_name):

@@ -9,7 +9,7 @@ import pytest
 from helpers import tree_allclose
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from layouts import CALLS, LAYOUTS, one_device
+from layouts import CALLS, LAYOUTS, one_device, sketch
 
 from pytree_grads import Accumulator, chain_rule_value_and_grad, jacobian, per_example_grad
 
@@ -28,6 +28,13 @@ def test_many_devices_give_what_one_gives(layout, call):
         wanted = {name: want_numbers[name] for name in numbers}
         assert tree_allclose(numbers, wanted, rtol=1e-11)
         assert tree_allclose(sums, want_sums, rtol=1e-11)
+
+
+@pytest.mark.parametrize("layout", ["auto, sharded", "explicit, split", "shard_map, checked"])
+def test_sketches_are_the_same_on_many_devices(layout):
+    with jax.enable_x64(True):
+        numbers, _ = LAYOUTS[layout].run(sketch)
+        assert tree_allclose(numbers, one_device(sketch)[0], rtol=1e-11)
 
 
 EIGHT = {
@@ -157,10 +164,11 @@ def test_derivatives_of_products_on_many_devices(kind):
 @pytest.mark.parametrize("kind", EIGHT)
 def test_reports_of_sharded_rows(kind):
     with jax.set_mesh(EIGHT[kind]):
+        x = jax.device_put(X, P("data"))
+        jacobian(product)(PARAMS, x).check(rows=2)
         for settings in ({}, {"chunk_size": 8}):
-            J = jacobian(product, **settings)(PARAMS, jax.device_put(X, P("data")))
+            J = jacobian(product, **settings)(PARAMS, x)
             assert "['w']" in J.explain()
-            J.check(rows=8)
             assert tree_allclose(J[2:5].sum()["w"], X[2:5].sum(axis=0))
             assert tree_allclose(J[:8].norms(), np.asarray(J.norms())[:8])
 
