@@ -132,7 +132,7 @@ def of_sums(s: Size) -> float:
 
 
 def clip_memory(s: Size) -> float:
-    return (3 * s.layers + 2) * s.activations
+    return (2.5 * s.layers - 1) * s.activations
 
 
 def gradient_memory(s: Size) -> float:
@@ -140,7 +140,7 @@ def gradient_memory(s: Size) -> float:
 
 
 def norm_memory(s: Size) -> float:
-    return (s.layers * (1 + s.positions / s.width) + 4) * s.activations
+    return (s.layers * (1 + s.positions / s.width) + 3) * s.activations
 
 
 def in_chunks(whole: Formula) -> Formula:
@@ -163,16 +163,16 @@ PRODUCTS = [
     Product("ordinary gradient", ordinary, of_sum, gradient_memory, like_params,
             ("2 P", "(2 L + 2) A", "P")),
     Product("`clip().sum()`", clipped(), of_sum, clip_memory, like_params,
-            ("2 P", "(3 L + 2) A", "P")),
+            ("2 P", "(2.5 L - 1) A", "P")),
     Product("the same, in chunks", clipped(chunk_size=1), of_sums, in_chunks(clip_memory),
-            like_params, ("2 P · N/k", "max((3 L + 2) A · k/N, 2 P)", "P")),
+            like_params, ("2 P · N/k", "max((2.5 L - 1) A · k/N, 2 P)", "P")),
     Product("the same, in `shard_map`", clipped(chunk_size=1, axis_name="data"), of_sum,
-            in_chunks(clip_memory), like_params,
-            ("2 P", "max((3 L + 2) A · k/N, 2 P)", "P"), manual=True),
+            lambda s: clip_memory(s) * s.chunk / s.examples + s.params, like_params,
+            ("2 P", "(2.5 L - 1) A · k/N + P", "P"), manual=True),
     Product("chain rule, in chunks", chain, of_sums, in_chunks(gradient_memory), like_params,
             ("2 P · N/k", "max((2 L + 2) A · k/N, 2 P)", "P"), gathered=2),
     Product("`norms()`", lambda s: lambda p, x: jacobian(network)(p, x).norms(), nothing,
-            norm_memory, per_row, ("0", "(L (1 + T/d) + 4) A", "N/D")),
+            norm_memory, per_row, ("0", "(L (1 + T/d) + 3) A", "N/D")),
     Product("`J @ v`", lambda s: lambda p, x: jacobian(network)(p, x) @ p, nothing,
             gradient_memory, per_row, ("0", "(2 L + 2) A", "N/D"), gathers=2, gathered=2),
     Product("`gram()`", lambda s: lambda p, x: jacobian(network)(p, x).gram(),
