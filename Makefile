@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DIST ?= dist
-TEST_FLAGS ?= --cov
+TEST_FLAGS ?= --cov -n 2
 
 .PHONY: demo test lint types wheel clean
 

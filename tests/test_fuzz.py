@@ -8,25 +8,25 @@ import pytest
 from fuzz import MODES, Count, check
 from grammar import program
 
-COUNT = Count()
 
+def test_random_programs(x64):
+    count = Count()
 
-@hypothesis.settings(
-    max_examples=12,
-    suppress_health_check=list(hypothesis.HealthCheck),
-    phases=[phase for phase in hypothesis.Phase if phase.name != "explain"],
-)
-@hypothesis.given(st.data(), st.sampled_from(sorted(MODES)), st.integers(0, 1000))
-def test_random_programs(x64, data, mode, seed):
-    made = program(lambda options: data.draw(st.sampled_from(options)))
-    hypothesis.note(made.names)
-    check(made, seed, mode, COUNT)
+    @hypothesis.settings(
+        max_examples=12,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[phase for phase in hypothesis.Phase if phase.name != "explain"],
+    )
+    @hypothesis.given(st.data(), st.sampled_from(sorted(MODES)), st.integers(0, 1000))
+    def run(data, mode, seed):
+        made = program(lambda options: data.draw(st.sampled_from(options)))
+        hypothesis.note(made.names)
+        check(made, seed, mode, count)
 
-
-def test_programs_are_of_many_kinds_and_mostly_factored():
-    """What the run above has seen: were all leaves dense, it would have compared rows with rows."""
-    assert COUNT.programs >= 10
-    assert COUNT.factored > 0.5 * COUNT.matrices
+    run()
+    assert count.programs >= 10
+    # Were all leaves dense, rows would have been compared with rows.
+    assert count.factored > 0.5 * count.matrices
 
 
 @pytest.mark.parametrize("seed", [5275, 5326])
