@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tree_allclose
+from helpers import equations, tree_allclose
 from quick import quick_jit
 
 from pytree_grads import jacobian
@@ -275,3 +275,16 @@ class TestSketch:
 
 def _wide(x):
     return x.astype(float) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+@pytest.mark.parametrize("precision", [None, jax.lax.Precision.HIGHEST])
+def test_sums_of_rows_are_contracted_in_the_precision_that_the_function_asks_for(precision):
+    def fun(w, x):
+        return jnp.sum(jnp.tanh(jnp.dot(x, w, precision=precision)))
+
+    def total(w, x):
+        return jacobian(fun)(w, x).sum()
+
+    jaxpr = jax.make_jaxpr(total)(jnp.ones((9, 8)), jnp.ones((7, 2, 9)))
+    asked = [e.params["precision"] for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    assert asked[-1] in (precision, (precision, precision))

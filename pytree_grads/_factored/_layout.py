@@ -7,6 +7,7 @@ its transposed twin have terms in one layout, and a slice never meets the whole 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,11 +108,13 @@ class DotLayout:
     left: Side
     right: Side
     swapped: bool  # the equation's right operand makes the left factor
+    precision: Any = None
 
     def __call__(self, operands: Sequence[jax.Array], frames: Sequence[Frame]) -> Outer:
         sides = (self.right, self.left) if self.swapped else (self.left, self.right)
         factors = [side(x, f) for side, x, f in zip(sides, operands, frames, strict=True)]
-        return Outer(*(reversed(factors) if self.swapped else factors))
+        left, right = reversed(factors) if self.swapped else factors
+        return Outer(left, right, self.precision)
 
     def levels(self, left: int, right: int) -> tuple[int, int]:
         """The axes of rows that the term's arrays have, from those of the operands."""
@@ -158,7 +161,10 @@ def dot_layout(equation: Equation, tail: Tail) -> tuple[DotLayout, Tail]:
     else:
         spread = Reshape(tuple(dim.size for dim in canonical))
         unfold = (spread, Transpose(tuple(canonical.index(dim) for dim in dims)))
-    return DotLayout(left, right, swapped), unfold + tail
+    precision = equation.params["precision"]
+    if swapped and isinstance(precision, tuple):
+        precision = precision[::-1]
+    return DotLayout(left, right, swapped, precision), unfold + tail
 
 
 def _same_steps(operand: Atom, contracted: Shape) -> set[int]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -215,14 +216,14 @@ def _contract_term(term: Term, weights: jax.Array | None, axis: int) -> jax.Arra
     match term:
         case Dense(value):
             return _contract(weights, value, axis=axis)
-        case Outer(left, right):
+        case Outer(left, right, precision):
             if left.shape[0] > 1 and left[0].size + right[0].size >= LARGE:
 
                 def block(sides: tuple[jax.Array, jax.Array]) -> jax.Array:
-                    return _contract_outer(sides[0][None], sides[1][None], weights)[0]
+                    return _contract_outer(sides[0][None], sides[1][None], weights, precision)[0]
 
                 return jax.lax.map(block, (left, right))
-            return _contract_outer(left, right, weights)
+            return _contract_outer(left, right, weights, precision)
         case Scatter(_, right, _):
             empty = jnp.zeros(term.shape, _terms.dtype_of(term))
             lines = right if weights is None else _weighted(weights, right)
@@ -236,7 +237,9 @@ def _contract_term(term: Term, weights: jax.Array | None, axis: int) -> jax.Arra
 LARGE = 1 << 20  # entries of a block's factors: enough work to make the turns of a loop cheap
 
 
-def _contract_outer(left: jax.Array, right: jax.Array, weights: jax.Array | None) -> jax.Array:
+def _contract_outer(
+    left: jax.Array, right: jax.Array, weights: jax.Array | None, precision: Any
+) -> jax.Array:
     """The sum over rows and pairs: (B, N, T, m) and (B, N, T, n) to (B, m, n)."""
     if weights is not None and left.shape[-1] < right.shape[-1]:
         left = _weighted(weights, left)
@@ -246,8 +249,8 @@ def _contract_outer(left: jax.Array, right: jax.Array, weights: jax.Array | None
     blocks, rows, pairs = left.shape[:3]
     left, right = (x.reshape(blocks, rows * pairs, x.shape[-1]) for x in (left, right))
     if left.shape[0] == 1:
-        return dot("zm,zn->mn", left[0], right[0], precision=None)[None]
-    return dot("bzm,bzn->bmn", left, right, precision=None)
+        return dot("zm,zn->mn", left[0], right[0], precision=precision)[None]
+    return dot("bzm,bzn->bmn", left, right, precision=precision)
 
 
 def _weighted(weights: jax.Array, x: jax.Array) -> jax.Array:

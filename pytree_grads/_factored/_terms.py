@@ -37,13 +37,14 @@ class Dense:
         return self.value.shape
 
 
-@partial(_register, data_fields=["left", "right"], meta_fields=[])
+@partial(_register, data_fields=["left", "right"], meta_fields=["precision"])
 @dataclass(frozen=True)
 class Outer:
     """Block b is the sum over t of the outer products of left[b, t] and right[b, t]."""
 
     left: jax.Array  # (B, T, m)
     right: jax.Array  # (B, T, n)
+    precision: Any = None  # in which sums of rows are contracted, as the user's own was asked for
 
     @property
     def factors(self) -> tuple[jax.Array, ...]:
@@ -207,7 +208,7 @@ def divided(term: Term, sizes: Sequence[jax.Array]) -> Term:
         case Dense():
             return Dense(first)
         case Outer():
-            return Outer(first, *rest)
+            return replace(term, left=first, right=rest[0])
         case Scatter(index, _, length):
             return Scatter(index, first, length)
         case Windows():
