@@ -83,6 +83,14 @@ def compile_program(fun: Callable[..., Any], *args: Any, repeats: int = 1) -> Pr
     )
 
 
+def trace_seconds(fun: Callable[..., Any], *args: Any) -> float:
+    """The time to trace `fun` for `args`, from empty caches."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    jax.jit(fun).trace(*args)
+    return time.perf_counter() - start
+
+
 def interleaved(
     cases: Mapping[str, Callable[[], Any]], *, seconds: float = 5.0, rounds: int = 7
 ) -> dict[str, Timing]:

@@ -34,11 +34,13 @@ from _measure import (
     human_bytes,
     human_seconds,
     markdown_table,
+    trace_seconds,
 )
 from _ways import PEERS, PRODUCTS, ROUTES, installed, ordinary, ours, peers_with
 from models import MODELS, Model, mlp
 
 CHOICES = ("factored", "materialised", "one at a time", "vmap(grad)")  # for the cost model
+DEEPEST_COMPILED = 300  # layers
 BEGIN, END = "<!-- per_example.py: begin -->", "<!-- per_example.py: end -->"
 
 
@@ -212,25 +214,30 @@ def memory_against_peers(entries: Sequence[Entry]) -> str:
 
 
 def depth_table(depths: Sequence[int]) -> str:
-    """The time to trace and to compile a list of layers of which nothing is alike but the shape."""
+    """The time to trace and to compile a list of layers of which nothing is alike but the shape.
+
+    Very deep ones are only traced.
+    """
     rows = []
     for layers in depths:
         problem = mlp(Draw("depth"), (16,) * (layers + 1), 8)
         log_progress(f"depth {layers}")
-        repeats = 3 if layers <= 100 else 1
-        base = compile_program(ordinary(problem), *problem.args, repeats=repeats)
-        mine = compile_program(ours(problem, "clipped"), *problem.args, repeats=repeats)
+        seconds = []
+        for fun in (ordinary(problem), ours(problem, "clipped")):
+            if layers > DEEPEST_COMPILED:
+                seconds.append((trace_seconds(fun, *problem.args), None))
+            else:
+                made = compile_program(fun, *problem.args, repeats=3 if layers <= 100 else 1)
+                seconds.append((made.trace_seconds, made.compile_seconds))
+        (trace, build), (our_trace, our_build) = seconds
         rows.append(
             [
                 f"{layers:,}",
-                human_seconds(base.trace_seconds),
-                human_seconds(base.compile_seconds),
-                human_seconds(mine.trace_seconds),
-                human_seconds(mine.compile_seconds),
-                shown(mine.trace_seconds / base.trace_seconds),
-                shown(mine.compile_seconds / base.compile_seconds),
-                shown(mine.build_seconds / base.build_seconds),
-                human_seconds(mine.trace_seconds / layers),
+                *((x and human_seconds(x)) or "–" for pair in seconds for x in pair),
+                shown(our_trace / trace),
+                shown(our_build / build if build else None),
+                shown((our_trace + our_build) / (trace + build) if build else None),
+                human_seconds(our_trace / layers),
             ]
         )
     header = ["layers", "ordinary: trace", "compile", "ours: trace", "compile"]
