@@ -294,6 +294,7 @@ def parse() -> argparse.Namespace:
     add("--depths", nargs="*", type=int, default=[10, 100, 1000], help="layers; none to skip")
     add("--repeats", type=int, default=5, help="rounds of timing")
     add("--memory-cap", type=float, default=6, help="GiB; what would need more is not run")
+    add("--minutes", type=float, default=float("inf"), help="no model is begun after that many")
     add("--write", type=Path, help="a Markdown file, to write between its markers")
     return parser.parse_args()
 
@@ -302,9 +303,13 @@ def main() -> None:
     options = parse()
     log_progress(versions())
     results: dict[str, list[Entry]] = {product: [] for product in options.products}
+    began = time.perf_counter()
     for model in MODELS:
         wanted = any(word.lower() in model.name.lower() for word in options.only)
         if (options.only and not wanted) or (options.quick and not model.quick):
+            continue
+        if time.perf_counter() - began > 60 * options.minutes:
+            log_progress(f"{model.name}: left out")
             continue
         start = time.perf_counter()
         log_progress(model.name)
