@@ -185,11 +185,9 @@ def squared_norm(term: Term, sizes: Sequence[jax.Array]) -> jax.Array:
         return term.squared_norm()
     products = jnp.real(pairs(term, term))
     square = jnp.sum(products)
-    return (
-        square
-        if isinstance(term, Scatter) or pair_count(term) <= 1
-        else not_too_small(square, jnp.sum(jnp.abs(products)))
-    )
+    if isinstance(term, Scatter) or pair_count(term) <= 1:  # summands of one sign
+        return square
+    return not_too_small(square, jnp.sum(jnp.abs(products)))
 
 
 def _squared_sum(
