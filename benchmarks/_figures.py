@@ -20,6 +20,7 @@ SLOW = 5  # times the ordinary gradient; what is slower is timed once, apart fro
 
 
 Way = Callable[[Problem], Callable[..., Any]]
+Case = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Figure:
     note: str = ""
 
     def __str__(self) -> str:
-        if self.temp_bytes < 0:
+        if self.time is None and self.temp_bytes < 0:
             return self.note
         if self.time is None:
             return f"{self.note or 'not run'} · {shown(self.memory)}"
@@ -78,8 +79,7 @@ def measure(
             log_progress(f"    {name}: {type(error).__name__}: {str(error)[:300]}")
             failed[name] = Figure(None, *[float("nan")] * 3, -1, f"({type(error).__name__})")
     once = interleaved({"ordinary": base}, seconds=0, rounds=2)["ordinary"].median
-    fast: dict[str, Program] = {}
-    times: dict[str, float] = {}
+    run: dict[str, float] = {}
     notes: dict[str, str] = {}
     reference = None
     for name, program in programs.items():
@@ -89,19 +89,12 @@ def measure(
         if program.temp_bytes > LARGE and (least := _estimate(ways[name], problem)) > LONG:
             notes[name] = f"> {shown(least / once)}"
             continue
-        result, seconds = _timed(program)
+        result, run[name] = timed(program)
         reference = result if reference is None else reference
         if _distance(result, reference) > 1e-2:
             notes[name] = " (differs)"
         del result
-        if seconds < 1 + SLOW * once:
-            _, seconds = _timed(program)
-        if seconds > max(SLOW * once, 0.02):
-            times[name] = seconds / once
-        else:
-            fast[name] = program
-    taken = interleaved({"ordinary": base, **fast}, seconds=0, rounds=rounds)
-    times |= {name: taken[name].over(taken["ordinary"]) for name in fast}
+    seconds, times = multiples(base, {name: (programs[name], run[name]) for name in run}, rounds)
 
     def figure(name: str, program: Program) -> Figure:
         return Figure(
@@ -114,19 +107,42 @@ def measure(
         )
 
     found = {name: figure(name, program) for name, program in programs.items()}
-    return taken["ordinary"].median, failed | found
+    return seconds, failed | found
+
+
+def multiples(
+    base: Case, cases: Mapping[str, tuple[Case, float]], rounds: int
+) -> tuple[float, dict[str, float]]:
+    """The seconds of `base`, and those of cases as multiples of it.
+
+    Beside a case stand the seconds of its first call. Slow cases are not called many times more.
+    """
+    once = interleaved({"ordinary": base}, seconds=0, rounds=2)["ordinary"].median
+    fast: dict[str, Case] = {}
+    times: dict[str, float] = {}
+    for name, (case, seconds) in cases.items():
+        if seconds < 1 + SLOW * once:
+            _, seconds = timed(case)
+        if seconds > max(SLOW * once, 0.02):
+            times[name] = seconds / once
+        else:
+            fast[name] = case
+    taken = interleaved({"ordinary": base, **fast}, seconds=0, rounds=rounds)
+    times |= {name: taken[name].over(taken["ordinary"]) for name in fast}
+    return taken["ordinary"].median, times
 
 
 def _estimate(way: Way, problem: Problem) -> float:
     """Seconds for the batch, from those for an eighth of it."""
     part = problem.head(max(8, problem.size // 8))
     program = compile_program(way(part), *part.args)
-    return _timed(program)[1] * problem.size / part.size
+    return timed(program)[1] * problem.size / part.size
 
 
-def _timed(program: Program) -> tuple[Any, float]:
+def timed(case: Case) -> tuple[Any, float]:
+    """The result of a call and its seconds."""
     start = time.perf_counter()
-    result = jax.block_until_ready(program())
+    result = jax.block_until_ready(case())
     return result, time.perf_counter() - start
 
 

@@ -41,6 +41,11 @@ from models import MODELS, Model, mlp
 
 CHOICES = ("factored", "materialised", "one at a time", "vmap(grad)")  # for the cost model
 DEEPEST_COMPILED = 300  # layers
+TORCH = (
+    "The peers of PyTorch are multiples of torch's own ordinary gradient of the same model in the "
+    "same run, and count as such in ÷ best peer; their memory is not known, and – is what they "
+    "cannot do."
+)
 BEGIN, END = "<!-- per_example.py: begin -->", "<!-- per_example.py: end -->"
 
 
@@ -72,7 +77,7 @@ class Entry:
     @property
     def over_best_peer(self) -> float | None:
         """Our time over that of the fastest peer."""
-        times = self.times(PEERS)
+        times = self.times([name for name in self.figures if name not in ROUTES])
         return self.ours.time / min(times.values()) if times and self.ours.time else None
 
     @property
@@ -102,18 +107,40 @@ def run(model: Model, options: argparse.Namespace) -> dict[str, Entry]:
             cap=options.memory_cap * 2**30,
             careful=("auto",),
         )
+        if options.peers:
+            figures |= torch_figures(model, problem, product, options)
         entries[product] = Entry(model, problem, base, seconds, figures)
         told = ", ".join(f"{name} {figure}" for name, figure in figures.items())
         log_progress(f"    {product}, {human_seconds(seconds)}: {told}")
     return entries
 
 
+def torch_figures(
+    model: Model, problem: Problem, product: str, options: argparse.Namespace
+) -> dict[str, Figure]:
+    """The figures of the peers of PyTorch, none where it is not installed."""
+    if not installed("torch", "torch"):
+        return {}
+    import _torch_peers
+
+    cap = options.memory_cap * 2**30
+    return _torch_peers.figures(model.family, problem, product, rounds=options.repeats, cap=cap)
+
+
 # --------------------------------------------------------------------------------------------------
 # Tables
 
 
-def product_table(entries: Sequence[Entry], peers: bool) -> str:
-    names = [x for x in PEERS if peers and any(x in entry.figures for entry in entries)]
+def peers_of(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
+    """The peers that were tried, those of JAX and those of PyTorch."""
+    tried = dict.fromkeys(name for entry in entries for name in entry.figures)
+    others = [name for name in tried if name not in ROUTES and name not in PEERS]
+    return [name for name in PEERS if name in tried], others
+
+
+def product_table(entries: Sequence[Entry]) -> str:
+    jax_peers, torch_peers = peers_of(entries)
+    names = jax_peers + torch_peers
     header = ["model", "ordinary", "memory", "**time**", "**memory**", "**FLOPs**", "**compile**"]
     header += [*names, "÷ best peer"] if names else []
     rows = []
@@ -127,10 +154,11 @@ def product_table(entries: Sequence[Entry], peers: bool) -> str:
         ]
         row[3] += mine.note
         if names:
-            row += [str(entry.figures.get(name, "")) for name in names]
+            row += [str(entry.figures.get(name, "–")) for name in names]
             row.append(shown(entry.over_best_peer))
         rows.append(row)
-    return markdown_table(header, rows)
+    table = markdown_table(header, rows)
+    return f"{TORCH}\n\n{table}" if torch_peers else table
 
 
 def route_table(entries: Sequence[Entry]) -> str:
@@ -248,7 +276,7 @@ def depth_table(depths: Sequence[int]) -> str:
 def versions() -> str:
     """What was run and what was not there."""
     packages = {"optax": "optax", "jax_privacy": "jax_privacy", "opacus": "opacus"}
-    packages["backpack"] = "backpack-for-pytorch"
+    packages |= {"backpack": "backpack-for-pytorch", "torch": "torch"}
     found = {name: installed(name, package) for name, package in packages.items()}
     told = [f"{name} {version or 'not installed'}" for name, version in found.items()]
     return f"{environment()}; {', '.join(told)}."
@@ -260,7 +288,7 @@ def report(results: Mapping[str, Sequence[Entry]], options: argparse.Namespace) 
     parts += ["#### Means and worst cases", summary(results)]
     for product, entries in results.items():
         title = PRODUCTS[product]
-        parts += [f"#### {title[0].upper()}{title[1:]}", product_table(entries, options.peers)]
+        parts += [f"#### {title[0].upper()}{title[1:]}", product_table(entries)]
     if options.routes:
         parts += ["#### Routes to the clipped sum"] if "clipped" in results else []
         parts += [route_table(results["clipped"])] if "clipped" in results else []
