@@ -111,6 +111,9 @@ def inner(x: Term, y: Term) -> jax.Array:
         return apply_own(y, materialize(x).conj())
     if isinstance(y, Dense):
         return apply_own(x, materialize(y).conj()).conj()
+    if isinstance(x, Scatter) and isinstance(y, Scatter) and _adds_one(x) and _adds_one(y):
+        rights = dot("bn,bn->b", x.right[:, 0].conj(), y.right[:, 0])
+        return jnp.sum(_equal_lines(x, y).astype(rights.dtype) * rights)
     return jnp.sum(pairs(x, y))
 
 
@@ -197,6 +200,18 @@ def _same_index(x: Scatter, y: Scatter) -> jax.Array:
     return x.index[:, :, None] == others[:, None, :]
 
 
+def _adds_one(term: Term) -> bool:
+    """Whether a row adds one vector to many lines."""
+    return isinstance(term, Scatter) and term.right.shape[1] == 1 < pair_count(term)
+
+
+def _equal_lines(x: Scatter, y: Scatter) -> jax.Array:
+    """How many pairs of places of x and y are the same line: shape (B,)."""
+    ones = jnp.ones((*x.index.shape, 1), dtype_of(x))
+    counts = add_lines(jnp.zeros((x.shape[0], x.length, 1), ones.dtype), x.index, ones)
+    return jnp.sum(_lines(counts, y.index), axis=(1, 2))
+
+
 def divided(term: Term, sizes: Sequence[jax.Array]) -> Term:
     """The row with each factor divided by a real number, carried."""
     first, *rest = [
@@ -251,5 +266,7 @@ def inner_cost(x: Term, y: Term) -> int:
     if isinstance(x, Dense) or isinstance(y, Dense):
         return 2 * max(row_cost(x), row_cost(y))
     blocks, m, n = x.shape
+    if _adds_one(x) and _adds_one(y):
+        return 2 * blocks * (pair_count(y) + n)
     m = m if isinstance(x, Outer) and isinstance(y, Outer) else 1
     return 2 * blocks * pair_count(x) * pair_count(y) * (m + n)
