@@ -105,7 +105,7 @@ def difference(got: Any, expected: Any) -> float:
 
 
 def in_float64(encoder: Encoder, size: int | None, examples: int = 300) -> float:
-    """The difference in double precision, on fewer examples: chunks overlap there, too."""
+    """The difference in double precision, on fewer examples."""
     with jax.enable_x64(True):
         args = jax.tree.map(
             lambda x: jnp.asarray(x, jnp.float64), (encoder.params, encoder.batch[:examples])

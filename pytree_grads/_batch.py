@@ -228,13 +228,19 @@ def resolve(
 
 
 def map_chunks(
-    fun: Callable[..., PyTree], batch: Batch, chunk_size: int | None, rows: PyTree = None
+    fun: Callable[..., PyTree],
+    batch: Batch,
+    chunk_size: int | None,
+    rows: PyTree = None,
+    *,
+    apart: bool = False,
 ) -> PyTree:
     """``fun(chunk)`` for every chunk, its rows (leading axis) written into arrays of N rows.
 
     Where there are ``rows``, arrays of N rows themselves, it is ``fun(chunk, rows of the chunk)``.
     Rows where the last chunk overlaps its predecessor are computed and written twice: they are the
-    same rows. ``fun`` is traced once.
+    same rows, and ``fun`` is traced once. With ``apart`` the chunks are those of ``fold_chunks``,
+    so that both evaluations of a row have the same shapes and round alike.
     """
     chunk_size = loop_chunk(batch.size, chunk_size)
     extra = () if rows is None else (rows,)
@@ -242,20 +248,22 @@ def map_chunks(
         return fun(batch, *extra)
     chunks = batch.chunks(chunk_size)
 
-    def of_chunk(start: jax.Array) -> PyTree:
-        place = Place(chunks, start)
+    starts, rest = chunks.apart if apart else (chunks.starts, None)
+
+    def at(place: Place) -> PyTree:
         return fun(batch.part(place), *jax.tree.map(place.cut, extra))
 
     # jit remembers its trace, so that finding the shapes first does not trace ``fun`` again.
-    rows_from = jax.jit(of_chunk, inline=True)
-    starts = chunks.starts
+    rows_from = jax.jit(lambda start: at(Place(chunks, start)), inline=True)
     avals = jax.eval_shape(rows_from, jax.ShapeDtypeStruct((), starts.dtype))
-    empty = jax.tree.map(lambda a: zeros(a, (batch.size, *a.shape[1:])), avals)
+    written = jax.tree.map(lambda a: zeros(a, (batch.size, *a.shape[1:])), avals)
+    if rest is not None:
+        written = jax.tree.map(rest.put, written, at(rest))
 
     def write(rows: PyTree, start: jax.Array) -> tuple[PyTree, None]:
         return jax.tree.map(Place(chunks, start).put, rows, rows_from(start)), None
 
-    return jax.lax.scan(write, empty, jnp.asarray(starts))[0]
+    return jax.lax.scan(write, written, jnp.asarray(starts))[0]
 
 
 def fold_chunks(
@@ -264,19 +272,25 @@ def fold_chunks(
     batch: Batch,
     chunk_size: int | None,
 ) -> PyTree:
-    """``carry = step(carry, chunk, place)`` over the chunks of a batch.
+    """``carry = step(carry, chunk, place)`` over chunks of a batch of which no two share a row.
 
-    ``place.fresh``, bool of shape (chunk.size,), is False for rows that the chunk before has had
-    already: leave them out by selection (``jnp.where``), for 0 * NaN is NaN.
+    Rows that do not fill a chunk are one of their own, and ``step`` is traced for it as well: in a
+    full one, rows that are there for the second time could not be told to add nothing (a cotangent
+    of zero times an infinite derivative is NaN). It comes first, so that the loop waits for it and
+    the memory of only one chunk is needed at a time (where N < 2k, XLA unrolls the loop of one turn
+    and may hold both).
     """
     chunk_size = loop_chunk(batch.size, chunk_size)
     if chunk_size is None:
         return step(init, batch, Place(Chunks(batch.size, 1, batch.size), 0))
     chunks = batch.chunks(chunk_size)
+    starts, rest = chunks.apart
+    carry = batch.varied(init)
+    if rest is not None:
+        carry = step(carry, batch.part(rest), rest)
 
-    def body(carry: PyTree, at: tuple[jax.Array, jax.Array]) -> tuple[PyTree, None]:
-        place = Place(chunks, *at)
+    def body(carry: PyTree, start: jax.Array) -> tuple[PyTree, None]:
+        place = Place(chunks, start)
         return step(carry, batch.part(place), place), None
 
-    at = (jnp.asarray(chunks.starts), jnp.asarray(chunks.firsts))
-    return jax.lax.scan(body, batch.varied(init), at)[0]
+    return jax.lax.scan(body, carry, jnp.asarray(starts))[0]

@@ -55,8 +55,9 @@ def chain_rule_value_and_grad(
         default None for the differentiated arguments and 0 for all others. Keyword arguments are
         mapped over axis 0.
       has_aux: whether ``fun`` also returns auxiliary data, which is stacked.
-      chunk_size: how many examples to work on at once; None means all. It need not divide N. Call
-        the result inside ``jax.jit``: outside, a loop over chunks is compiled at every call, as
+      chunk_size: how many examples to work on at once; None means all. It need not divide N, but
+        what is left over is a chunk of its own, and its program compiled as well. Call the result
+        inside ``jax.jit``: outside, a loop over chunks is compiled at every call, as
         ``jax.lax.scan`` of a new function is.
       outer_has_params: whether ``outer`` also takes the differentiated argument (a tuple of them
         for a tuple of ``argnums``), whose direct gradient is added: a penalty on weights, say.
@@ -85,9 +86,9 @@ def chain_rule_value_and_grad(
     a differentiated argument    its gradient has the same batch axis (with ``in_axes``)
     that is batched
     a NaN or inf in ∂L/∂f or J   NaN or inf in the entries it touches, as with ``jax.grad``
-    a ``jax.custom_vjp`` in      as with ``jax.grad`` if ``chunk_size`` divides N; if not, the last
-    ``fun`` that is not linear   two chunks share examples, whose cotangents go through it in two
-    (it clips cotangents, say)   halves: choose one that does
+    a ``jax.custom_vjp`` in      as with ``jax.grad``: the cotangent of an example goes through it
+    ``fun`` that is not linear   once, and whole
+    (it clips cotangents, say)
     ===========================  =================================================================
 
     Source: the two passes are those of GradCache (Gao et al., 2021, arXiv:2101.06983).
@@ -134,7 +135,7 @@ def chain_rule_value_and_grad(
         if chunk is None:
             outputs, pull, aux = vjp(apply, batch)
         else:
-            outputs, aux = map_chunks(apply, batch, chunk)
+            outputs, aux = map_chunks(apply, batch, chunk, apart=True)
             pull = functools.partial(pull_chunks, apply, batch, chunk)
         (value, outer_aux), (cotangents, *direct) = pull_loss(outputs, batch.primals, outer_args)
         total = _tree.carry(pull(cotangents))

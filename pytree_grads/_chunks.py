@@ -1,11 +1,10 @@
 """Chunks: which examples of a batch are worked on together, on one device or on many."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ._checks import check_chunk_size, is_float0
@@ -66,25 +65,20 @@ class Chunks:
 
     @property
     def starts(self) -> np.ndarray:
-        """Where each chunk begins in every group."""
+        """Where each chunk begins in every group, if all are full; the last two may overlap."""
         return chunk_starts(self.span, self.width)
 
     @property
-    def firsts(self) -> np.ndarray:
-        """The first place in every group that is not in an earlier chunk, for each chunk."""
-        return np.arange(len(self.starts), dtype=np.int32) * self.width
+    def apart(self) -> "tuple[np.ndarray, Place | None]":
+        """Where full chunks begin of which no two overlap, and the chunk of the rows that are left.
 
-    @property
-    def is_even(self) -> bool:
-        """Whether no row is in two chunks."""
-        return not self.width or self.span % self.width == 0
-
-    @property
-    def twice(self) -> np.ndarray:
-        """Which rows are in two chunks: where the last one overlaps its predecessor."""
-        row = np.arange(self.span)
-        in_group = (row >= self.starts[-1]) & (row < self.firsts[-1])
-        return np.tile(in_group, self.groups)
+        >>> Chunks.of(7, 3).apart
+        (array([0, 3], dtype=int32), Place(chunks=Chunks(total=7, groups=1, width=1), start=6))
+        """
+        count, left = divmod(self.span, self.width)
+        starts = np.arange(count, dtype=np.int32) * self.width
+        rest = Place(replace(self, width=left), count * self.width) if left else None
+        return starts, rest
 
 
 @dataclass(frozen=True)
@@ -93,14 +87,6 @@ class Place:
 
     chunks: Chunks
     start: Any  # in every group; may be traced
-    first: Any = 0
-
-    @property
-    def fresh(self) -> jax.Array:
-        """Which rows of the chunk are in no earlier one."""
-        groups, width = self.chunks.groups, self.chunks.width
-        own = self.start + jnp.arange(width, dtype=jnp.int32) >= self.first
-        return jnp.broadcast_to(own, (groups, width)).reshape(-1)
 
     def cut(self, x: Any, axis: int = 0) -> Any:
         """The rows of the chunk, from an array of all rows."""

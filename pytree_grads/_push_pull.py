@@ -1,12 +1,10 @@
-"""Products with the Jacobian of a batch's outputs, forward and reverse, in chunks that overlap."""
+"""Products with the Jacobian of a batch's outputs, forward and reverse, chunk by chunk."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from . import _tree
 from ._batch import Batch, fold_chunks, map_chunks
@@ -49,7 +47,6 @@ def push_chunks(apply: Apply, batch: Batch, chunk_size: int, tangents: PyTree) -
 
 def pull_chunks(apply: Apply, batch: Batch, chunk_size: int, cotangents: PyTree) -> PyTree:
     """The gradient of ``batch.primals``, carried, by one vector-Jacobian product per chunk."""
-    cotangents = _share_overlap(cotangents, batch.chunks(chunk_size).twice)
     leaves, treedef = jax.tree.flatten(batch.primals)
     start = [zeros(x, x.shape, _tree.carried_dtype(x.dtype)) for x in leaves]
 
@@ -67,17 +64,3 @@ def _add_at(place: Place, total: jax.Array, part: jax.Array, axis: int | None) -
     if axis is None:
         return total + part
     return place.put(total, place.cut(total, axis) + part, axis)
-
-
-def _share_overlap(cotangents: PyTree, twice: np.ndarray) -> PyTree:
-    """Halve the cotangents of the rows that the last chunk shares with the one before it.
-
-    Each of the two then contributes half of a row's gradient. Halving is exact, and unlike a zero
-    cotangent it makes no NaN of an infinite derivative.
-    """
-    if not twice.any():
-        return cotangents
-    share = jnp.where(twice, 0.5, 1.0)
-    return _tree.map_inexact(
-        lambda x: _tree.scale(share.reshape(-1, *[1] * (x.ndim - 1)), x), cotangents
-    )

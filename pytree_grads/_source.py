@@ -1,7 +1,7 @@
 """Where the rows of J come from: a function and a batch, from which they can be made again."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -74,11 +74,6 @@ class Source:
             rows = jax.tree.map(place.cut, (weights, valid, extra))
             own_weights, own_valid, own_extra = rows
             matrix = self.matrix(chunk, own_weights, own_valid)
-            if not place.chunks.is_even:
-                seen = place.fresh.reshape(-1, *[1] * (len(matrix.leaves[0].rows) - 1))
-                seen = jnp.broadcast_to(seen, matrix.leaves[0].rows)
-                own_valid = seen if own_valid is None else own_valid & seen
-                matrix = replace(matrix, valid=own_valid)
             return jax.tree.map(jnp.add, carry, fun(matrix, own_extra))
 
         return fold_chunks(step, init, self.batch.localized(), self.chunk_size)
@@ -89,7 +84,6 @@ class Source:
 
         def step(carry: Any, chunk: Batch, place: Place) -> Any:
             own = place.cut(weights)
-            own = jnp.where(placed_like(place.fresh, own), own, jnp.zeros_like(own))
             values, vjp, *_ = jax.vjp(
                 lambda primals: self._values(chunk.with_primals(primals)), chunk.primals
             )

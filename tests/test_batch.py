@@ -52,16 +52,17 @@ def test_a_chunk_is_a_batch():
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2, 3, N - 1, N, N + 1])
-def test_every_row_is_fresh_once(chunk_size):
+def test_every_row_is_folded_once(chunk_size):
     batch = resolved()
     rows = batch.vmap(call)
-    assert tree_allclose(_batch.map_chunks(lambda chunk: chunk.vmap(call), batch, chunk_size), rows)
+    for apart in (False, True):
+        mapped = _batch.map_chunks(lambda c: c.vmap(call), batch, chunk_size, apart=apart)
+        assert tree_allclose(mapped, rows)
 
     def step(total, chunk, place):
-        seen = place.cut(total["seen"]) + place.fresh.astype(jnp.int32)
         return {
-            "sum": total["sum"] + jnp.sum(jnp.where(place.fresh, chunk.vmap(call), 0.0)),
-            "seen": place.put(total["seen"], seen),
+            "sum": total["sum"] + jnp.sum(chunk.vmap(call)),
+            "seen": place.put(total["seen"], place.cut(total["seen"]) + 1),
         }
 
     init = {"sum": jnp.zeros(()), "seen": jnp.zeros(N, jnp.int32)}
@@ -79,22 +80,19 @@ def test_parameters_that_differ_by_example():
 @pytest.mark.parametrize("total, chunk_size", [(12, 4), (12, 8), (12, 9), (8, 8), (9, 1), (7, 5)])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_chunks_of_several_groups(total, chunk_size, axis):
-    """Every row is fresh once, and goes back to where it was cut from."""
+    """Every row goes back to where it was cut from, and is in one chunk of those apart."""
     chunks = Chunks.of(total, chunk_size)
     assert chunks.size == chunk_size
     x = jnp.moveaxis(jnp.arange(2 * total).reshape(total, 2), 0, axis)
-    back, times = jnp.zeros_like(x), np.zeros(total, int)
-    fresh = []
-    for start, first in zip(chunks.starts, chunks.firsts, strict=True):
-        place = Place(chunks, start, first)
-        rows = place.cut(jnp.arange(total))
-        back = place.put(back, place.cut(x, axis), axis)
-        fresh += rows[place.fresh].tolist()
-        times[np.asarray(rows)] += 1
-    assert sorted(fresh) == list(range(total))
-    assert tree_allclose(back, x)
-    assert (times == np.where(chunks.twice, 2, 1)).all()
-    assert chunks.is_even == (not chunks.twice.any())
+    starts, rest = chunks.apart
+    apart = [*(Place(chunks, start) for start in starts), *([rest] if rest else [])]
+    for places in ([Place(chunks, start) for start in chunks.starts], apart):
+        back = jnp.zeros_like(x)
+        for place in places:
+            back = place.put(back, place.cut(x, axis), axis)
+        assert tree_allclose(back, x)
+    rows = np.concatenate([place.cut(jnp.arange(total)) for place in apart])
+    assert sorted(rows) == list(range(total))
 
 
 @pytest.mark.parametrize("chunk_size, width", [(8, 1), (9, 1), (3, 1), (16, 2), (31, 3)])

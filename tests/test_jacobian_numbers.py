@@ -73,6 +73,18 @@ class TestRowsThatAreNotFinite:
         assert not np.all(np.isfinite(sums[3]["w"]))
         assert all(np.all(leaf[3] == 0) for leaf in jax.tree.leaves(clipped))
 
+    @pytest.mark.parametrize("chunk_size", [None, 2, 3])
+    def test_an_infinite_row_makes_an_infinite_sum(self, chunk_size):
+        """Wherever it is: in two chunks, with a weight of 0 in one of them, it would be NaN."""
+
+        @quick_jit
+        def of(x):
+            J = jacobian(lambda p, x: jnp.sqrt(p - x), chunk_size=chunk_size, recompute=True)
+            return J(jnp.ones(()), x).sum(), J(jnp.ones(()), x).weighted_sum(jnp.full(N, 2.0))
+
+        for i in range(N):
+            assert of(jnp.zeros(N).at[i].set(1.0)) == (jnp.inf, jnp.inf)
+
     @modes
     def test_one_bad_output_leaves_the_others_of_its_example(self, mode):
         def pair(p, x, scale):
