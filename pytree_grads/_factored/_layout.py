@@ -208,14 +208,16 @@ class ScatterLayout:
     length: int
     index: Side
     lines: Side
-    mode: lax.GatherScatterMode
+    clips: bool  # what lies outside goes to the nearest line, and else to none
 
     def __call__(self, operands: Sequence[jax.Array], frames: Sequence[Frame]) -> Scatter:
         index = self.index(operands[0], frames[0])[..., 0]
+        if index.dtype.itemsize < 4:  # too narrow, it may be, for the length
+            index = index.astype("int32")
         lines = self.lines(operands[1], frames[1])
-        if self.mode is lax.GatherScatterMode.CLIP:
+        if self.clips:
             index = jnp.clip(index, 0, self.length - 1)
-        elif self.mode is lax.GatherScatterMode.FILL_OR_DROP:
+        else:  # what is outside is dropped, also where it was promised not to be
             inside = (index >= 0) & (index < self.length)
             index = jnp.where(inside, index, jnp.asarray(self.length, index.dtype))
             # Either may lack axes of rows, always the last ones.
@@ -228,8 +230,7 @@ class ScatterLayout:
 
     def levels(self, index: int, lines: int) -> tuple[int, int]:
         """The axes of rows that the term's arrays have, from those of the operands."""
-        dropped = self.mode is lax.GatherScatterMode.FILL_OR_DROP
-        return index, max(index, lines) if dropped else lines
+        return index, lines if self.clips else max(index, lines)
 
     @property
     def shape(self) -> Shape:
@@ -269,7 +270,7 @@ def scatter_layout(equation: Equation) -> tuple[ScatterLayout, Tail] | None:
         operand.shape[axis],
         _whole(indices.shape, range(last), (last,)),
         lines,
-        lax.GatherScatterMode.from_any(equation.params["mode"]),
+        clips=equation.params["mode"] is lax.GatherScatterMode.CLIP,
     )
     return layout, _axis_from_front(operand.shape, axis)
 
@@ -286,7 +287,7 @@ def line_layout(equation: Equation) -> tuple[ScatterLayout, Tail, tuple[Atom, At
         shape[axis],
         _whole((), (), ()),
         _whole(taken, (axis,), [i for i in range(len(shape)) if i != axis]),
-        lax.GatherScatterMode.CLIP,
+        clips=True,
     )
     return layout, _axis_from_front(shape, axis), (starts[axis], update)
 

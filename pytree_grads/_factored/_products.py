@@ -131,6 +131,8 @@ def _over_blocks(
 
 def square_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
     """The sum over rows of weight times |entry|**2, entry by entry; in the real carried dtype."""
+    if not prod(leaf.shape):
+        return jnp.zeros(leaf.shape, leaf.real)
     if len(leaf.pieces) == 1 and _terms.has_squares(leaf.pieces[0].term):
         squared = _squared(leaf, leaf.pieces[0])
         return weighted_sum(replace(leaf, pieces=(squared,), dtype=leaf.real), weights)

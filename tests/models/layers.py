@@ -180,6 +180,30 @@ def gathers_at_the_edges(draw):
 
 
 @model()
+def indices_that_break_their_promise(draw):
+    """Plain indexing takes indices to be in bounds; JAX drops the gradient of those that are not."""
+
+    def fun(p, tokens, x):
+        parts = [p["below"][tokens - 20], p["above"][tokens + 5], p["one"][tokens[0] - 20][None] + x]
+        return sum(jnp.sum(jnp.sin(part * x)) for part in parts)
+
+    params = {name: draw(11, 3) for name in ("below", "above", "one")}
+    return fun, params, (draw.ints(11, N, 4), draw(N, 4, 3))
+
+
+@model()
+def bytes_as_tokens(draw):
+    """The index's own dtype does not hold the number of lines."""
+
+    def fun(p, tokens, x):
+        parts = [p["index"][tokens], jnp.take(p["take"], tokens, axis=0)]
+        return sum(jnp.sum(jnp.sin(part * x)) for part in parts)
+
+    tokens = draw.ints(256, N, 4).astype("uint8")
+    return fun, {name: draw(256, 3) for name in ("index", "take")}, (tokens, draw(N, 4, 3))
+
+
+@model()
 def linear_in_the_table(draw):
     """The cotangents are the same for all examples, the indices are not."""
 
