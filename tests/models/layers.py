@@ -181,10 +181,14 @@ def gathers_at_the_edges(draw):
 
 @model()
 def indices_that_break_their_promise(draw):
-    """Plain indexing takes indices to be in bounds; JAX drops the gradient of those that are not."""
+    """Plain indexing takes indices to be in bounds; gradients of those that are not are dropped."""
 
     def fun(p, tokens, x):
-        parts = [p["below"][tokens - 20], p["above"][tokens + 5], p["one"][tokens[0] - 20][None] + x]
+        parts = [
+            p["below"][tokens - 20],
+            p["above"][tokens + 5],
+            p["one"][tokens[0] - 20][None] + x,
+        ]
         return sum(jnp.sum(jnp.sin(part * x)) for part in parts)
 
     params = {name: draw(11, 3) for name in ("below", "above", "one")}
