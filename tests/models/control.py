@@ -289,7 +289,7 @@ def moves_that_depend_on_data(draw):
 def a_scan_of_no_steps(draw):
     def fun(p, x):
         h, _ = lax.scan(lambda h, x: (jnp.tanh(h @ p["w"] + x), None), x[0], x[:0])
-        h, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, p["layers"])
+        h, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w) @ w, None), h, p["layers"])
         return jnp.sum(jnp.sin(h @ p["v"]))
 
     params = {"w": draw(3, 3), "v": draw(3, 2), "layers": draw(0, 3, 3)}
