@@ -6,6 +6,7 @@ import numpy as np
 from helpers import tree_allclose
 from hypothesis import given
 from hypothesis import strategies as st
+from quick import quick_jit
 
 from pytree_grads import (
     Vector,
@@ -170,31 +171,47 @@ def outer(outputs):
 @given(problems())
 def test_rows_go_with_their_examples_and_chunks_do_not_matter(problem):
     params, x, chunk_size, order = problem
-    expected = jax.vmap(jax.value_and_grad(model), (None, 0))(params, x)
-    got = per_example_value_and_grad(model, chunk_size=chunk_size)(params, x)
-    assert_close_to_terms(got, expected, x)
-    permuted = per_example_grad(model, chunk_size=chunk_size)(params, x[order])
-    assert_close_to_terms(permuted, jax.tree.map(lambda r: r[order], expected[1]), x)
+
+    @quick_jit
+    def of(params, x, permuted):
+        return (
+            jax.vmap(jax.value_and_grad(model), (None, 0))(params, x),
+            per_example_value_and_grad(model, chunk_size=chunk_size)(params, x),
+            per_example_grad(model, chunk_size=chunk_size)(params, permuted),
+        )
+
+    expected, got, permuted = of(params, x, x[order])
+    terms = 4 * len(x)  # |x| ≤ 4
+    assert_close_to_terms(got, expected, terms)
+    assert_close_to_terms(permuted, jax.tree.map(lambda r: r[order], expected[1]), terms)
 
 
 @given(problems())
 def test_the_chain_rule_has_one_result(problem):
     params, x, chunk_size, order = problem
 
-    def loss(params):
+    def loss(params, x):
         return outer(jax.vmap(model, (None, 0))(params, x))
 
-    value, grads = jax.value_and_grad(loss)(params)
-    for k, batch in ((None, x), (chunk_size, x), (chunk_size, x[order])):
-        got = chain_rule_value_and_grad(outer, model, chunk_size=k)(params, batch)
-        assert_close_to_terms(got, (value, grads), x)
-    outputs, rows = per_example_value_and_grad(model)(params, x)
-    assert_close_to_terms(reassemble(outer, outputs, rows), grads, x)
+    @quick_jit
+    def of(params, x, permuted):
+        chain_rules = [
+            chain_rule_value_and_grad(outer, model, chunk_size=k)(params, batch)
+            for k, batch in ((None, x), (chunk_size, x), (chunk_size, permuted))
+        ]
+        outputs, rows = per_example_value_and_grad(model)(params, x)
+        return jax.value_and_grad(loss)(params, x), chain_rules, reassemble(outer, outputs, rows)
+
+    (value, grads), chain_rules, reassembled = of(params, x, x[order])
+    terms = 8 * len(x) ** 2  # |∂L/∂f| ≤ 2 N and |x| ≤ 4
+    for got in chain_rules:
+        assert_close_to_terms(got, (value, grads), terms)
+    assert_close_to_terms(reassembled, grads, terms)
 
 
-def assert_close_to_terms(got, expected, x):
-    """Compare sums that may cancel: relative to one, the size of their terms, not to the sum."""
-    shift = 1.0 + 4.0 * len(x)
+def assert_close_to_terms(got, expected, terms):
+    """Compare sums that may cancel: relative to the size of their terms, not to the sum."""
+    shift = 1.0 + terms
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     assert tree_allclose(
         jax.tree.map(lambda g: g + shift, got), jax.tree.map(lambda e: e + shift, expected)

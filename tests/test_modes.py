@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tree_allclose
+from quick import quick_jit
 
 from pytree_grads import jacobian
 
@@ -70,7 +71,7 @@ def products(fun, settings):
             "norms first": (known.norms(), known.clip(0.2).sum()),
         }
 
-    return jax.jit(of)
+    return quick_jit(of)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import TraceCounter, tree_allclose
 from jax.flatten_util import ravel_pytree
+from quick import quick_jit
 
 from pytree_grads import (
     Vector,
@@ -63,9 +64,13 @@ def dense_gauss_newton(outer, fun, params, x):
     def flat_outputs(flat):
         return ravel_pytree({name: outputs(flat)[name] for name in inexact})[0]
 
-    J = jax.jacrev(flat_outputs)(flat)
-    H = jax.hessian(lambda f: outer({**unravel_outputs(f), **fixed}))(flat_outputs(flat))
-    return J.T @ H @ J, unravel
+    @quick_jit
+    def matrix(flat):
+        J = jax.jacrev(flat_outputs)(flat)
+        H = jax.hessian(lambda f: outer({**unravel_outputs(f), **fixed}))(flat_outputs(flat))
+        return J.T @ H @ J
+
+    return matrix(flat), unravel
 
 
 def product_with(matrix, v, unravel):
