@@ -5,7 +5,7 @@
 
 Prints Markdown, and tells what it does meanwhile on the standard error. The ordinary gradient is
 `jax.grad` of the sum of the losses of the batch, which is mapped over with `jax.vmap`; all else is
-given as multiples of it, measured in the same run. See `models.py` for the models.
+given as multiples of it, measured in the same run. See `_models.py` for the models.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from _measure import (
     trace_seconds,
 )
 from _ways import PEERS, PRODUCTS, ROUTES, installed, ordinary, ours, peers_with
-from models import MODELS, Model, mlp
+from _models import MODELS, Model, mlp
 
 CHOICES = ("factored", "materialised", "one at a time", "vmap(grad)")  # for the cost model
 DEEPEST_COMPILED = 300  # layers
