@@ -36,8 +36,8 @@ from _measure import (
     markdown_table,
     trace_seconds,
 )
-from _ways import PEERS, PRODUCTS, ROUTES, installed, ordinary, ours, peers_with
 from _models import MODELS, Model, mlp
+from _ways import PEERS, PRODUCTS, ROUTES, installed, ordinary, ours, peers_with
 
 CHOICES = ("factored", "materialised", "one at a time", "vmap(grad)")  # for the cost model
 DEEPEST_COMPILED = 300  # layers
