@@ -247,7 +247,6 @@ def map_chunks(
     if chunk_size is None:
         return fun(batch, *extra)
     chunks = batch.chunks(chunk_size)
-
     starts, rest = chunks.apart if apart else (chunks.starts, None)
 
     def at(place: Place) -> PyTree:

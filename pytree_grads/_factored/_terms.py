@@ -8,7 +8,7 @@ vector pairs whose outer products add up in a block (positions of a sequence, us
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ def inner(x: Term, y: Term) -> jax.Array:
         return apply_own(y, materialize(x).conj())
     if isinstance(y, Dense):
         return apply_own(x, materialize(y).conj()).conj()
-    if isinstance(x, Scatter) and isinstance(y, Scatter) and _adds_one(x) and _adds_one(y):
+    if _adds_one(x) and _adds_one(y):
         rights = dot("bn,bn->b", x.right[:, 0].conj(), y.right[:, 0])
         return jnp.sum(_equal_lines(x, y).astype(rights.dtype) * rights)
     return jnp.sum(pairs(x, y))
@@ -200,15 +200,14 @@ def _same_index(x: Scatter, y: Scatter) -> jax.Array:
     return x.index[:, :, None] == others[:, None, :]
 
 
-def _adds_one(term: Term) -> bool:
+def _adds_one(term: Term) -> TypeGuard[Scatter]:
     """Whether a row adds one vector to many lines."""
     return isinstance(term, Scatter) and term.right.shape[1] == 1 < pair_count(term)
 
 
 def _equal_lines(x: Scatter, y: Scatter) -> jax.Array:
     """How many pairs of places of x and y are the same line: shape (B,)."""
-    ones = jnp.ones((*x.index.shape, 1), dtype_of(x))
-    counts = add_lines(jnp.zeros((x.shape[0], x.length, 1), ones.dtype), x.index, ones)
+    counts = materialize(replace(x, right=jnp.ones((x.shape[0], 1, 1), dtype_of(x))))
     return jnp.sum(_lines(counts, y.index), axis=(1, 2))
 
 
