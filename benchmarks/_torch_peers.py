@@ -213,9 +213,11 @@ def figures(
         else:
             cases[name] = case, seconds
         del found
-    with warnings.catch_warnings(action="ignore"):
-        seconds, times = multiples(_ordinary(module, batch), cases, rounds)
-    log_progress(f"    torch's own ordinary gradient, {human_seconds(seconds)}")
+    times: dict[str, float] = {}
+    if cases:
+        with warnings.catch_warnings(action="ignore"):
+            seconds, times = multiples(_ordinary(module, batch), cases, rounds)
+        log_progress(f"    torch's own ordinary gradient, {human_seconds(seconds)}")
     unknown = float("nan")
     return {
         name: Figure(times.get(name), unknown, unknown, unknown, -1, notes.get(name, ""))
