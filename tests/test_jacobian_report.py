@@ -59,6 +59,18 @@ class TestExplain:
         assert re.search(r"31 +dense", lines["['b']"])
         assert all(len(line) < 160 for line in J.explain().splitlines())
 
+    def test_many_uses_of_a_weight_are_one_term(self):
+        def fun(p, x, tokens):
+            for t in range(8):
+                x = jnp.tanh(x @ p["w"] + p["table"][tokens[t]])
+            return jnp.sum(x)
+
+        params = {"w": jnp.ones((31, 31)), "table": jnp.ones((40, 31))}
+        J = jacobian(fun)(params, jnp.ones((N, 31)), jnp.ones((N, 8), "int32"))
+        lines = self.lines(J)
+        assert re.search(r"31x31 +outer 31x31, T=8 ", lines["['w']"])
+        assert re.search(r"40x31 +scatter 8 of 40 lines", lines["['table']"])
+
     @pytest.mark.parametrize("mode", [{"recompute": True}, {"chunk_size": 2}])
     def test_it_says_that_nothing_is_kept(self, mode):
         J = jacobian(network, **mode)(*problem())

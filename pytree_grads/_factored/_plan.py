@@ -34,6 +34,9 @@ from ._tails import (
 # its row: each product then goes through all windows again, which costs as much as the row.
 DEARER = 4
 
+# Sums of sums of one value double its summands each time.
+MOST_SUMMANDS = 512
+
 Route: TypeAlias = Literal["auto", "factored", "rows", "norms"]
 
 
@@ -230,14 +233,20 @@ def _row_at(site: Site) -> Site:
 
 
 def decompose(value: Atom) -> tuple[Piece, ...]:
-    """Pieces that add up to a value."""
-    pieces: list[Piece] = []
+    """Pieces that add up to a value; it is its own where there are too many."""
+    factors: dict[tuple[Site, Tail], float] = {}
     todo: list[tuple[Atom, Tail, float]] = [(value, (), 1.0)]
+    count = 0
 
     def found(site: Site, tail: Tail, factor: float) -> None:
-        pieces.append(Piece(site, simplified(tail, site.shape), factor))
+        nonlocal count
+        place = site, simplified(tail, site.shape)
+        factors[place] = factors.get(place, 0.0) + factor
+        count += 1
 
     while todo:
+        if count > MOST_SUMMANDS:
+            return (Piece(AtValue(value)),)
         atom, tail, factor = todo.pop()
         equation = atom.producer if isinstance(atom, Value) else None
         if is_zero(atom):
@@ -274,7 +283,7 @@ def decompose(value: Atom) -> tuple[Piece, ...]:
                     todo.append((part.site.value, part.tail + tail, part.factor * factor))
         else:
             found(AtValue(atom), tail, factor)
-    return tuple(pieces)
+    return tuple(Piece(*place, factor) for place, factor in factors.items())
 
 
 def _signs(equation: Equation) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """From a function and a batch to its outputs and the leaves of J: trace one example, cut, map."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from .._batch import Batch
 from .._checks import describe
 from .._sharding import placed_like
-from . import _execute, _graph, _plan
+from . import _execute, _graph, _plan, _terms
 from ._leaves import Leaf, Piece
 from ._terms import Term
 
@@ -116,7 +116,24 @@ def _leaf(
         )
         for piece in pieces
     )
-    return Leaf(found, _plan.shape_of(pieces, primal.shape), primal.dtype, size, outputs)
+    shape = _plan.shape_of(pieces, primal.shape)
+    return Leaf(_joined(found), shape, primal.dtype, size, outputs)
+
+
+APART = 4  # pieces of one form that stay apart: joining copies them, but products take pairs
+
+
+def _joined(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """The same with many pieces of one form as one: a weight that is used in an unrolled loop."""
+    forms: dict[Any, list[Piece]] = {}
+    for i, x in enumerate(pieces):
+        alike = _terms.form(x.term) or i
+        forms.setdefault((x.shape, x.tail, x.factor, x.levels, alike), []).append(x)
+    found: list[Piece] = []
+    for group in forms.values():
+        many = len(group) > APART
+        found += [replace(group[0], term=_terms.joined([x.term for x in group]))] if many else group
+    return tuple(found)
 
 
 def _trace(fun: Callable[..., Any], batch: Batch, args: Any, kwargs: Any, has_aux: bool) -> _Trace:
@@ -202,7 +219,7 @@ class _Place(NamedTuple):
     depth: int  # its axes of scan steps, which stay in front of those of rows
 
 
-_PLACES = [_Place(level, depth) for level in range(3) for depth in range(8)]
+_PLACES = [_Place(level, depth) for level in range(3) for depth in range(32)]
 
 
 def _places(trace: _Trace, batch: Batch, keys: Sequence[_execute.Key]) -> list[_Place]:

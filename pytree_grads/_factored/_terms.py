@@ -180,6 +180,25 @@ def pair_count(term: Term) -> int:
             return term.pairs
 
 
+def form(term: Term) -> Any:
+    """Equal for terms that can be `joined`, apart from their T; None for those that cannot."""
+    match term:
+        case Outer(left, right, precision):
+            return left.dtype, right.dtype, precision
+        case Scatter(index, right, length) if index.shape[-1] == right.shape[-2]:
+            return index.dtype, right.dtype, length
+    return None
+
+
+def joined(terms: Sequence[Term]) -> Term:
+    """The sum of terms of one form, as one that has the outer products of all."""
+    arrays = zip(*map(jax.tree.leaves, terms), strict=True)
+    first = terms[0]
+    axes = (-1, -2) if isinstance(first, Scatter) else (-2, -2)
+    whole = [jnp.concatenate(x, axis) for x, axis in zip(arrays, axes, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(first), whole)
+
+
 def collapsed(term: Scatter) -> Scatter:
     """The same row with each line at the first of the places that share its index, else zeros."""
     same = _same_index(term, term)

@@ -311,3 +311,30 @@ def accumulators_in_a_scan(draw):
         return jnp.sum(jnp.sin(decayed + a * b + kept)) + jnp.sum(ys**2)
 
     return fun, {"w": draw(3, 5), "u": draw(5, 5)}, (draw(N, 4, 3),)
+
+
+@model()
+def weights_in_an_unrolled_loop(draw):
+    def fun(p, x, tokens):
+        h = x[0]
+        for t in range(6):
+            h = jnp.tanh(h @ p["w"] + p["table"][tokens[t]])
+            x = jnp.sin(x @ p["w"]) @ p["w"].T
+        return jnp.sum(h) + jnp.sum(x)
+
+    return fun, {"w": draw(3, 3), "table": draw(7, 3)}, (draw(N, 2, 3), draw.ints(7, N, 6))
+
+
+@model()
+def scans_nested_deeply(draw):
+    def fun(p, x):
+        def nested(depth):
+            if not depth:
+                return lambda h: jnp.tanh(h @ p["w"])
+            inner = nested(depth - 1)
+            length = 2 if depth < 4 else 1
+            return lambda h: lax.scan(lambda h, _: (inner(h), None), h, length=length)[0]
+
+        return jnp.sum(nested(9)(x))
+
+    return fun, {"w": draw(3, 3)}, (draw(N, 3),)

@@ -90,6 +90,19 @@ def multiples_of_a_weight(draw):
     return fun, {"w": draw(3, 5), "v": draw(3, 2)}, (draw(N, 3),)
 
 
+@model("['doubled']")
+def sums_of_sums_of_a_weight(draw):
+    def fun(p, x):
+        few, many = p["few"], p["doubled"]
+        for _ in range(3):
+            few = few + few.T
+        for _ in range(40):
+            many = (many + many.T) / 2
+        return jnp.sum(jnp.sin(x @ few)) + jnp.sum(jnp.sin(x @ many))
+
+    return fun, {"few": draw(3, 3), "doubled": draw(3, 3)}, (draw(N, 3),)
+
+
 @model("['squared']", "['masked']", "['normal']", "['gated']", "['exp']")
 def functions_of_a_weight(draw):
     mask = np.arange(15).reshape(3, 5) % 2 == 0
