@@ -135,6 +135,14 @@ def check_differentiable(name: str, tree: PyTree) -> None:
         )
 
 
+def check_numbers(name: str, tree: PyTree) -> None:
+    """Raise a TypeError that names the first leaf of ``tree`` that is no array of numbers."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        is_integer = is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.integer)
+        if not (is_inexact(leaf) or is_integer or isinstance(leaf, int)):
+            raise TypeError(f"{located(name, path)} must hold numbers, got {describe(leaf)}")
+
+
 def check_scalar(value: Any, what: str, mend: str) -> None:
     """Raise unless ``jax.grad`` could differentiate ``value``: a real floating-point scalar."""
     if not is_inexact(value):
@@ -171,7 +179,10 @@ def like(fun: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[...
 def check_matching(
     expected: PyTree, got: PyTree, expected_name: str, got_name: str, *, dtypes: bool = True
 ) -> None:
-    """Raise a ValueError at the first leaf where two trees differ in structure, shape or dtype."""
+    """Raise a ValueError at the first leaf where two trees differ in structure, shape or dtype.
+
+    Without `dtypes`, leaves need only be both real or both complex.
+    """
     if jax.tree.structure(expected) != jax.tree.structure(got):
         path, clause = _structure_difference(expected, got, ())
         raise ValueError(
@@ -181,7 +192,8 @@ def check_matching(
     for (path, want), have in zip(
         jax.tree.leaves_with_path(expected), jax.tree.leaves(got), strict=True
     ):
-        if want.shape == have.shape and (want.dtype == have.dtype or not dtypes):
+        alike = want.dtype if dtypes else jnp.iscomplexobj(want)
+        if want.shape == have.shape and alike == (have.dtype if dtypes else jnp.iscomplexobj(have)):
             continue
         mend = (
             "trees are never broadcast; reshape one of them"
@@ -193,6 +205,27 @@ def check_matching(
             f"{jax.tree_util.keystr(path)}: expected {describe(want)}, "
             f"got {describe(have)} ({mend})"
         )
+
+
+def prefix_difference(prefix: PyTree, tree: PyTree) -> tuple[KeyPath, str]:
+    """Where `prefix`, which is no prefix of `tree`, first differs from it, and how."""
+    path: KeyPath = ()
+    while True:
+        children, node = _one_level(prefix)
+        others, other = _one_level(tree)
+        if node != other:
+            return path, _node_difference(tree, prefix)
+        pairs = zip(children, others, strict=True)
+        step, prefix, tree = next((key, x, y) for (key, x), (_, y) in pairs if not _is_prefix(x, y))
+        path += step
+
+
+def _is_prefix(prefix: PyTree, tree: PyTree) -> bool:
+    try:
+        jax.tree.broadcast(prefix, tree)
+    except ValueError:
+        return False
+    return True
 
 
 def _one_level(tree: PyTree) -> tuple[list[tuple[KeyPath, Any]], Any]:

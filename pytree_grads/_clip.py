@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._checks import PyTree, describe, describe_node, located
+from ._checks import PyTree, describe, located, prefix_difference
 from ._factored._matrix import Matrix
 from ._factored._norms import Norms, combined
 
@@ -63,9 +63,10 @@ def read(max_norm: PyTree, params: PyTree, nan_safe: bool) -> Clip:
             jax.tree.unflatten(jax.tree.structure(max_norm), range(len(leaves))), params
         )
     except ValueError:
+        path, clause = prefix_difference(max_norm, params)
         raise ValueError(
-            "argument max_norm must be a number or a prefix tree of the parameters, "
-            f"{describe_node(params)}, got {describe_node(max_norm)}"
+            "argument max_norm must be a number or a prefix tree of the parameters, but "
+            f"max_norm{jax.tree_util.keystr(path)} does not match: {clause}"
         ) from None
     owners = jax.tree.leaves(labels)
     members = [tuple(i for i, owner in enumerate(owners) if owner == j) for j in range(len(leaves))]

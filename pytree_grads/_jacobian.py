@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from . import _clip, _report, _sketch
-from ._checks import PyTree, check_matching, describe
+from ._checks import PyTree, check_matching, check_numbers, describe
 from ._factored._matrix import Matrix
 from ._factored._norms import combined
 from ._kept import Rows
@@ -87,10 +87,17 @@ class Jacobian:
 
         Returns:
           For a tree, a real number per row, as ``jax.jvp`` gives it; else ``J.gram(other)``.
+
+        Raises:
+          TypeError: a leaf of v does not hold numbers.
+          ValueError: v has another structure or other shapes than the parameters, or is complex
+            where they are real, or real where they are complex.
         """
         if isinstance(other, TransposedJacobian):
             return self.gram(other.T)
-        v = jax.tree.map(jnp.asarray, other.tree if hasattr(other, "tree") else other)
+        v = other.tree if hasattr(other, "tree") else other
+        check_numbers("v", v)
+        v = jax.tree.map(jnp.asarray, v)
         check_matching(self._rows.params, v, "the parameters", "v", dtypes=False)
         vectors = jax.tree.leaves(v)
         return self._outputs.expand(self._rows.map(Matrix.apply, vectors))
@@ -153,7 +160,8 @@ class Jacobian:
 
         Raises:
           TypeError: ``other`` is not a Jacobian.
-          ValueError: its parameters have another structure or other shapes.
+          ValueError: its parameters have another structure or other shapes, or are complex where
+            J's are real, or real where they are complex.
         """
         other = self if other is None else other
         if not isinstance(other, Jacobian):

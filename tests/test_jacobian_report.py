@@ -59,6 +59,12 @@ class TestExplain:
         assert re.search(r"31 +dense", lines["['b']"])
         assert all(len(line) < 160 for line in J.explain().splitlines())
 
+    @pytest.mark.parametrize("mode", [{}, {"recompute": True}, {"chunk_size": 2}])
+    def test_of_no_rows(self, mode):
+        params, x, tokens = problem()
+        none, some = (jacobian(network, **mode)(params, x[:n], tokens[:n]) for n in (0, N))
+        assert none.explain().splitlines()[:-1] == some.explain().splitlines()[:-1]
+
     def test_many_uses_of_a_weight_are_one_term(self):
         def fun(p, x, tokens):
             for t in range(8):
@@ -182,6 +188,7 @@ def pair(p, x):
 
 J, K = jacobian(f)(P, X), jacobian(pair)(P, X)
 OTHER = jacobian(lambda p, x: p["w"] @ x)({"w": jnp.ones(2)}, X)
+COMPLEX = jacobian(lambda p, x: jnp.real(p["w"]) @ x + p["b"])({**P, "w": jnp.ones(2, complex)}, X)
 
 ERRORS = {
     "fun": (lambda: jacobian(3), TypeError, "argument fun must be a function"),
@@ -223,6 +230,16 @@ ERRORS = {
         "argument v['w'] does not match the parameters['w']",
     ),
     "direction structure": (lambda: J @ {"w": jnp.ones(2)}, ValueError, "v"),
+    "complex direction": (
+        lambda: J @ {"w": jnp.ones(2, complex), "b": jnp.ones(())},
+        ValueError,
+        "argument v['w'] does not match the parameters['w']: expected float32[2], got complex64[2]",
+    ),
+    "direction of a kind": (
+        lambda: J @ {"w": "one", "b": jnp.ones(())},
+        TypeError,
+        "argument v['w'] must hold numbers, got a value of type str",
+    ),
     "weights": (
         lambda: J.weighted_sum(jnp.ones(N - 1)),
         ValueError,
@@ -247,6 +264,11 @@ ERRORS = {
     "text": (lambda: J.square_sum("text"), TypeError, "argument c"),
     "gram": (lambda: J.gram(X), TypeError, "argument other must be a Jacobian, got float32[5,2]"),
     "gram of others": (lambda: J.gram(OTHER), ValueError, "other"),
+    "gram of real and complex rows": (
+        lambda: jacobian(f)(P, X).gram(COMPLEX),
+        ValueError,
+        "argument other['w'] does not match the parameters['w']: expected float32[2], got complex",
+    ),
     "J.T @ J": (lambda: J.T @ J, TypeError, "use J.square_sum() for its diagonal"),
     "negative bound": (
         lambda: J.clip(-1.0),
@@ -267,7 +289,12 @@ ERRORS = {
     "bounds of another structure": (
         lambda: J.clip({"w": 1.0}),
         ValueError,
-        "argument max_norm must be a number or a prefix tree of the parameters",
+        "max_norm does not match: missing keys ['b'], unexpected keys []",
+    ),
+    "bounds below a parameter": (
+        lambda: jacobian(lambda p, x: f(p["net"], x))({"net": P}, X).clip({"net": [1.0, 2.0]}),
+        ValueError,
+        "max_norm['net'] does not match: expected a dict, got a list of length 2",
     ),
     "dim": (lambda: J.sketch(KEYS[0], 0), ValueError, "argument dim must be at least 1, got 0"),
     "kind of dim": (lambda: J.sketch(KEYS[0], 2.5), TypeError, "argument dim must be an int"),
