@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 DIST ?= dist
-TEST_FLAGS ?= --cov -n 2
+# worksteal: neighbours run in one process, which has compiled much of what they need.
+TEST_FLAGS ?= --cov -n 2 --dist worksteal
 
 .PHONY: demo test lint types wheel clean
 
