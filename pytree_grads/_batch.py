@@ -270,6 +270,8 @@ def fold_chunks(
     init: PyTree,
     batch: Batch,
     chunk_size: int | None,
+    *,
+    alone: bool = False,
 ) -> PyTree:
     """``carry = step(carry, chunk, place)`` over chunks of a batch of which no two share a row.
 
@@ -277,11 +279,15 @@ def fold_chunks(
     full one, rows that are there for the second time could not be told to add nothing (a cotangent
     of zero times an infinite derivative is NaN). It comes first, so that the loop waits for it and
     the memory of only one chunk is needed at a time (where N < 2k, XLA unrolls the loop of one turn
-    and may hold both).
+    and may hold both). With ``alone``, one call that takes all rows is ``not_merged``.
     """
     chunk_size = loop_chunk(batch.size, chunk_size)
     if chunk_size is None:
-        return step(init, batch, Place(Chunks(batch.size, 1, batch.size), 0))
+        whole = Place(Chunks(batch.size, 1, batch.size), 0)
+        if alone:
+            init = batch.varied(init)
+            return not_merged(lambda: step(init, batch, whole), init, batch.primals)
+        return step(init, batch, whole)
     chunks = batch.chunks(chunk_size)
     starts, rest = chunks.apart
     carry = batch.varied(init)
@@ -293,3 +299,18 @@ def fold_chunks(
         return step(carry, batch.part(place), place), None
 
     return jax.lax.scan(body, carry, jnp.asarray(starts))[0]
+
+
+def not_merged(fun: Callable[[], PyTree], other: PyTree, primals: PyTree) -> PyTree:
+    """``fun()``, which shares no computation with the program around it when compiled.
+
+    XLA would merge two passes through a model, and hold for the second what the first has computed;
+    on CPUs it ignores ``optimization_barrier``. So the call is a branch that is always taken, which
+    XLA cannot know; ``other`` stands in the one that is not, of the same types.
+    """
+    leaves = [x for x in jax.tree.leaves(primals) if x.size]
+    if not any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return fun()
+    top = jnp.max(jnp.real(min(leaves, key=lambda x: x.size)))
+    always = jnp.logical_or(top == top, jnp.isnan(top))
+    return jax.lax.cond(always, fun, lambda: other)

@@ -172,7 +172,8 @@ class Rows:
         if self._can_pull_back:
             ones = jnp.ones(self.shape) if c is None else c
             own = ones if self.weights is None else ones * self.weights[0].astype(ones.dtype)
-            return self.like_params(sum_over(self.source.pull_back(own), self.axis_name))
+            sums = self.source.pull_back(own, alone=self.weights is not None)
+            return self.like_params(sum_over(sums, self.axis_name))
         sums = self.fold(lambda matrix, c: matrix.weighted_sum(c), c)
         return self.like_params(
             [x.astype(p.dtype) for x, p in zip(sums, self.primals, strict=True)]

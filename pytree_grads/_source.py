@@ -68,7 +68,10 @@ class Source:
         valid: Any,
         extra: Any,
     ) -> list[jax.Array]:
-        """The sum of `fun(matrix, extra)` over the chunks; `extra` holds arrays of N rows."""
+        """The sum of `fun(matrix, extra)` over the chunks; `extra` holds arrays of N rows.
+
+        Rows that have weights have had a pass before, for their norms: this one shares nothing.
+        """
 
         def step(carry: Any, chunk: Batch, place: Place) -> Any:
             rows = jax.tree.map(place.cut, (weights, valid, extra))
@@ -76,9 +79,10 @@ class Source:
             matrix = self.matrix(chunk, own_weights, own_valid)
             return jax.tree.map(jnp.add, carry, fun(matrix, own_extra))
 
-        return fold_chunks(step, init, self.batch.localized(), self.chunk_size)
+        batch = self.batch.localized()
+        return fold_chunks(step, init, batch, self.chunk_size, alone=weights is not None)
 
-    def pull_back(self, weights: jax.Array) -> list[jax.Array]:
+    def pull_back(self, weights: jax.Array, *, alone: bool) -> list[jax.Array]:
         """The sum of the rows of a scalar function times weights: one ordinary gradient."""
         primals = jax.tree.leaves(self.batch.primals)
 
@@ -91,7 +95,7 @@ class Source:
             return jax.tree.map(jnp.add, carry, placed_like(jax.tree.leaves(sums), primals))
 
         init = [zeros(x, x.shape) for x in primals]
-        return fold_chunks(step, init, self.batch.localized(), self.chunk_size)
+        return fold_chunks(step, init, self.batch.localized(), self.chunk_size, alone=alone)
 
     def _values(self, batch: Batch) -> jax.Array:
         def one(args: Any, kwargs: Any) -> Any:

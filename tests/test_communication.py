@@ -119,12 +119,17 @@ def test_a_gramian_gathers_factors_and_no_rows(kind, settings, positions):
 @both_kinds
 @pytest.mark.parametrize("settings", [{}, {"recompute": True}], ids=str)
 def test_sharded_parameters_are_gathered_once_and_their_sums_scattered(kind, settings):
-    """XLA scatters as it sums where it has the pass for it; on CPUs it sums, and then cuts."""
+    """XLA scatters as it sums where it has the pass for it; on CPUs it sums, and then cuts.
+
+    What is recomputed is gathered again where XLA sees to it: nothing is held between two passes.
+    """
     found = sent(lambda p, x: jacobian(mlp, **settings)(p, x).clip(0.5).sum(), kind, names="data")
     names = {name for name, _ in found}
     assert names <= {"all-gather", "all-reduce", "reduce-scatter"}, found
-    assert sum(size for name, size in found if name == "all-gather") == COUNT, found
-    assert sum(size for name, size in found if name == "all-reduce") in (0, COUNT), found
+    passes = 2 if settings and kind == AxisType.Auto else 1
+    assert sum(size for name, size in found if name == "all-gather") == passes * COUNT, found
+    sums = [size for name, size in found if name == "all-reduce" and size > 1]
+    assert sum(sums) in (0, COUNT), found
 
 
 @pytest.mark.parametrize("checked", [True, False])

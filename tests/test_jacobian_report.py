@@ -370,23 +370,29 @@ class TestMemory:
         x = jnp.concatenate([x] * 64)
         assert temporary(of(64), params, x) < temporary(of(None), params, x) / 8
 
-    def test_recomputing_keeps_no_factors_of_a_scan(self):
+    @pytest.mark.parametrize("remat", [jax.checkpoint, lambda f: f], ids=["remat", "plain"])
+    @pytest.mark.parametrize("max_norm", [1.0, {"w": 1.0}], ids=["one bound", "bounds"])
+    def test_recomputing_keeps_no_factors_of_a_scan(self, remat, max_norm):
         layers, wide, many = 32, 64, 64
 
         def deep(p, x):
-            layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
-            return jnp.sum(jax.lax.scan(layer, x, p)[0])
+            layer = remat(lambda x, w: (jnp.tanh(x @ w), None))
+            return jnp.sum(jax.lax.scan(layer, x, p["w"])[0])
 
-        params, x = jnp.ones((layers, wide, wide)), jnp.ones((many, wide))
+        params, x = {"w": jnp.ones((layers, wide, wide))}, jnp.ones((many, wide))
 
         def clipped_sum(**mode):
-            return lambda p, x: jacobian(deep, **mode)(p, x).clip(1.0).sum()
+            return lambda p, x: jacobian(deep, **mode)(p, x).clip(max_norm).sum()
+
+        def ordinary(p, x):
+            return jax.grad(lambda p: jnp.sum(jax.vmap(deep, (None, 0))(p, x)))(p)
 
         factors = 2 * layers * many * wide * 4  # inputs and cotangents of each layer
         kept = temporary(clipped_sum(), params, x)
         recomputed = temporary(clipped_sum(recompute=True), params, x)
         assert kept > factors
-        assert recomputed < kept - factors / 3
+        # The pass for norms and the one for the sum are not merged: each has freed what it held.
+        assert recomputed < 1.1 * temporary(ordinary, params, x)
 
     def test_a_large_vocabulary_costs_nothing_per_row(self):
         def bag(p, tokens):
