@@ -309,7 +309,7 @@ def not_merged(fun: Callable[[], PyTree], other: PyTree, primals: PyTree) -> PyT
     XLA cannot know; ``other`` stands in the one that is not, of the same types.
     """
     leaves = [x for x in jax.tree.leaves(primals) if x.size]
-    if not any(isinstance(x, jax.core.Tracer) for x in leaves):
+    if not any(isinstance(x, Tracer) for x in leaves):
         return fun()
     top = jnp.max(jnp.real(min(leaves, key=lambda x: x.size)))
     always = jnp.logical_or(top == top, jnp.isnan(top))

@@ -1,4 +1,4 @@
-"""Random programs, the same few at each run; `python tests/fuzz.py` tries as many others as one likes."""
+"""Random programs, the same few at each run; `python tests/fuzz.py` tries any number of others."""
 
 import random
 
