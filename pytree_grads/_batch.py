@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from . import _compat
 from ._axes import argument_specs, checked_axis, common_size, leaf_axes
