@@ -38,8 +38,9 @@ class Clip:
             finite &= jnp.isfinite(norm)
             limits = jnp.finfo(norm.dtype)
             bound = jnp.clip(bound.astype(norm.dtype), 0, float(limits.max))
-            # 1 where the norm is NaN, which is passed on; 0 for a bound of 0.
-            length = jnp.where(norm > bound, norm, jnp.maximum(bound, float(limits.tiny)))
+            # NaN where the norm is not finite, 0 for a bound of 0.
+            norm = jnp.where(jnp.isinf(norm), jnp.nan, norm)
+            length = jnp.where(norm <= bound, jnp.maximum(bound, float(limits.tiny)), norm)
             factor = bound / length  # in this form, XLA does not find it again for each leaf
             for i in members:
                 factors[i] = factor

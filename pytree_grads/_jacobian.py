@@ -41,6 +41,7 @@ class Jacobian:
     a row of zeros               norm 0, with derivative 0; ``clip`` leaves it
     a row with a NaN or infinity its norm is NaN or infinite, and it poisons every sum, unless
                                  ``clip(..., nan_safe=True)`` has made it zero
+    a norm that overflows        is infinite; ``clip`` takes its row for one with an infinity
     complex parameters           rows follow ``jax.grad``'s convention (step along the conjugate);
                                  ``gram`` conjugates the left row, ``J @ v`` is real
     ===========================  =================================================================

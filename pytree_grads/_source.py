@@ -91,7 +91,7 @@ class Source:
             values, vjp, *_ = jax.vjp(
                 lambda primals: self._values(chunk.with_primals(primals)), chunk.primals
             )
-            (sums,) = vjp(placed_like(own, values))
+            (sums,) = vjp(placed_like(own.astype(values.dtype), values))
             return jax.tree.map(jnp.add, carry, placed_like(jax.tree.leaves(sums), primals))
 
         init = [zeros(x, x.shape) for x in primals]

@@ -143,6 +143,33 @@ class TestSizes:
             np.testing.assert_allclose(each[name], want, atol=1e-5 * np.abs(want).max())
 
     @modes
+    @pytest.mark.parametrize("steps", [1, 2])
+    def test_norms_at_the_end_of_the_range(self, mode, steps):
+        """What is no number of float32 any more is infinite, and never a row left as it is."""
+        entries = jnp.array([1.0, 5e37 / steps, 1e38])  # of each step, 16 of them
+        x = jnp.broadcast_to(jnp.sqrt(entries)[:, None, None], (3, steps, 4))
+
+        def f(p, x, scale):
+            return jnp.sum(x @ p["w"] * scale) + p["b"]
+
+        @quick_jit
+        def of(x):
+            params = {"w": jnp.ones((4, 4)), "b": jnp.zeros(())}
+            J = jacobian(f, **mode)(params, x, jnp.sqrt(entries))
+            bounds = {"w": 1e3, "b": 1.0}
+            return J.norms(), J.clip(1e3), J.clip(1e3, nan_safe=True), J.clip(bounds)
+
+        norms, clipped, safe, each = of(x)
+        assert tree_allclose(norms[:2], jnp.array([np.hypot(4.0 * steps, 1), 2e38]))
+        rows, kept = clipped.to_rows(), safe.to_rows()
+        assert tree_allclose(rows["w"][1], jnp.full((4, 4), 250.0))
+        assert norms[2] == jnp.inf
+        assert all(np.all(np.isnan(leaf[2])) for leaf in rows.values())
+        assert all(np.all(leaf[2] == 0) for leaf in kept.values())
+        assert np.all(np.isnan(each.sum()["w"]))
+        assert each.sum()["b"] == 3
+
+    @modes
     def test_a_row_of_zeros_has_norm_zero_with_derivative_zero(self, mode):
         def f(p, x):
             return jnp.sum(jnp.tanh(x @ p["w"]) @ p["v"] + x @ p["w"] @ p["w"].T)
@@ -300,3 +327,20 @@ def test_sums_of_rows_are_contracted_in_the_precision_that_the_function_asks_for
     jaxpr = jax.make_jaxpr(total)(jnp.ones((9, 8)), jnp.ones((7, 2, 9)))
     asked = [e.params["precision"] for e in equations(jaxpr) if e.primitive.name == "dot_general"]
     assert asked[-1] in (precision, (precision, precision))
+
+
+@modes
+def test_rows_in_float32_where_float64_is_the_default(mode, x64):
+    params, x, tokens = problem()
+    params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
+
+    @quick_jit
+    def of(params, x, tokens):
+        J = jacobian(network, **mode)(params, x, tokens)
+        c = jnp.arange(N) / 3
+        return J.sum(), J.scale(c).weighted_sum(c), stacked(params, x, tokens)
+
+    sums, weighted, rows = of(params, x, tokens)
+    squares = np.square(np.arange(N) / 3, dtype=np.float32)
+    assert tree_allclose(sums, total(rows, slice(None)))
+    assert tree_allclose(weighted, jax.tree.map(lambda r: np.tensordot(squares, r, 1), rows))

@@ -49,7 +49,7 @@ def combined(norms: Sequence[Norms]) -> Norms:
     dtype = common_dtype(*(x.size.dtype for x in norms))
     sizes = jnp.stack([x.size.astype(dtype) for x in norms])
     squares = jnp.stack([x.square.astype(dtype) for x in norms])
-    size = _sum(sizes * float(1 / len(norms))) + float(jnp.finfo(dtype).tiny)
+    size = _invertible(_sum(sizes * float(1 / len(norms))) + float(jnp.finfo(dtype).tiny))
     return Norms(size, _sum((sizes / size[None]) ** 2 * squares))
 
 
@@ -70,12 +70,17 @@ def norm(term: Term) -> jax.Array:
 
 
 def _largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
-    """The largest absolute value over some axes, at least the smallest normal number.
+    """The largest absolute value over some axes, within the numbers whose reciprocal is normal.
 
     A constant to derivatives.
     """
     tiny = float(jnp.finfo(x.dtype).tiny)
-    return lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, initial=tiny))
+    return lax.stop_gradient(_invertible(jnp.max(jnp.abs(x), axis=axes, initial=tiny)))
+
+
+def _invertible(size: jax.Array) -> jax.Array:
+    """A number no larger than 1 / tiny: beyond that its reciprocal, by which XLA divides, is 0."""
+    return jnp.minimum(size, float(1 / jnp.finfo(size.dtype).tiny))
 
 
 # --------------------------------------------------------------------------------------------------
