@@ -164,14 +164,19 @@ def _squared(leaf: Leaf, piece: Piece) -> Piece:
 def weighted_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
     """The sum over rows of weight times row, in the carried dtype; None stands for ones."""
     total = jnp.zeros(leaf.shape, leaf.carried)
-    for piece in leaf.pieces:
-        block = apply(piece.tail, _summed(piece, leaf, weights)).astype(leaf.carried)
-        total += times(block, piece.factor)
+    blocks: dict[Any, jax.Array] = {}  # of pieces that are alike, added up before their tail
+    for piece in sorted(leaf.pieces, key=lambda piece: isinstance(piece.term, Scatter)):
+        place = piece.tail, piece.shape, _terms.dtype_of(piece.term)
+        blocks[place] = _summed(piece, leaf, weights, blocks.get(place))
+    for (tail, *_), block in blocks.items():
+        total += apply(tail, block).astype(leaf.carried)
     return total
 
 
-def _summed(piece: Piece, leaf: Leaf, weights: jax.Array | None) -> jax.Array:
-    """The weighted sum of the rows of a piece, before its tail."""
+def _summed(
+    piece: Piece, leaf: Leaf, weights: jax.Array | None, onto: jax.Array | None
+) -> jax.Array:
+    """The weighted sum of the rows of a piece, before its tail, and of what is there already."""
     arrays, treedef = jax.tree.flatten(piece.term)
     levels, axis = list(piece.levels), piece.axis
     n = leaf.size
@@ -193,7 +198,9 @@ def _summed(piece: Piece, leaf: Leaf, weights: jax.Array | None) -> jax.Array:
     if isinstance(piece.term, Scatter) and differing == [0]:
         right = jnp.expand_dims(arrays[1], axis)
         arrays[1] = jnp.broadcast_to(right, (*right.shape[:axis], n, *right.shape[axis + 1 :]))
-    elif len(differing) < len(arrays):  # a product of sums over rows
+        differing = [0, 1]
+    term = jax.tree.unflatten(treedef, arrays)
+    if len(differing) < len(arrays):  # a product of sums over rows
         if differing:
             (i,) = differing
             arrays[i] = _contract(weights, arrays[i], axis=axis)
@@ -201,8 +208,14 @@ def _summed(piece: Piece, leaf: Leaf, weights: jax.Array | None) -> jax.Array:
         if not differing:
             total = n if weights is None else jnp.sum(weights)
             block = block * jnp.asarray(total, block.dtype)
-        return block
-    return _contract_term(jax.tree.unflatten(treedef, arrays), weights, axis)
+    elif isinstance(term, Scatter):  # lines are added in place
+        lines = term.right if weights is None else _weighted(weights, term.right)
+        block = jnp.zeros(piece.shape, _terms.dtype_of(term)) if onto is None else onto
+        return _terms.add_lines(block, term.index, times(lines.astype(block.dtype), piece.factor))
+    else:
+        block = _contract_term(term, weights, axis)
+    block = times(block, piece.factor)
+    return block if onto is None else onto + block
 
 
 def _contract(weights: jax.Array | None, x: jax.Array, *, axis: int) -> jax.Array:
@@ -213,7 +226,9 @@ def _contract(weights: jax.Array | None, x: jax.Array, *, axis: int) -> jax.Arra
     return jnp.tensordot(weights.astype(dtype), x.astype(dtype), axes=((0,), (axis,)))
 
 
-def _contract_term(term: Term, weights: jax.Array | None, axis: int) -> jax.Array:
+def _contract_term(
+    term: Dense | Outer | Windows, weights: jax.Array | None, axis: int
+) -> jax.Array:
     """The weighted sum of terms whose arrays all have an axis of rows."""
     match term:
         case Dense(value):
@@ -226,10 +241,6 @@ def _contract_term(term: Term, weights: jax.Array | None, axis: int) -> jax.Arra
 
                 return jax.lax.map(block, (left, right))
             return _contract_outer(left, right, weights, precision)
-        case Scatter(_, right, _):
-            empty = jnp.zeros(term.shape, _terms.dtype_of(term))
-            lines = right if weights is None else _weighted(weights, right)
-            return _terms.add_lines(empty, term.index, lines.astype(empty.dtype))
         case Windows(left, right):
             if weights is not None:
                 term = replace(term, right=_weighted(weights, right))
