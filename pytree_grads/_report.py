@@ -70,7 +70,7 @@ def _line(path: Any, leaf: Leaf) -> tuple[str, ...]:
     shape = "x".join(map(str, leaf.shape)) or "scalar"
     terms = " + ".join(_term(piece) for piece in leaf.pieces) or "zero"
     norm = "rows" if materializes(leaf, leaf) else "inner products"
-    terms_of = [_of_one_row(piece) for piece in leaf.pieces]
+    terms_of = [piece.of_one_row for piece in leaf.pieces]
     if all(isinstance(x, Scatter) or _terms.pair_count(x) <= 1 for x in terms_of):
         norm = "squares"
     norm_flops = sum(_terms.inner_cost(x, y) for x in terms_of for y in terms_of)
@@ -90,16 +90,6 @@ def _line(path: Any, leaf: Leaf) -> tuple[str, ...]:
         _number(_bytes(leaf)),
         note,
     )
-
-
-def _of_one_row(piece: Piece) -> _terms.Term:
-    """The term of one row, abstract."""
-    arrays, treedef = jax.tree.flatten(piece.term)
-    own = [
-        jax.ShapeDtypeStruct(x.shape[: piece.axis] + x.shape[piece.axis + level :], x.dtype)
-        for x, level in zip(arrays, piece.levels, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, own)
 
 
 def _term(piece: Piece) -> str:
@@ -132,7 +122,7 @@ def _entries(leaf: Leaf) -> int:
     """Numbers kept per row."""
     total = 0
     for piece in leaf.pieces:
-        arrays = jax.tree.leaves(_of_one_row(piece))
+        arrays = jax.tree.leaves(piece.of_one_row)
         total += sum(x.size for x, level in zip(arrays, piece.levels, strict=True) if level)
     return total
 

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import MODELS, N
@@ -137,3 +138,15 @@ def test_no_leaf_loses_its_factors(model, factored, x64):
 
 def test_the_table_is_about_batches():
     assert all(len(jax.tree.leaves(m()[2])[0]) == N for m in MODELS.values())
+
+
+def test_a_gramian_counts_the_work_of_one_row():
+    """However many rows there are: two lines of three numbers are compared dearer than added up."""
+
+    def f(p, tokens):
+        return jnp.sum(jnp.sin(p[tokens]) * jnp.arange(6.0).reshape(2, 3))
+
+    tokens = jnp.zeros((64, 2), int).at[:, 1].set(jnp.arange(64) % 4)
+    for few in (tokens[:8], tokens):
+        (leaf,) = jacobian(f)(jnp.ones((4, 3)), few)._rows.leaves
+        assert _products._prefers_rows(leaf, leaf)

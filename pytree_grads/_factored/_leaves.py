@@ -41,6 +41,16 @@ class Piece:
     levels: tuple[int, ...]
     reason: str  # why the term is dense, where it is
 
+    @property
+    def of_one_row(self) -> Term:
+        """The term of one row, abstract: what `_terms` speaks of."""
+        arrays, treedef = jax.tree.flatten(self.term)
+        own = [
+            jax.ShapeDtypeStruct(x.shape[: self.axis] + x.shape[self.axis + level :], x.dtype)
+            for x, level in zip(arrays, self.levels, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, own)
+
     def in_axes(self, level: int) -> Any:
         """The `in_axes` of the term for `jax.vmap` over N (level 1) or K (level 2)."""
         treedef = jax.tree.structure(self.term)

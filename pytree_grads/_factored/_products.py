@@ -72,11 +72,10 @@ def _prefers_rows(leaf: Leaf, other: Leaf) -> bool:
         return True
     pairs = prod(leaf.rows) * prod(other.rows)
     size = prod(leaf.shape)
-    by_factors = sum(
-        pairs * _terms.inner_cost(x.term, y.term) for x in leaf.pieces for y in other.pieces
-    )
-    make = prod(leaf.rows) * sum(_terms.row_cost(x.term) for x in leaf.pieces)
-    make += prod(other.rows) * sum(_terms.row_cost(x.term) for x in other.pieces)
+    terms, others = ([piece.of_one_row for piece in x.pieces] for x in (leaf, other))
+    by_factors = sum(pairs * _terms.inner_cost(x, y) for x in terms for y in others)
+    make = prod(leaf.rows) * sum(map(_terms.row_cost, terms))
+    make += prod(other.rows) * sum(map(_terms.row_cost, others))
     return by_factors > make + 2 * pairs * size
 
 
