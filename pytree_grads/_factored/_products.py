@@ -74,9 +74,9 @@ def _prefers_rows(leaf: Leaf, other: Leaf) -> bool:
     size = prod(leaf.shape)
     terms, others = ([piece.of_one_row for piece in x.pieces] for x in (leaf, other))
     by_factors = sum(pairs * _terms.inner_cost(x, y) for x in terms for y in others)
-    make = prod(leaf.rows) * sum(map(_terms.row_cost, terms))
-    make += prod(other.rows) * sum(map(_terms.row_cost, others))
-    return by_factors > make + 2 * pairs * size
+    make = prod(leaf.rows) * sum(_terms.row_cost(x) for x in terms if not isinstance(x, Dense))
+    make += prod(other.rows) * sum(_terms.row_cost(y) for y in others if not isinstance(y, Dense))
+    return by_factors >= make + 2 * pairs * size
 
 
 def _gram_of_rows(leaf: Leaf, other: Leaf) -> jax.Array:
