@@ -88,6 +88,17 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"argument chunk_size must be at least 1, got {chunk_size}")
 
 
+def positive_int(name: str, number: int) -> int:
+    """A static argument as a positive int."""
+    try:
+        found = operator.index(number)
+    except TypeError:
+        raise TypeError(f"argument {name} must be an int (it is static), got {number!r}") from None
+    if found < 1:
+        raise ValueError(f"argument {name} must be at least 1, got {found}")
+    return found
+
+
 def normalize_argnums(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
     """``argnums`` as distinct non-negative positions among ``count`` positional arguments.
 

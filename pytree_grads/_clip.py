@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.core import Tracer
 
 from ._checks import PyTree, describe, located, prefix_difference
 from ._factored._matrix import Matrix
@@ -52,11 +52,12 @@ def read(max_norm: PyTree, params: PyTree, nan_safe: bool) -> Clip:
     """The clip that a prefix tree of bounds asks for."""
     for path, bound in jax.tree.leaves_with_path(max_norm):
         where = located("max_norm", path)
-        if not isinstance(bound, jax.Array | np.ndarray | np.generic | float | int):
+        dtype = getattr(bound, "dtype", type(bound))
+        if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
             raise TypeError(f"{where} must be a real number, got {describe(bound)}")
-        if jnp.shape(bound) != () or not jnp.isrealobj(bound):
+        if jnp.shape(bound) != ():
             raise ValueError(f"{where} must be one real number, got {describe(jnp.asarray(bound))}")
-        if not isinstance(bound, jax.Array) and not float(bound) >= 0:
+        if not isinstance(bound, Tracer) and not float(bound) >= 0:
             raise ValueError(f"{where} must not be negative or NaN, got {bound}")
     leaves = jax.tree.leaves(max_norm)
     try:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from . import _clip, _report, _sketch
-from ._checks import PyTree, check_matching, check_numbers, describe
+from ._checks import PyTree, check_matching, check_numbers, describe, positive_int
 from ._factored._matrix import Matrix
 from ._factored._norms import combined
 from ._kept import Rows
@@ -156,8 +156,8 @@ class Jacobian:
         Returns:
           Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k, the empirical
           neural tangent kernel; for trees of outputs, a tree like J's output that holds trees like
-          the other's. Carried in float32 or wider; rows of complex leaves are conjugated on the
-          left.
+          the other's. Carried in float32, or in the wider dtype of the two Jacobians' leaves;
+          rows of complex leaves are conjugated on the left.
 
         Raises:
           TypeError: ``other`` is not a Jacobian.
@@ -218,6 +218,11 @@ class Jacobian:
           nan_safe: whether a row that holds a NaN or an infinity counts as zero. Otherwise it
             poisons every sum, as it would without clipping.
 
+        Raises:
+          TypeError: a bound is not a real number.
+          ValueError: a bound is negative or NaN (as far as it is not traced), or not one number;
+            ``max_norm`` is no prefix of the parameters.
+
         With ``chunk_size=k``, a clip waits for the product that follows, and ``clip(...).sum()`` is
         one pass over the chunks, unless norms were asked for before.
 
@@ -240,7 +245,7 @@ class Jacobian:
 
         Source: Achlioptas, "Database-friendly random projections", 2003.
         """
-        dim = _sketch.checked_dim(dim)
+        dim = positive_int("dim", dim)
         projected = self._rows.map(lambda matrix, key: _sketch.project(matrix, key, dim), key)
         return self._outputs.expand(projected)
 
@@ -273,12 +278,14 @@ class Jacobian:
         Runs outside ``jit`` only, since it looks at values.
 
         Args:
-          rows: how many examples to recompute.
+          rows: how many examples to recompute, if there are so many.
 
         Raises:
-          ValueError: a product is wrong by more than rounding; the message names the leaf.
+          TypeError: ``rows`` is not an integer, or J is traced.
+          ValueError: a product is wrong by more than rounding (the message names the leaf), or
+            ``rows`` is not positive.
         """
-        _report.check(self, rows)
+        _report.check(self, positive_int("rows", rows))
 
 
 def _real(dtype: Any) -> Any:

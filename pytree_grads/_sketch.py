@@ -1,23 +1,10 @@
 """Random projections of rows whose matrix is made as it is used."""
 
-import operator
-
 import jax
 import jax.numpy as jnp
 
 from ._factored._leaves import ENTRIES_AT_ONCE, Leaf
 from ._factored._matrix import Matrix
-
-
-def checked_dim(dim: int) -> int:
-    """`dim` as a positive int."""
-    try:
-        number = operator.index(dim)
-    except TypeError:
-        raise TypeError(f"argument dim must be an int (it is static), got {dim!r}") from None
-    if number < 1:
-        raise ValueError(f"argument dim must be at least 1, got {number}")
-    return number
 
 
 def project(matrix: Matrix, key: jax.Array, dim: int) -> jax.Array:

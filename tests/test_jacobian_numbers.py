@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import equations, tree_allclose
 from quick import quick_jit
+from rows import Rows
 
 from pytree_grads import jacobian
 
@@ -344,3 +345,23 @@ def test_rows_in_float32_where_float64_is_the_default(mode, x64):
     squares = np.square(np.arange(N) / 3, dtype=np.float32)
     assert tree_allclose(sums, total(rows, slice(None)))
     assert tree_allclose(weighted, jax.tree.map(lambda r: np.tensordot(squares, r, 1), rows))
+
+
+@modes
+@pytest.mark.parametrize("narrow", [jnp.bfloat16, jnp.float32])
+def test_a_gramian_has_the_wider_dtype_on_either_side(mode, narrow, x64):
+    params, x, tokens = jax.tree.map(_wide, problem())
+
+    @quick_jit
+    def of(params, x, tokens):
+        J = jacobian(network, **mode)(params, x, tokens)
+        small, y = jax.tree.map(lambda a: a.astype(narrow), (params, x[:3]))
+        other = jacobian(network, **mode)(small, y, tokens[:3])
+        return J.gram(other), other.gram(J), J.to_rows(), other.to_rows()
+
+    left, right, rows, others = of(params, x, tokens)
+    mine, theirs = (Rows.from_tree(jax.tree.map(_wide, r)) for r in (rows, others))
+    assert left.dtype == right.dtype == jnp.float64
+    rtol = {jnp.bfloat16: 2.0**-7, jnp.float32: 1e-6}[narrow]
+    assert tree_allclose(left, mine.gram(theirs), rtol)
+    assert tree_allclose(right, theirs.gram(mine), rtol)

@@ -275,6 +275,21 @@ ERRORS = {
         ValueError,
         "argument max_norm must not be negative or NaN, got -1.0",
     ),
+    "negative array of a bound": (
+        lambda: J.clip({"w": 1.0, "b": jnp.float32(-1)}),
+        ValueError,
+        "argument max_norm['b'] must not be negative or NaN, got -1.0",
+    ),
+    "truth for a bound": (
+        lambda: J.clip(True),
+        TypeError,
+        "argument max_norm must be a real number, got a value of type bool",
+    ),
+    "complex bound": (
+        lambda: J.clip(jnp.ones((), complex)),
+        TypeError,
+        "argument max_norm must be a real number, got complex64[]",
+    ),
     "NaN bound": (lambda: J.clip({"w": 1.0, "b": float("nan")}), ValueError, "max_norm['b']"),
     "bound of rank 1": (
         lambda: J.clip(jnp.ones(2)),
@@ -298,6 +313,16 @@ ERRORS = {
     ),
     "dim": (lambda: J.sketch(KEYS[0], 0), ValueError, "argument dim must be at least 1, got 0"),
     "kind of dim": (lambda: J.sketch(KEYS[0], 2.5), TypeError, "argument dim must be an int"),
+    "rows to check": (
+        lambda: J.check(rows=-1),
+        ValueError,
+        "argument rows must be at least 1, got -1",
+    ),
+    "kind of rows to check": (
+        lambda: J.check(rows="a"),
+        TypeError,
+        "argument rows must be an int (it is static), got 'a'",
+    ),
     "no parameters": (
         lambda: jacobian(lambda p, x: jnp.sum(x))({}, X),
         ValueError,

@@ -104,6 +104,17 @@ def take(leaf: Leaf, start: Any, size: int) -> Leaf:
     return replace(leaf, pieces=tuple(map(of, leaf.pieces)), size=size)
 
 
+def widened(leaf: Leaf, dtype: Any) -> Leaf:
+    """The same rows, kept and carried in a wider dtype."""
+    if leaf.carried == dtype:
+        return leaf
+
+    def wide(x: jax.Array) -> jax.Array:
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    return replace(leaf, pieces=jax.tree.map(wide, leaf.pieces), dtype=dtype)
+
+
 def over_rows(
     fun: Callable[..., Any], leaf: Leaf, *numbers: Any, materializes: bool = False
 ) -> Any:

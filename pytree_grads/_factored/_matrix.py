@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from .._sharding import take as neighbours
 from .._tree import common_dtype
 from . import _products
-from ._leaves import Leaf, Piece, take
+from ._leaves import Leaf, Piece, take, widened
 from ._norms import Norms, leaf_norms
 
 
@@ -98,7 +98,8 @@ class Matrix:
         """Shape (*rows, *other rows)."""
         total, rows, others = None, self.selected(), other.selected()
         for i, (leaf, theirs) in enumerate(zip(rows.leaves, others.leaves, strict=True)):
-            product = _products.gram(leaf, theirs)
+            wider = common_dtype(leaf.carried, theirs.carried)
+            product = _products.gram(widened(leaf, wider), widened(theirs, wider))
             left, right = rows.weight(i), others.weight(i)
             if left is not None:
                 left = left.reshape(*leaf.rows, *[1] * len(theirs.rows))
