@@ -143,6 +143,7 @@ class Jacobian:
         squared norm comes from inner products of those, and is off by about eps·(Σₜ‖aₜ‖‖bₜ‖)²,
         of no weight unless the parts of a row nearly cancel. Where it has weight (a thousandth of
         the squared norm), that error is added: a norm may then be too large, but not too small.
+        The same holds for products that underflow, where ‖aₜ‖ and ‖bₜ‖ of two t lie far apart.
         """
         return self._outputs.expand(combined(self._rows.leaf_norms()).value)
 

@@ -250,6 +250,29 @@ def test_rows_that_cancel_keep_the_guarantee_of_clip(fun, dtype, left, mode):
         assert np.all(wide <= bound * (1 + slack))
 
 
+@modes
+@pytest.mark.parametrize("fun", [probed, used_twice, in_a_scan])
+@pytest.mark.parametrize("far", [1e9, 1e10, 1e15])
+def test_parts_whose_factors_lie_far_apart_keep_the_guarantee_of_clip(fun, far, mode):
+    """Products of the small factors, divided by the large ones, are no numbers of float32."""
+    rng = np.random.default_rng(3)
+    sizes = np.array([far, 1 / far])[:, None]
+    a, b = rng.standard_normal((2, N, 2, 33))
+    a, b = jnp.asarray(a * sizes, jnp.float32), jnp.asarray(b / sizes, jnp.float32)
+    params = {"w": jnp.zeros((33, 33)), "probe": jnp.float32(0)}
+
+    @quick_jit
+    def of(params, a, b):
+        J = jacobian(fun, **mode)(params, a, b)
+        return J.norms(), J.clip(1.0).to_rows()["w"]
+
+    norms, rows = of(params, a, b)
+    exact = np.einsum("nti,ntj->nij", np.asarray(a, np.float64), np.asarray(b, np.float64))
+    assert np.all(norms >= np.linalg.norm(exact, axis=(1, 2)) * (1 - 1e-3))
+    wide = np.linalg.norm(np.asarray(rows, np.float64), axis=(1, 2))
+    assert np.all(wide <= 1 + 1e-3)
+
+
 def test_norms_err_little_where_parts_cancel_little():
     rng = np.random.default_rng(2)
     a, b = (jnp.asarray(rng.standard_normal((200, 8, 65)), jnp.float32) for _ in range(2))

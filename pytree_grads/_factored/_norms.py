@@ -192,7 +192,8 @@ def squared_norm(term: Term, sizes: Sequence[jax.Array]) -> jax.Array:
     square = jnp.sum(products)
     if isinstance(term, Scatter) or pair_count(term) <= 1:  # summands of one sign
         return square
-    return not_too_small(square, jnp.sum(jnp.abs(products)))
+    count = prod(term.shape) * pair_count(term) ** 2
+    return not_too_small(square, jnp.sum(jnp.abs(products)), count)
 
 
 def _squared_sum(
@@ -203,7 +204,8 @@ def _squared_sum(
     square = jnp.real(inner(leaf, units, leaf, units)).astype(leaf.real)
     masses = [times(mass(x), abs(p.factor)) for x, p in zip(units, leaf.pieces, strict=True)]
     total = jnp.sum(jnp.stack([x.astype(leaf.real) for x in masses]))
-    return not_too_small(square, total**2)
+    count = prod(leaf.shape) * sum(map(pair_count, terms)) ** 2
+    return not_too_small(square, total**2, count)
 
 
 def _has_large_blocks(term: Term) -> bool:
@@ -229,12 +231,14 @@ def mass(term: Term) -> jax.Array:
 # Numbers
 
 
-def not_too_small(square: jax.Array, absolute: jax.Array) -> jax.Array:
+def not_too_small(square: jax.Array, absolute: jax.Array, count: int) -> jax.Array:
     """A squared norm plus its rounding error, if that is of weight; see `Norms`.
 
-    `absolute` is the sum of the absolute values of the summands of the squared norm.
+    `absolute` is the sum of the absolute values of the summands of the squared norm, and `count`
+    the number of products that were added up, each of which may have been too small for its dtype.
     """
-    rounding = lax.stop_gradient(absolute) * float(8 * jnp.finfo(square.dtype).eps)
+    limits = jnp.finfo(square.dtype)
+    rounding = lax.stop_gradient(absolute) * float(8 * limits.eps) + count * float(8 * limits.tiny)
     return jnp.where(rounding > square * 1e-3, jnp.maximum(square, 0) + rounding, square)
 
 
