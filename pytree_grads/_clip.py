@@ -32,9 +32,9 @@ class Clip:
     def with_norms(self, matrix: Matrix, norms: Sequence[Norms]) -> Matrix:
         """The same, where the norms of the rows of each leaf are known."""
         factors: list[Any] = [None] * len(norms)
-        finite = jnp.ones(norms[0].size.shape, bool)
+        finite: Any = True
         for members, bound in zip(self.members, self.bounds, strict=True):
-            norm = combined([norms[i] for i in members]).value
+            norm = combined([norms[i] for i in members])
             finite &= jnp.isfinite(norm)
             limits = jnp.finfo(norm.dtype)
             bound = jnp.clip(bound.astype(norm.dtype), 0, float(limits.max))

@@ -145,7 +145,7 @@ class Jacobian:
         the squared norm), that error is added: a norm may then be too large, but not too small.
         The same holds for products that underflow, where ‖aₜ‖ and ‖bₜ‖ of two t lie far apart.
         """
-        return self._outputs.expand(combined(self._rows.leaf_norms()).value)
+        return self._outputs.expand(combined(self._rows.leaf_norms()))
 
     def squared_norms(self) -> PyTree:
         """The squared norms of the rows; they overflow where the square itself does."""

@@ -15,6 +15,7 @@ from ._checks import PyTree, located
 from ._factored import _terms
 from ._factored._leaves import Leaf, Piece, materializes
 from ._factored._matrix import Matrix
+from ._factored._norms import combined
 from ._factored._terms import Dense, Outer, Scatter
 from ._factored._windows import Windows
 from ._tree import carried_dtype, common_dtype
@@ -165,7 +166,7 @@ def check(jacobian: "Jacobian", rows: int) -> None:
 @jax.jit
 def _products(rows: "Rows", c: jax.Array) -> tuple[Any, Any, Any, Any]:
     def of_rows(matrix: Matrix) -> tuple[Any, Any]:
-        return tuple(matrix.rows()), tuple(x.value for x in matrix.leaf_norms())
+        return tuple(matrix.rows()), tuple(combined([x]) for x in matrix.leaf_norms())
 
     stacked, norms = rows.map(of_rows)
     sums = rows.fold(lambda matrix, c: matrix.weighted_sum(c), c)

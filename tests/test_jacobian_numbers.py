@@ -171,6 +171,20 @@ class TestSizes:
         assert each.sum()["b"] == 3
 
     @modes
+    @pytest.mark.parametrize("entry", [3.2e38, 1.3e-38])
+    def test_norms_whose_inverse_is_no_normal_number(self, mode, entry):
+        @quick_jit
+        def of(x):
+            vectors = jacobian(lambda p, x: jnp.sum(p * x), **mode)(jnp.zeros(999), x)
+            pairs = jacobian(lambda p, x: jnp.sum(x.reshape(3, 333) @ p), **mode)(jnp.zeros(333), x)
+            return vectors.norms(), vectors.clip(entry / 2).norms(), pairs.norms()
+
+        x = jnp.zeros((N, 999)).at[jnp.arange(N), 100 * jnp.arange(N)].set(entry)
+        for found, expected in zip(of(x), (entry, entry / 2, entry), strict=True):
+            if expected > jnp.finfo(jnp.float32).tiny:
+                np.testing.assert_allclose(found, expected, rtol=2e-6)
+
+    @modes
     def test_a_row_of_zeros_has_norm_zero_with_derivative_zero(self, mode):
         def f(p, x):
             return jnp.sum(jnp.tanh(x @ p["w"]) @ p["v"] + x @ p["w"] @ p["w"].T)

@@ -1,12 +1,13 @@
 """Norms of rows, without overflow or underflow on the way to one that is representable.
 
-Factors are divided by their largest entry in a row before they are squared, and the root is taken
-only once all leaves are added up.
+Factors are divided by about their largest entry in a row before they are squared, and the root is
+taken only once all leaves are added up.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from itertools import zip_longest
 from math import prod
 
 import jax
@@ -16,71 +17,86 @@ from jax import lax
 from .._tree import carried_dtype, common_dtype
 from ._leaves import Leaf, Piece, inner, materializes, over_rows, row, times
 from ._tails import isometric
-from ._terms import Dense, Outer, Scatter, Term, collapsed, divided, pair_count, pairs
+from ._terms import Dense, Outer, Scatter, Term, collapsed, pair_count, pair_factors, pairs, scaled
 from ._windows import Windows
 
 LARGE_BLOCK = 1 << 13  # entries of factors: enough work to make the turns of a loop cheap
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["size", "square"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["scales", "squares", "size"],
+    meta_fields=["factor"],
+)
 @dataclass(frozen=True)
 class Norms:
-    """The numbers size * sqrt(square), one for each row: shape (N,) or (N, K).
+    """The norms of rows in parts, which are put together for all leaves at once.
+
+    A norm is factor * size * sqrt(the product of squares) / (the product of scales)**2; the arrays
+    have a number for each row: shape (N,) or (N, K).
 
     Inner products of T > 1 pairs subtract, and lose the digits of a row whose parts nearly cancel:
     the squared norm is rounded by the order of eps times the sum of the absolute values of what it
     adds up. Where that is more than a thousandth of the squared norm, it is added.
     """
 
-    size: jax.Array
-    square: jax.Array
-
-    @property
-    def value(self) -> jax.Array:
-        return self.size * safe_sqrt(self.square)
+    scales: tuple[jax.Array, ...] = ()
+    squares: tuple[jax.Array, ...] = ()
+    size: jax.Array | None = None
+    factor: float = 1.0
 
     def scaled(self, weight: jax.Array | None) -> "Norms":
         """Those of rows times numbers of their own."""
-        return self if weight is None else replace(self, size=self.size * jnp.abs(weight))
+        if weight is None:
+            return self
+        size = jnp.abs(weight)
+        return replace(self, size=size if self.size is None else self.size * size)
 
 
-def combined(norms: Sequence[Norms]) -> Norms:
-    """The norms of rows from those of their leaves."""
-    dtype = common_dtype(*(x.size.dtype for x in norms))
-    sizes = jnp.stack([x.size.astype(dtype) for x in norms])
-    squares = jnp.stack([x.square.astype(dtype) for x in norms])
-    size = _invertible(_sum(sizes * float(1 / len(norms))) + float(jnp.finfo(dtype).tiny))
-    return Norms(size, _sum((sizes / size[None]) ** 2 * squares))
+def combined(norms: Sequence[Norms]) -> jax.Array:
+    """The norms of rows from those of their leaves.
 
-
-def _sum(x: jax.Array) -> jax.Array:
-    """The sum over the first axis, as a product of matrices.
-
-    XLA on CPUs would find a sum of many numbers again in every loop that uses it.
+    Parts are stacked before anything is done to them: XLA on CPUs would compile a loop for each.
     """
-    ones = jnp.ones(len(x), x.dtype)
-    return jnp.tensordot(ones, x, 1, precision=lax.Precision.HIGHEST)
+    arrays = jax.tree.leaves(norms)
+    dtype, rows = common_dtype(*(x.dtype for x in arrays)), arrays[0].shape
+
+    def stacked(parts: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
+        columns = zip_longest(*parts, fillvalue=jnp.ones(rows, dtype))
+        return [jnp.stack([x.astype(dtype) for x in column]) for column in columns]
+
+    own = stacked([() if x.size is None else (x.size,) for x in norms])
+    sizes = prod([(1 / x) ** 2 for x in stacked([x.scales for x in norms])] + own)
+    if any(x.factor != 1 for x in norms):
+        factors = jnp.asarray([x.factor for x in norms], dtype)
+        sizes = sizes * factors.reshape(-1, *[1] * len(rows))
+    size = jnp.maximum(jnp.max(lax.stop_gradient(sizes), axis=0), float(jnp.finfo(dtype).tiny))
+    scale = lax.rsqrt(size)[None]
+    shares = (sizes * scale * scale) ** 2
+    return size * safe_sqrt(
+        jnp.sum(prod(stacked([x.squares for x in norms]), start=shares), axis=0)
+    )
 
 
 def norm(term: Term) -> jax.Array:
     """The norm of one row of one term."""
-    sizes = [_largest(x) for x in term.factors]
-    square = squared_norm(term, sizes)
-    return prod(size.astype(square.dtype) for size in sizes) * safe_sqrt(square)
+    scales = [_scale(x) for x in term.factors]
+    return combined([Norms(tuple(scales), (squared_norm(term, scales),))])
 
 
-def _largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
-    """The largest absolute value over some axes, within the numbers whose reciprocal is normal.
+def _scale(x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
+    """1 / the root of the largest absolute value over some axes, or of the smallest normal number.
 
-    A constant to derivatives.
+    A constant to derivatives. To multiply twice by the inverse root is right for all floats: 1 / x
+    of large ones is not a normal number. Were it made from their maximum, XLA on CPUs would compile
+    a loop more.
     """
-    tiny = float(jnp.finfo(x.dtype).tiny)
-    return lax.stop_gradient(_invertible(jnp.max(jnp.abs(x), axis=axes, initial=tiny)))
-
-
-def _invertible(size: jax.Array) -> jax.Array:
-    """A number no larger than 1 / tiny: beyond that its reciprocal, by which XLA divides, is 0."""
-    return jnp.minimum(size, float(1 / jnp.finfo(size.dtype).tiny))
+    x = lax.stop_gradient(jnp.abs(x)).astype(jnp.finfo(carried_dtype(x.dtype)).dtype)
+    most = float(jnp.finfo(x.dtype).tiny) ** -0.5
+    axes = tuple(range(x.ndim)) if axes is None else axes
+    if not axes:  # an infinite norm stays infinite
+        return jnp.clip(lax.rsqrt(x), 2 * float(jnp.finfo(x.dtype).max) ** -0.5, most)
+    return lax.reduce(lax.rsqrt(x), jnp.asarray(most, x.dtype), lax.min, axes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,13 +125,13 @@ class _Factor:
         rows = range(self.first, self.first + self.level)
         return tuple(i for i in range(self.value.ndim) if i not in rows)
 
-    def largest(self) -> jax.Array:
-        return _largest(self.value, self.others)
+    def scale(self) -> jax.Array:
+        return _scale(self.value, self.others)
 
-    def square(self, size: jax.Array) -> jax.Array:
-        """The sum of squares of each row, divided by a number of its own."""
-        sizes = lax.expand_dims(size, self.others).astype(self.value.dtype)
-        return jnp.sum(jnp.abs(self.value / sizes) ** 2, axis=self.others)
+    def square(self, scale: jax.Array) -> jax.Array:
+        """The sum of squares of each row, times the square of a number of its own."""
+        scales = lax.expand_dims(scale, self.others).astype(self.value.dtype)
+        return jnp.sum(jnp.abs(self.value * scales * scales) ** 2, axis=self.others)
 
 
 def _factors(piece: Piece) -> list[_Factor]:
@@ -127,27 +143,31 @@ def _factors(piece: Piece) -> list[_Factor]:
 def leaf_norms(leaf: Leaf) -> Norms:
     """The norms of the rows of a leaf."""
     if not leaf.pieces:
-        return Norms(jnp.zeros(leaf.rows, leaf.real), jnp.zeros(leaf.rows, leaf.real))
+        return Norms(size=jnp.zeros(leaf.rows, leaf.real))
     by_piece = len(leaf.pieces) == 1 and isometric(leaf.pieces[0].tail)
     if not by_piece and materializes(leaf, leaf):
         found = over_rows(lambda terms: norm(Dense(row(leaf, terms))), leaf, materializes=True)
-        return Norms(found.astype(leaf.real), jnp.ones(leaf.rows, leaf.real))
+        return Norms(size=found.astype(leaf.real))
     factors = [_factors(piece) for piece in leaf.pieces]
-    sizes = [[x.largest() for x in own] for own in factors]
-    products = [_product(leaf, own) for own in sizes]
+    scales = [[x.scale() for x in own] for own in factors]
     if by_piece:
-        (piece,), (own,), (size,), (product,) = leaf.pieces, factors, sizes, products
+        (piece,), (own,), (units,) = leaf.pieces, factors, scales
         if _is_vectors(piece.term):
-            square = _product(leaf, [x.square(y) for x, y in zip(own, size, strict=True)])
+            squares = [x.square(y) for x, y in zip(own, units, strict=True)]
         else:
-            square = over_rows(lambda terms, x: squared_norm(terms[0], x), leaf, size)
-        return Norms(times(product, abs(piece.factor)), square.astype(leaf.real))
-    size = jnp.maximum(reduce(jnp.maximum, products), float(jnp.finfo(leaf.real).tiny))
+            squares = [over_rows(lambda terms, x: squared_norm(terms[0], x), leaf, units)]
+        of_rows = partial(_aligned, leaf=leaf)
+        factor = abs(piece.factor)
+        return Norms(tuple(map(of_rows, units)), tuple(map(of_rows, squares)), factor=factor)
+    # All pieces are divided by the size of the largest.
+    sizes = [prod((1 / _aligned(x, leaf)) ** 2 for x in own) for own in scales]
+    size = jnp.maximum(reduce(jnp.maximum, sizes), float(jnp.finfo(leaf.real).tiny))
     shares = [
-        [*others, _aligned(last, leaf) * (size / x).astype(last.dtype)]
-        for (*others, last), x in zip(sizes, products, strict=True)
+        [*others, _aligned(last, leaf) * jnp.sqrt(x / size)]
+        for (*others, last), x in zip(scales, sizes, strict=True)
     ]
-    return Norms(size, over_rows(lambda terms, x: _squared_sum(leaf, terms, x), leaf, shares))
+    square = over_rows(lambda terms, x: _squared_sum(leaf, terms, x), leaf, shares)
+    return Norms(squares=(square,), size=size)
 
 
 def _is_vectors(term: Term) -> bool:
@@ -157,50 +177,50 @@ def _is_vectors(term: Term) -> bool:
     return pair_count(term) <= 1 and term.shape[0] == 1
 
 
-def _product(leaf: Leaf, numbers: Sequence[jax.Array]) -> jax.Array:
-    """The product of numbers for the rows, or for the examples, or for all: one for each row."""
-    total = prod(_aligned(x, leaf).astype(leaf.real) for x in numbers)
-    return jnp.broadcast_to(total, leaf.rows)
-
-
 def _aligned(x: jax.Array, leaf: Leaf) -> jax.Array:
-    return lax.expand_dims(x, range(x.ndim, len(leaf.rows))) if x.ndim else x
+    """Numbers for the rows, or for the examples, or for all, as one for each row."""
+    missing = range(x.ndim, len(leaf.rows))
+    x = lax.expand_dims(x, missing) if x.ndim else x
+    return jnp.broadcast_to(x.astype(leaf.real), leaf.rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # One row
 
 
-def squared_norm(term: Term, sizes: Sequence[jax.Array]) -> jax.Array:
-    """The squared norm of a row whose factors are divided by some numbers."""
+def squared_norm(term: Term, scales: Sequence[jax.Array]) -> jax.Array:
+    """The squared norm of a row whose factors are multiplied by the squares of some numbers."""
     if _has_large_blocks(term):
         # One block after the other: what is scaled here need not be held for all blocks at once.
         arrays, treedef = jax.tree.flatten(term)
 
         def one(block: list[jax.Array]) -> jax.Array:
-            return squared_norm(jax.tree.unflatten(treedef, [x[None] for x in block]), sizes)
+            return squared_norm(jax.tree.unflatten(treedef, [x[None] for x in block]), scales)
 
         return jnp.sum(lax.map(one, arrays))
     if isinstance(term, Scatter) and term.right.shape[1] > 1:
         term = Dense(collapsed(term).right)
-    term = divided(term, sizes)
+    term = scaled(term, scales)
     if isinstance(term, Dense):
         return jnp.sum(jnp.abs(term.value) ** 2)
     if isinstance(term, Windows):
         return term.squared_norm()
-    products = jnp.real(pairs(term, term))
-    square = jnp.sum(products)
-    if isinstance(term, Scatter) or pair_count(term) <= 1:  # summands of one sign
+    if isinstance(term, Scatter):
+        return jnp.sum(jnp.real(pairs(term, term)))
+    lefts, rights = pair_factors(term, term)
+    square = jnp.sum(jnp.real(lefts * rights))
+    if pair_count(term) <= 1:
         return square
-    count = prod(term.shape) * pair_count(term) ** 2
-    return not_too_small(square, jnp.sum(jnp.abs(products)), count)
+    # Not abs(lefts * rights): XLA on CPUs would keep the products for both sums.
+    absolute = jnp.sum(jnp.abs(lefts) * jnp.abs(rights))
+    return not_too_small(square, absolute, prod(term.shape) * pair_count(term) ** 2)
 
 
 def _squared_sum(
-    leaf: Leaf, terms: Sequence[Term], sizes: Sequence[Sequence[jax.Array]]
+    leaf: Leaf, terms: Sequence[Term], scales: Sequence[Sequence[jax.Array]]
 ) -> jax.Array:
-    """The squared norm of a row of several pieces, their factors divided by some numbers."""
-    units = [divided(term, own) for term, own in zip(terms, sizes, strict=True)]
+    """That of a row of several pieces, their factors multiplied by the squares of some numbers."""
+    units = [scaled(term, own) for term, own in zip(terms, scales, strict=True)]
     square = jnp.real(inner(leaf, units, leaf, units)).astype(leaf.real)
     masses = [times(mass(x), abs(p.factor)) for x, p in zip(units, leaf.pieces, strict=True)]
     total = jnp.sum(jnp.stack([x.astype(leaf.real) for x in masses]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .._chunks import chunk_starts
 from .._tree import carried_dtype
@@ -208,7 +209,7 @@ def _summed(
             total = n if weights is None else jnp.sum(weights)
             block = block * jnp.asarray(total, block.dtype)
     elif isinstance(term, Scatter):  # lines are added in place
-        lines = term.right if weights is None else _weighted(weights, term.right)
+        lines = term.right if weights is None else _weighted(weights, term.right, axis)
         block = jnp.zeros(piece.shape, _terms.dtype_of(term)) if onto is None else onto
         return _terms.add_lines(block, term.index, times(lines.astype(block.dtype), piece.factor))
     else:
@@ -222,6 +223,8 @@ def _contract(weights: jax.Array | None, x: jax.Array, *, axis: int) -> jax.Arra
     dtype = carried_dtype(x.dtype)
     if weights is None:
         return jnp.sum(x, axis=axis, dtype=dtype)
+    if x.size < 2 * LARGE:  # XLA on CPUs takes longer to compile a product with a vector
+        return jnp.sum(_weighted(weights, x, axis), axis=axis)
     return jnp.tensordot(weights.astype(dtype), x.astype(dtype), axes=((0,), (axis,)))
 
 
@@ -242,10 +245,11 @@ def _contract_term(
             return _contract_outer(left, right, weights, precision)
         case Windows(left, right):
             if weights is not None:
-                term = replace(term, right=_weighted(weights, right))
+                term = replace(term, right=_weighted(weights, right, axis))
             return term.summed()
 
 
+SHARED = 8  # how much longer the vectors may be that are scaled for a bias too
 LARGE = 1 << 20  # entries of a block's factors: enough work to make the turns of a loop cheap
 
 
@@ -253,10 +257,12 @@ def _contract_outer(
     left: jax.Array, right: jax.Array, weights: jax.Array | None, precision: Any
 ) -> jax.Array:
     """The sum over rows and pairs: (B, N, T, m) and (B, N, T, n) to (B, m, n)."""
-    if weights is not None and left.shape[-1] < right.shape[-1]:
-        left = _weighted(weights, left)
+    # Of vectors, the right ones: a bias adds up the same.
+    shorter = left.shape[-1] * (SHARED if left.shape[2] == 1 else 1) < right.shape[-1]
+    if weights is not None and shorter:
+        left = _weighted(weights, left, 1)
     elif weights is not None:
-        right = _weighted(weights, right)
+        right = _weighted(weights, right, 1)
     # One contracted axis, as a backward pass has it: XLA copies operands that have two.
     blocks, rows, pairs = left.shape[:3]
     left, right = (x.reshape(blocks, rows * pairs, x.shape[-1]) for x in (left, right))
@@ -265,8 +271,14 @@ def _contract_outer(
     return dot("bzm,bzn->bmn", left, right, precision=precision)
 
 
-def _weighted(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """Blocks (B, N, ...) times weights (N,), carried."""
+def _weighted(weights: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+    """An array times weights along one axis, carried.
+
+    What a weight and a bias have in common has one form here, and is scaled once.
+    """
     dtype = carried_dtype(x.dtype)
-    factors = weights.astype(dtype).reshape(1, -1, *[1] * (x.ndim - 2))
-    return x.astype(dtype) * factors
+    idle = [i for i, n in enumerate(x.shape) if n == 1 and i != axis]
+    y = lax.squeeze(x, idle).astype(dtype)
+    first = axis - sum(i < axis for i in idle)
+    others = [i for i in range(y.ndim) if i != first]
+    return lax.expand_dims(y * lax.expand_dims(weights.astype(dtype), others), idle)

@@ -119,6 +119,12 @@ def inner(x: Term, y: Term) -> jax.Array:
 
 def pairs(x: Term, y: Term) -> jax.Array:
     """<x, y> pair by pair: entry (b, t, s) is the inner product of outer products t and s."""
+    lefts, rights = pair_factors(x, y)
+    return jnp.where(lefts, rights, 0) if lefts.dtype == bool else lefts * rights
+
+
+def pair_factors(x: Term, y: Term) -> tuple[jax.Array, jax.Array]:
+    """The inner products of the left vectors t and s, and of the right ones."""
     match x, y:
         case Outer(), Outer():
             lefts = dot("btm,bsm->bts", x.left.conj(), y.left)
@@ -130,8 +136,7 @@ def pairs(x: Term, y: Term) -> jax.Array:
             lefts = jnp.swapaxes(_columns(y.left, x.index), 1, 2)
         case _:
             raise TypeError(f"no pairs of {type(x).__name__} and {type(y).__name__}")
-    rights = dot("btn,bsn->bts", x.right.conj(), y.right)
-    return jnp.where(lefts, rights, 0) if lefts.dtype == bool else lefts * rights
+    return lefts, dot("btn,bsn->bts", x.right.conj(), y.right)
 
 
 def _columns(left: jax.Array, index: jax.Array) -> jax.Array:
@@ -230,11 +235,11 @@ def _equal_lines(x: Scatter, y: Scatter) -> jax.Array:
     return jnp.sum(_lines(counts, y.index), axis=(1, 2))
 
 
-def divided(term: Term, sizes: Sequence[jax.Array]) -> Term:
-    """The row with each factor divided by a real number, carried."""
+def scaled(term: Term, scales: Sequence[jax.Array]) -> Term:
+    """The row with each factor multiplied by the square of a real number, carried."""
     first, *rest = [
-        x.astype(dtype) / size.astype(dtype)
-        for x, size in zip(term.factors, sizes, strict=True)
+        x.astype(dtype) * scale.astype(dtype) * scale.astype(dtype)
+        for x, scale in zip(term.factors, scales, strict=True)
         for dtype in [carried_dtype(x.dtype)]
     ]
     match term:
