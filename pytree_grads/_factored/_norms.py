@@ -20,6 +20,7 @@ from ._tails import isometric
 from ._terms import Dense, Outer, Scatter, Term, collapsed, pair_count, pair_factors, pairs, scaled
 from ._windows import Windows
 
+FEW = 1 << 19  # entries of factors: the roots of so many take little time
 LARGE_BLOCK = 1 << 13  # entries of factors: enough work to make the turns of a loop cheap
 
 
@@ -88,15 +89,17 @@ def _scale(x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
     """1 / the root of the largest absolute value over some axes, or of the smallest normal number.
 
     A constant to derivatives. To multiply twice by the inverse root is right for all floats: 1 / x
-    of large ones is not a normal number. Were it made from their maximum, XLA on CPUs would compile
-    a loop more.
+    of large ones is not a normal number. Of a maximum it would be one more loop that XLA on CPUs
+    compiles, so that the root comes first where it takes little time.
     """
     x = lax.stop_gradient(jnp.abs(x)).astype(jnp.finfo(carried_dtype(x.dtype)).dtype)
-    most = float(jnp.finfo(x.dtype).tiny) ** -0.5
+    limits = jnp.finfo(x.dtype)
     axes = tuple(range(x.ndim)) if axes is None else axes
-    if not axes:  # an infinite norm stays infinite
-        return jnp.clip(lax.rsqrt(x), 2 * float(jnp.finfo(x.dtype).max) ** -0.5, most)
-    return lax.reduce(lax.rsqrt(x), jnp.asarray(most, x.dtype), lax.min, axes)
+    if axes and x.size < FEW:
+        most = jnp.asarray(float(limits.tiny) ** -0.5, x.dtype)
+        return lax.reduce(lax.rsqrt(x), most, lax.min, axes)
+    largest = jnp.max(x, axis=axes, initial=float(limits.tiny))
+    return lax.rsqrt(jnp.minimum(largest, float(limits.max) / 4))  # infinite norms remain so
 
 
 # --------------------------------------------------------------------------------------------------
