@@ -131,10 +131,11 @@ class TestChainRule:
         def loss(params):
             return outer(jax.vmap(embed, (None, 0))(params, x), params, 0.5, 2.0)
 
-        got = chain_rule_value_and_grad(outer, embed, chunk_size=chunk_size, outer_has_params=True)(
-            params, x, outer_args=(0.5, 2.0)
+        both = chain_rule_value_and_grad(
+            outer, embed, chunk_size=chunk_size, outer_has_params=True
         )
-        assert tree_allclose(got, jax.value_and_grad(loss)(params))
+        got = quick_jit(lambda params, x: both(params, x, outer_args=(0.5, 2.0)))(params, x)
+        assert tree_allclose(got, quick_jit(jax.value_and_grad(loss))(params))
 
     def test_two_towers(self, chunk_size):
         def towers(query, passage, x, y):
@@ -150,20 +151,21 @@ class TestChainRule:
                 jax.random.split(KEY, 4), [(3, 2), (3, 2), (N, 3), (3, N)], strict=True
             )
         )
-        got = chain_rule_grad(
+        grad = chain_rule_grad(
             outer,
             towers,
             (1, 0),
             in_axes=(None, None, 0, -1),
             chunk_size=chunk_size,
             outer_has_params=True,
-        )(query, passage, x, y)
+        )
+        got = quick_jit(grad)(query, passage, x, y)
 
         def loss(passage, query):
             outputs = jax.vmap(towers, (None, None, 0, 1))(query, passage, x, y)
             return outer(outputs, (passage, query))
 
-        assert tree_allclose(got, jax.grad(loss, (0, 1))(passage, query))
+        assert tree_allclose(got, quick_jit(jax.grad(loss, (0, 1)))(passage, query))
 
     @pytest.mark.parametrize("which", ["fun", "outer", "both"])
     def test_auxiliary_data(self, chunk_size, which):
@@ -180,9 +182,10 @@ class TestChainRule:
         largest = jnp.max(jax.vmap(scalar, (None, 0))(params, x))
         aux = {"fun": {"x": x}, "outer": largest, "both": ({"x": x}, largest)}[which]
         options = {"has_aux": inner, "outer_has_aux": outer_aux, "chunk_size": chunk_size}
-        got = chain_rule_value_and_grad(outer, fun, **options)(params, x)
+        got = quick_jit(chain_rule_value_and_grad(outer, fun, **options))(params, x)
         assert tree_allclose(got, ((value, aux), grads))
-        assert tree_allclose(chain_rule_grad(outer, fun, **options)(params, x), (grads, aux))
+        got = quick_jit(chain_rule_grad(outer, fun, **options))(params, x)
+        assert tree_allclose(got, (grads, aux))
 
     def test_complex_and_integer_outputs(self, chunk_size):
         def fun(p, x):
@@ -194,8 +197,8 @@ class TestChainRule:
             return jnp.abs(jnp.sum(picked * outputs["sign"].astype(jnp.complex64))) ** 2
 
         p, x = jnp.complex64(0.3 + 0.1j), jnp.linspace(-1, 2, N).astype(jnp.complex64)
-        got = chain_rule_value_and_grad(outer, fun, chunk_size=chunk_size)(p, x)
-        assert tree_allclose(got, composed(outer, fun)(p, x))
+        got = quick_jit(chain_rule_value_and_grad(outer, fun, chunk_size=chunk_size))(p, x)
+        assert tree_allclose(got, quick_jit(composed(outer, fun))(p, x))
 
     def test_dropout_is_replayed(self, chunk_size):
         """Both passes see the same randomness; a batch norm over the outputs would show it."""
@@ -210,16 +213,15 @@ class TestChainRule:
         def outer(f):
             return jnp.sum((f - f.mean(0, keepdims=True)) ** 4)
 
-        (value, kept), grad = chain_rule_value_and_grad(
-            outer, fun, has_aux=True, chunk_size=chunk_size
-        )(p, x, keys)
+        both = chain_rule_value_and_grad(outer, fun, has_aux=True, chunk_size=chunk_size)
+        (value, kept), grad = quick_jit(both)(p, x, keys)
         masks = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(keys)
         assert tree_allclose(kept, masks.astype(jnp.float32))
 
         def loss(p):
             return outer(jax.vmap(fun, (None, 0, 0))(p, x, keys)[0])
 
-        assert tree_allclose((value, grad), jax.value_and_grad(loss)(p))
+        assert tree_allclose((value, grad), quick_jit(jax.value_and_grad(loss))(p))
 
     def test_a_batched_argument_has_a_batched_gradient(self, chunk_size):
         params, x = problem()
@@ -227,10 +229,9 @@ class TestChainRule:
         def loss(params, x):
             return contrastive(jax.vmap(embed, (None, 1))(params, x))
 
-        got = chain_rule_grad(contrastive, embed, (0, 1), in_axes=(None, 1), chunk_size=chunk_size)(
-            params, x.T
-        )
-        assert tree_allclose(got, jax.grad(loss, (0, 1))(params, x.T))
+        grad = chain_rule_grad(contrastive, embed, (0, 1), in_axes=(None, 1), chunk_size=chunk_size)
+        expected = quick_jit(jax.grad(loss, (0, 1)))(params, x.T)
+        assert tree_allclose(quick_jit(grad)(params, x.T), expected)
 
     def test_a_bfloat16_sum_is_carried(self, chunk_size):
         p, x = jnp.ones(1, jnp.bfloat16), jnp.ones((1000, 1), jnp.bfloat16)

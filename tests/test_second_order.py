@@ -99,8 +99,9 @@ class TestGaussNewton:
         expected["w"] += 2 * 0.3 * v["w"]
         product = gauss_newton_product(
             outer, embed, chunk_size=chunk_size, outer_has_params=True, outer_has_aux=True
-        )(params, x, outer_args=(0.3,))
-        assert tree_allclose(product(v), expected)
+        )
+        got = quick_jit(lambda params, x: product(params, x, outer_args=(0.3,))(v))(params, x)
+        assert tree_allclose(got, expected)
 
     def test_parameters_and_outputs_in_one_term(self, chunk_size, x64):
         """The mixed blocks of H: outer = p · f(p)."""
@@ -139,14 +140,19 @@ class TestGaussNewton:
             in_axes=(None, None, 0, -1, 0),
             has_aux=True,
             chunk_size=chunk_size,
-        )(query, passage, x, y, noise)
+        )
+        got = quick_jit(lambda *args: product(*args)((v, u)))(query, passage, x, y, noise)
 
         def outputs(passage, query):
             return jax.vmap(towers, (None, None, 0, 1, 0))(query, passage, x, y, noise)[0]
 
-        f, df = jax.jvp(outputs, (passage, query), (v, u))
-        _, curved = jax.jvp(jax.grad(outer), (f,), (df,))
-        assert tree_allclose(product((v, u)), jax.vjp(outputs, passage, query)[1](curved))
+        @quick_jit
+        def expected(passage, query):
+            f, df = jax.jvp(outputs, (passage, query), (v, u))
+            _, curved = jax.jvp(jax.grad(outer), (f,), (df,))
+            return jax.vjp(outputs, passage, query)[1](curved)
+
+        assert tree_allclose(got, expected(passage, query))
 
     def test_a_batched_argument(self, chunk_size, x64):
         """By the inputs themselves: each example's own block, coupled by outer."""
@@ -154,16 +160,20 @@ class TestGaussNewton:
         v = jax.random.normal(KEY, x.shape)
         product = gauss_newton_product(
             contrastive, lambda x: embed(params, x), in_axes=1, chunk_size=chunk_size
-        )(x.T)
+        )
+        got = quick_jit(lambda x, v: product(x)(v))(x.T, v.T)
 
         def outputs(x):
             tree = jax.vmap(lambda x: embed(params, x))(x)
             return {"z": tree["z"], "size": tree["size"]}, tree["sign"]
 
-        f, push, sign = jax.linearize(outputs, x, has_aux=True)
-        curved = jax.jvp(jax.grad(lambda f: contrastive({**f, "sign": sign})), (f,), (push(v),))[1]
-        expected = jax.linear_transpose(push, x)(curved)[0]
-        assert tree_allclose(product(v.T), expected.T)
+        @quick_jit
+        def expected(x, v):
+            f, push, sign = jax.linearize(outputs, x, has_aux=True)
+            slopes = jax.grad(lambda f: contrastive({**f, "sign": sign}))
+            return jax.linear_transpose(push, x)(jax.jvp(slopes, (f,), (push(v),))[1])[0]
+
+        assert tree_allclose(got, expected(x, v).T)
 
     def test_no_examples(self, chunk_size):
         params, x, v = problem(0, jnp.float32)
@@ -198,7 +208,8 @@ class TestGaussNewton:
             expected = jax.tree.map(
                 lambda leaf: leaf.astype(jnp.float32), product_with(G, wide[2], unravel)
             )
-        got = gauss_newton_product(contrastive, embed, chunk_size=chunk_size)(params, x)(v)
+        product = gauss_newton_product(contrastive, embed, chunk_size=chunk_size)
+        got = quick_jit(lambda params, x, v: product(params, x)(v))(params, x, v)
         assert tree_allclose(got, expected)
 
     def test_a_bfloat16_sum_is_carried(self, chunk_size):
@@ -215,7 +226,7 @@ class TestGaussNewton:
 class TestFisher:
     def test_equals_the_dense_matrix(self, chunk_size, x64):
         params, x, v = problem()
-        rows = per_example_grad(scalar)(params, x)
+        rows = quick_jit(per_example_grad(scalar))(params, x)
         J = jax.vmap(lambda row: ravel_pytree(row)[0])(rows)
         _, unravel = ravel_pytree(params)
         product = fisher_product(scalar, chunk_size=chunk_size)(params, x)
