@@ -131,9 +131,7 @@ class TestChainRule:
         def loss(params):
             return outer(jax.vmap(embed, (None, 0))(params, x), params, 0.5, 2.0)
 
-        both = chain_rule_value_and_grad(
-            outer, embed, chunk_size=chunk_size, outer_has_params=True
-        )
+        both = chain_rule_value_and_grad(outer, embed, chunk_size=chunk_size, outer_has_params=True)
         got = quick_jit(lambda params, x: both(params, x, outer_args=(0.5, 2.0)))(params, x)
         assert tree_allclose(got, quick_jit(jax.value_and_grad(loss))(params))
 

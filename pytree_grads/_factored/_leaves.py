@@ -138,7 +138,8 @@ def over_rows(
 def _some_at_once(
     fun: Callable[..., Any], in_axes: Any, size: int, at_once: int
 ) -> Callable[..., Any]:
-    if size <= at_once:
+    shared = all(axis is None for axis in jax.tree.leaves(in_axes, is_leaf=lambda x: x is None))
+    if size <= at_once or shared:
         return jax.vmap(fun, in_axes=in_axes, axis_size=size)
 
     def mapped(*args: Any) -> Any:
