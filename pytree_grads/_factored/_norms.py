@@ -60,17 +60,17 @@ def combined(norms: Sequence[Norms]) -> jax.Array:
     Parts are stacked before anything is done to them: XLA on CPUs would compile a loop for each.
     """
     arrays = jax.tree.leaves(norms)
-    dtype, rows = common_dtype(*(x.dtype for x in arrays)), arrays[0].shape
+    dtype, ones = common_dtype(*(x.dtype for x in arrays)), jnp.ones_like(arrays[0])
 
     def stacked(parts: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
-        columns = zip_longest(*parts, fillvalue=jnp.ones(rows, dtype))
+        columns = zip_longest(*parts, fillvalue=ones)
         return [jnp.stack([x.astype(dtype) for x in column]) for column in columns]
 
     own = stacked([() if x.size is None else (x.size,) for x in norms])
     sizes = prod([(1 / x) ** 2 for x in stacked([x.scales for x in norms])] + own)
     if any(x.factor != 1 for x in norms):
         factors = jnp.asarray([x.factor for x in norms], dtype)
-        sizes = sizes * factors.reshape(-1, *[1] * len(rows))
+        sizes = sizes * factors.reshape(-1, *[1] * ones.ndim)
     size = jnp.maximum(jnp.max(lax.stop_gradient(sizes), axis=0), float(jnp.finfo(dtype).tiny))
     scale = lax.rsqrt(size)[None]
     shares = (sizes * scale * scale) ** 2
