@@ -1,7 +1,7 @@
 """Time products with J, the matrix of per-example gradients, against the ordinary gradient.
 
     python benchmarks/per_example.py [--only NAME ...] [--quick] [--products clipped gram ...]
-        [--no-peers] [--no-routes] [--no-depth] [--repeats 5] [--write benchmarks/README.md]
+        [--no-peers] [--no-routes] [--depths [N ...]] [--repeats 5] [--write benchmarks/README.md]
 
 Prints Markdown, and tells what it does meanwhile on the standard error. The ordinary gradient is
 `jax.grad` of the sum of the losses of the batch, which is mapped over with `jax.vmap`; all else is
