@@ -128,7 +128,10 @@ def test_sharded_parameters_are_gathered_once_and_their_sums_scattered(kind, set
     assert names <= {"all-gather", "all-reduce", "reduce-scatter"}, found
     passes = 2 if settings and kind == AxisType.Auto else 1
     assert sum(size for name, size in found if name == "all-gather") == passes * COUNT, found
-    sums = [size for name, size in found if name == "all-reduce" and size > 1]
+    sums = [size for name, size in found if name == "all-reduce"]
+    if passes == 2:  # one number tells XLA that the second pass is taken
+        assert sums.count(1) <= 1, found
+        sums = [size for size in sums if size > 1]
     assert sum(sums) in (0, COUNT), found
 
 

@@ -416,6 +416,8 @@ class TestMemory:
         kept = temporary(clipped_sum(), params, x)
         recomputed = temporary(clipped_sum(recompute=True), params, x)
         assert kept > factors
+        if remat is jax.checkpoint:  # without, the ordinary gradient keeps as much
+            assert recomputed < kept - factors / 3
         # The pass for norms and the one for the sum are not merged: each has freed what it held.
         assert recomputed < 1.1 * temporary(ordinary, params, x)
 
