@@ -194,8 +194,8 @@ def check_matching(
 
     Without `dtypes`, leaves need only be both real or both complex.
     """
-    if jax.tree.structure(expected) != jax.tree.structure(got):
-        path, clause = _structure_difference(expected, got, ())
+    if not _same_structure(expected, got):
+        path, clause = _difference(expected, got, _same_structure)
         raise ValueError(
             f"{located(got_name, path)} does not match {expected_name}"
             f"{jax.tree_util.keystr(path)}: {clause}"
@@ -203,8 +203,8 @@ def check_matching(
     for (path, want), have in zip(
         jax.tree.leaves_with_path(expected), jax.tree.leaves(got), strict=True
     ):
-        alike = want.dtype if dtypes else jnp.iscomplexobj(want)
-        if want.shape == have.shape and alike == (have.dtype if dtypes else jnp.iscomplexobj(have)):
+        kinds = [x.dtype if dtypes else jnp.iscomplexobj(x) for x in (want, have)]
+        if want.shape == have.shape and kinds[0] == kinds[1]:
             continue
         mend = (
             "trees are never broadcast; reshape one of them"
@@ -220,15 +220,11 @@ def check_matching(
 
 def prefix_difference(prefix: PyTree, tree: PyTree) -> tuple[KeyPath, str]:
     """Where `prefix`, which is no prefix of `tree`, first differs from it, and how."""
-    path: KeyPath = ()
-    while True:
-        children, node = _one_level(prefix)
-        others, other = _one_level(tree)
-        if node != other:
-            return path, _node_difference(tree, prefix)
-        pairs = zip(children, others, strict=True)
-        step, prefix, tree = next((key, x, y) for (key, x), (_, y) in pairs if not _is_prefix(x, y))
-        path += step
+    return _difference(tree, prefix, lambda x, y: _is_prefix(y, x))
+
+
+def _same_structure(x: PyTree, y: PyTree) -> bool:
+    return jax.tree.structure(x) == jax.tree.structure(y)
 
 
 def _is_prefix(prefix: PyTree, tree: PyTree) -> bool:
@@ -243,19 +239,19 @@ def _one_level(tree: PyTree) -> tuple[list[tuple[KeyPath, Any]], Any]:
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
 
 
-def _structure_difference(expected: PyTree, got: PyTree, path: KeyPath) -> tuple[KeyPath, str]:
-    """The key path of the first node that differs, and a clause that says how."""
-    expected_children, expected_node = _one_level(expected)
-    got_children, got_node = _one_level(got)
-    if expected_node != got_node:
-        return path, _node_difference(expected, got)
-    pairs = zip(expected_children, got_children, strict=True)
-    key, want, have = next(
-        (key, want, have)
-        for (key, want), (_, have) in pairs
-        if jax.tree.structure(want) != jax.tree.structure(have)
-    )
-    return _structure_difference(want, have, path + key)
+def _difference(
+    expected: PyTree, got: PyTree, alike: Callable[[PyTree, PyTree], bool]
+) -> tuple[KeyPath, str]:
+    """The key path of the first node that differs in two trees not `alike`, and how it does."""
+    path: KeyPath = ()
+    while True:
+        wanted, node = _one_level(expected)
+        found, other = _one_level(got)
+        if node != other:
+            return path, _node_difference(expected, got)
+        pairs = zip(wanted, found, strict=True)
+        key, expected, got = next((key, x, y) for (key, x), (_, y) in pairs if not alike(x, y))
+        path += key
 
 
 def _node_difference(expected: PyTree, got: PyTree) -> str:

@@ -104,6 +104,15 @@ def take(leaf: Leaf, start: Any, size: int) -> Leaf:
     return replace(leaf, pieces=tuple(map(of, leaf.pieces)), size=size)
 
 
+def squeezed(x: jax.Array, axis: int, level: int = 1) -> tuple[jax.Array, int]:
+    """An array without its axes of size 1, but those of rows, and where these begin.
+
+    What a weight and a bias have in common has one form then, and is worked on once.
+    """
+    idle = [i for i, n in enumerate(x.shape) if n == 1 and not axis <= i < axis + level]
+    return jax.lax.squeeze(x, idle), axis - sum(i < axis for i in idle)
+
+
 def widened(leaf: Leaf, dtype: Any) -> Leaf:
     """The same rows, kept and carried in a wider dtype."""
     if leaf.carried == dtype:

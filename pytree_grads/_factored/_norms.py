@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._tree import carried_dtype, common_dtype
-from ._leaves import Leaf, Piece, inner, materializes, over_rows, row, times
+from ._leaves import Leaf, Piece, inner, materializes, over_rows, row, squeezed, times
 from ._tails import isometric
 from ._terms import Dense, Outer, Scatter, Term, collapsed, pair_count, pair_factors, pairs, scaled
 from ._windows import Windows
@@ -108,10 +108,7 @@ def _scale(x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
 
 @dataclass(frozen=True)
 class _Factor:
-    """An array of a term with its axes of rows, from `first` on, and no others of size 1.
-
-    What a weight and a bias have in common has one form then, and is worked on once.
-    """
+    """An array of a term, `squeezed`, with its axes of rows from `first` on."""
 
     value: jax.Array
     first: int
@@ -119,9 +116,8 @@ class _Factor:
 
     @classmethod
     def of(cls, x: jax.Array, axis: int, level: int) -> "_Factor":
-        idle = [i for i, n in enumerate(x.shape) if n == 1 and not axis <= i < axis + level]
-        x = lax.squeeze(x, idle).astype(carried_dtype(x.dtype))
-        return cls(x, axis - sum(i < axis for i in idle), level)
+        x, first = squeezed(x, axis, level)
+        return cls(x.astype(carried_dtype(x.dtype)), first, level)
 
     @property
     def others(self) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from ._leaves import (
     materializes,
     over_rows,
     row,
+    squeezed,
     take,
     times,
 )
@@ -272,13 +273,9 @@ def _contract_outer(
 
 
 def _weighted(weights: jax.Array, x: jax.Array, axis: int) -> jax.Array:
-    """An array times weights along one axis, carried.
-
-    What a weight and a bias have in common has one form here, and is scaled once.
-    """
+    """An array times weights along one axis, carried; scaled once for a weight and its bias."""
     dtype = carried_dtype(x.dtype)
-    idle = [i for i, n in enumerate(x.shape) if n == 1 and i != axis]
-    y = lax.squeeze(x, idle).astype(dtype)
-    first = axis - sum(i < axis for i in idle)
+    y, first = squeezed(x, axis)
     others = [i for i in range(y.ndim) if i != first]
-    return lax.expand_dims(y * lax.expand_dims(weights.astype(dtype), others), idle)
+    product = y.astype(dtype) * lax.expand_dims(weights.astype(dtype), others)
+    return product.reshape(x.shape)
