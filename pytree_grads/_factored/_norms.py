@@ -4,11 +4,12 @@ Factors are divided by about their largest entry in a row before they are square
 taken only once all leaves are added up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import zip_longest
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,21 @@ from jax import lax
 from .._tree import carried_dtype, common_dtype
 from ._leaves import Leaf, Piece, inner, materializes, over_rows, row, squeezed, times
 from ._tails import isometric
-from ._terms import Dense, Outer, Scatter, Term, collapsed, pair_count, pair_factors, pairs, scaled
+from ._terms import (
+    Dense,
+    Outer,
+    Scatter,
+    Term,
+    collapsed,
+    equal_places,
+    pair_count,
+    pair_factors,
+    scaled,
+)
 from ._windows import Windows
 
 FEW = 1 << 19  # entries of factors: the roots of so many take little time
+FEW_LEAVES = 16  # norms of so many are one loop; one of more takes XLA on CPUs long to compile
 LARGE_BLOCK = 1 << 13  # entries of factors: enough work to make the turns of a loop cheap
 
 
@@ -53,30 +65,43 @@ class Norms:
         size = jnp.abs(weight)
         return replace(self, size=size if self.size is None else self.size * size)
 
+    def value(self, dtype: Any) -> jax.Array:
+        """The norms."""
+        own = jax.tree.map(lambda x: x.astype(dtype), self)
+        parts = [(1 / x) ** 2 for x in own.scales]
+        if own.squares:
+            parts.append(safe_sqrt(reduce(jnp.multiply, own.squares)))
+        if own.size is not None:
+            parts.append(own.size)
+        return times(reduce(jnp.multiply, parts), self.factor)
+
 
 def combined(norms: Sequence[Norms]) -> jax.Array:
-    """The norms of rows from those of their leaves.
+    """The norms of rows from those of their leaves."""
+    dtype = common_dtype(*(x.dtype for x in jax.tree.leaves(norms)))
+    lengths: Any
+    if len(norms) <= FEW_LEAVES:
+        lengths = [x.value(dtype) for x in norms]
+        most, total = partial(reduce, jnp.maximum), partial(reduce, jnp.add)
+    else:
+        lengths = _stacked(norms, dtype).value(dtype)
+        most, total = partial(jnp.max, axis=0), partial(jnp.sum, axis=0)
+    limits = jnp.finfo(dtype)
+    size = jnp.clip(lax.stop_gradient(most(lengths)), float(limits.tiny), float(limits.max))
+    return size * safe_sqrt(total(jax.tree.map(lambda x: (x / size) ** 2, lengths)))
 
-    Parts are stacked before anything is done to them: XLA on CPUs would compile a loop for each.
-    """
-    arrays = jax.tree.leaves(norms)
-    dtype, ones = common_dtype(*(x.dtype for x in arrays)), jnp.ones_like(arrays[0])
 
-    def stacked(parts: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
+def _stacked(norms: Sequence[Norms], dtype: Any) -> Norms:
+    """The norms of many leaves, with an axis of leaves in front."""
+    ones = jnp.ones_like(jax.tree.leaves(norms)[0], dtype)
+
+    def stacked(parts: Iterable[Sequence[jax.Array]]) -> tuple[jax.Array, ...]:
         columns = zip_longest(*parts, fillvalue=ones)
-        return [jnp.stack([x.astype(dtype) for x in column]) for column in columns]
+        return tuple(jnp.stack([x.astype(dtype) for x in column]) for column in columns)
 
-    own = stacked([() if x.size is None else (x.size,) for x in norms])
-    sizes = prod([(1 / x) ** 2 for x in stacked([x.scales for x in norms])] + own)
-    if any(x.factor != 1 for x in norms):
-        factors = jnp.asarray([x.factor for x in norms], dtype)
-        sizes = sizes * factors.reshape(-1, *[1] * ones.ndim)
-    size = jnp.maximum(jnp.max(lax.stop_gradient(sizes), axis=0), float(jnp.finfo(dtype).tiny))
-    scale = lax.rsqrt(size)[None]
-    shares = (sizes * scale * scale) ** 2
-    return size * safe_sqrt(
-        jnp.sum(prod(stacked([x.squares for x in norms]), start=shares), axis=0)
-    )
+    scales, squares = stacked(x.scales for x in norms), stacked(x.squares for x in norms)
+    sizes = [times(ones if x.size is None else x.size.astype(dtype), x.factor) for x in norms]
+    return Norms(scales, squares, jnp.stack(sizes))
 
 
 def norm(term: Term) -> jax.Array:
@@ -204,8 +229,9 @@ def squared_norm(term: Term, scales: Sequence[jax.Array]) -> jax.Array:
         return jnp.sum(jnp.abs(term.value) ** 2)
     if isinstance(term, Windows):
         return term.squared_norm()
-    if isinstance(term, Scatter):
-        return jnp.sum(jnp.real(pairs(term, term)))
+    if isinstance(term, Scatter):  # of one vector
+        square = jnp.sum(jnp.abs(term.right) ** 2, axis=(1, 2))
+        return jnp.sum(equal_places(term).astype(square.dtype) * square)
     lefts, rights = pair_factors(term, term)
     square = jnp.sum(jnp.real(lefts * rights))
     if pair_count(term) <= 1:

@@ -224,6 +224,11 @@ def _same_index(x: Scatter, y: Scatter) -> jax.Array:
     return x.index[:, :, None] == others[:, None, :]
 
 
+def equal_places(term: Scatter) -> jax.Array:
+    """How many pairs of its places are the same line: shape (B,)."""
+    return jnp.sum(_same_index(term, term), axis=(1, 2), dtype=dtype_of(term))
+
+
 def _adds_one(term: Term) -> TypeGuard[Scatter]:
     """Whether a row adds one vector to many lines."""
     return isinstance(term, Scatter) and term.right.shape[1] == 1 < pair_count(term)
