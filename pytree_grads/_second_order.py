@@ -143,11 +143,9 @@ def gauss_newton_product(
 
         def product(v: PyTree) -> PyTree:
             """Jᵀ H J v, for a tree like the differentiated argument."""
-            given = (v,) if is_single else tuple(v)
-            expected = batch.primals[0] if is_single else batch.primals
-            tangents = jax.tree.map(jnp.asarray, given)
-            check_matching(expected, tangents[0] if is_single else tangents, "params", "v")
-            tangents = placed_like(tangents, batch.primals)
+            v = jax.tree.map(jnp.asarray, v)
+            check_matching(batch.primals[0] if is_single else batch.primals, v, "params", "v")
+            tangents = placed_like((v,) if is_single else v, batch.primals)
             direct = tangents if outer_has_params else ()
             cotangents, *more = curve(push(tangents), *direct)
             total = _tree.carry(pull(cotangents))

@@ -330,6 +330,10 @@ class TestErrors:
         product = fisher_product(lambda a, b, x: a * b * x, (0, 1))(2.0, 3.0, x[:, 0])
         with pytest.raises(ValueError, match="expected a tuple of length 2, got a tuple of"):
             product((jnp.ones(()),))
+        with pytest.raises(ValueError, match=r"expected a tuple of length 2, got float32\[2\]"):
+            product(jnp.ones(2))
+        with pytest.raises(ValueError, match="expected a tuple of length 2, got a dict"):
+            product({"a": jnp.ones(()), "b": jnp.ones(())})
 
     def test_outputs(self):
         params, x, _ = problem(dtype=jnp.float32)
