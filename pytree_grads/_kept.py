@@ -46,6 +46,10 @@ class Rows:
     uniform: bool = True  # whether the weights are the same for all leaves
     clip: Clip | None = None  # of the weighted rows, waiting
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: not the norms, which belong to a trace."""
+        return {name: x for name, x in self.__dict__.items() if name != "_norms"}
+
     @property
     def params(self) -> PyTree:
         """The differentiated arguments: a tuple where argnums was a sequence."""

@@ -1,5 +1,7 @@
 """How a Jacobian is used: in JAX's transformations, as a pytree, with arguments of every kind."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,10 @@ def loss(p, x):
     h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ p["w"] + p["b"][None], p["deep"])
     last, _ = jax.lax.scan(lambda c, h: (jnp.tanh(c @ p["u"] + h), None), jnp.zeros(7), h)
     return jnp.sum(jnp.sin(last @ p["w"].T)) + jnp.sum(jnp.tanh(h @ p["u"]))
+
+
+def single(p, x):
+    return jnp.tanh(jnp.vdot(p, x))
 
 
 def problem(n=N):
@@ -146,6 +152,14 @@ class TestPytree:
         leaves, treedef = jax.tree.flatten(quick_jit(lambda J: J[2:])(J))
         later = jax.tree.unflatten(treedef, leaves)
         assert tree_allclose(quick_jit(lambda J: J.norms())(later), expected[2:])
+
+    @modes
+    def test_it_is_pickled_before_and_after_its_norms_are_known(self, mode, x64):
+        J = jacobian(single, **mode)(jnp.arange(3.0), jnp.arange(3.0 * N).reshape(N, 3))
+        for _ in range(2):
+            other = pickle.loads(pickle.dumps(J))
+            assert tree_allclose(other.norms(), J.norms())
+            assert tree_allclose(other.clip(0.5).sum(), J.clip(0.5).sum())
 
     def test_equal_calls_have_equal_treedefs(self):
         params, x = problem()
