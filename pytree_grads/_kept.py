@@ -188,7 +188,8 @@ class Rows:
         """Whether a sum of rows that are not kept may be one backward pass in their own dtype."""
         wide = all(carried_dtype(x.dtype) == x.dtype for x in self.primals)
         alike = self.uniform and self.valid is None and self.clip is None
-        return self.leaves is None and len(self.shape) == 1 and wide and alike
+        recomputed = self.leaves is None and not self.one_pass
+        return recomputed and len(self.shape) == 1 and wide and alike
 
     def leaf_norms(self) -> tuple[Norms, ...]:
         """The norms of each leaf's rows, made once for all products in one trace that need them."""

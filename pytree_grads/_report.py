@@ -169,7 +169,7 @@ def _products(rows: "Rows", c: jax.Array) -> tuple[Any, Any, Any, Any]:
         return tuple(matrix.rows()), tuple(combined([x]) for x in matrix.leaf_norms())
 
     stacked, norms = rows.map(of_rows)
-    sums = rows.fold(lambda matrix, c: matrix.weighted_sum(c), c)
+    sums = tuple(jax.tree.leaves(rows.sum(c)))
     squares = rows.fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
     return stacked, norms, sums, squares
 

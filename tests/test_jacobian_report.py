@@ -144,6 +144,21 @@ class TestCheck:
                 2
             )
 
+    @pytest.mark.parametrize("settings", [{}, {"chunk_size": 2}])
+    def test_a_sum_of_recomputed_rows_that_is_not_linear(self, settings):
+        """The one backward pass that makes it is the product that is compared."""
+
+        @jax.custom_vjp
+        def clipped(x):
+            return x
+
+        clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),))
+        J = jacobian(lambda p, x: jnp.sum(clipped(p["w"] * x)), recompute=True, **settings)(
+            {"w": jnp.ones(2)}, jnp.arange(2.0 * N).reshape(N, 2)
+        )
+        with pytest.raises(ValueError, match=re.escape("params['w']: weighted_sum differs")):
+            J.check()
+
     def test_a_bias_without_effect_passes(self):
         """Its gradient is only the rounding of the others."""
 

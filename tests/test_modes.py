@@ -100,6 +100,32 @@ def test_a_clip_that_waits_is_one_pass_over_the_chunks():
     assert loops({"chunk_size": 2, "recompute": True}) == 2
 
 
+@jax.custom_vjp
+def clips_its_cotangent(x):
+    return x
+
+
+clips_its_cotangent.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),))
+
+
+def clipped_backwards(w, x):
+    return jnp.sum(clips_its_cotangent(jnp.tanh(x @ w)) ** 2)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2, 3, N])
+def test_chunks_weigh_rows_and_not_their_cotangents(chunk_size):
+    """A backward pass that is not linear gives the rows, and they are weighed afterwards."""
+    w, x = normal(8, 7, 6), normal(9, N, 7)
+    rows = jax.vmap(jax.grad(clipped_backwards), (None, 0))(w, x)
+    weights = jnp.linspace(-3, 2, N, dtype=rows.dtype)
+    J = jacobian(clipped_backwards, chunk_size=chunk_size)(w, x)
+    assert tree_allclose(J.weighted_sum(weights), jnp.tensordot(weights, rows, 1))
+    bound = jnp.min(J.norms()) / 2
+    units = rows / jnp.linalg.norm(rows, axis=(1, 2), keepdims=True)
+    assert tree_allclose(J.clip(bound).sum(), bound * units.sum(0))
+    J.check()
+
+
 def test_norms_of_a_row_that_leaves_its_trace_are_made_anew():
     """A Jacobian used inside a scan, and after it, holds nothing of the scan's trace."""
     J = jacobian(dense)([jnp.ones((7, 6)), jnp.ones((6, 4))], jnp.ones((6, 7)))
