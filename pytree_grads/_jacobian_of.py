@@ -35,7 +35,8 @@ def jacobian(
     Args:
       fun: the function of one example; returns a real floating-point scalar, array or tree of
         arrays, and with ``has_aux`` a pair of that and auxiliary data. Its effects
-        (``jax.debug.print``) may not take place, or several times: only what is asked is computed.
+        (``jax.debug.print``, ``checkify.check``) may not take place, or several times: only what is
+        asked is computed.
       argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
       in_axes: an int, or a tuple with an entry per positional argument, as in ``jax.vmap``. By
         default None for the differentiated arguments and 0 for all others. Keyword arguments are
