@@ -1,7 +1,7 @@
 """Norms of rows, without overflow or underflow on the way to one that is representable.
 
-Factors are divided by about their largest entry in a row before they are squared, and the root is
-taken only once all leaves are added up.
+Factors are divided by about their largest entry in a row before they are squared, and the norms of
+leaves by the largest of them before theirs are added up.
 """
 
 from collections.abc import Iterable, Sequence
@@ -77,7 +77,11 @@ class Norms:
 
 
 def combined(norms: Sequence[Norms]) -> jax.Array:
-    """The norms of rows from those of their leaves."""
+    """The norms of rows from those of their leaves.
+
+    Parts of many leaves are stacked before anything is done to them: XLA on CPUs would compile a
+    loop for each, or one that holds them all.
+    """
     dtype = common_dtype(*(x.dtype for x in jax.tree.leaves(norms)))
     lengths: Any
     if len(norms) <= FEW_LEAVES:
@@ -231,7 +235,7 @@ def squared_norm(term: Term, scales: Sequence[jax.Array]) -> jax.Array:
         return term.squared_norm()
     if isinstance(term, Scatter):  # of one vector
         square = jnp.sum(jnp.abs(term.right) ** 2, axis=(1, 2))
-        return jnp.sum(equal_places(term).astype(square.dtype) * square)
+        return jnp.sum(equal_places(term) * square)
     lefts, rights = pair_factors(term, term)
     square = jnp.sum(jnp.real(lefts * rights))
     if pair_count(term) <= 1:

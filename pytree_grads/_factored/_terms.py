@@ -114,17 +114,12 @@ def inner(x: Term, y: Term) -> jax.Array:
     if _adds_one(x) and _adds_one(y):
         rights = dot("bn,bn->b", x.right[:, 0].conj(), y.right[:, 0])
         return jnp.sum(_equal_lines(x, y).astype(rights.dtype) * rights)
-    return jnp.sum(pairs(x, y))
-
-
-def pairs(x: Term, y: Term) -> jax.Array:
-    """<x, y> pair by pair: entry (b, t, s) is the inner product of outer products t and s."""
     lefts, rights = pair_factors(x, y)
-    return jnp.where(lefts, rights, 0) if lefts.dtype == bool else lefts * rights
+    return jnp.sum(jnp.where(lefts, rights, 0) if lefts.dtype == bool else lefts * rights)
 
 
 def pair_factors(x: Term, y: Term) -> tuple[jax.Array, jax.Array]:
-    """The inner products of the left vectors t and s, and of the right ones."""
+    """The inner products of the left vectors t and s, and of the right ones: (b, t, s)."""
     match x, y:
         case Outer(), Outer():
             lefts = dot("btm,bsm->bts", x.left.conj(), y.left)
@@ -225,8 +220,8 @@ def _same_index(x: Scatter, y: Scatter) -> jax.Array:
 
 
 def equal_places(term: Scatter) -> jax.Array:
-    """How many pairs of its places are the same line: shape (B,)."""
-    return jnp.sum(_same_index(term, term), axis=(1, 2), dtype=dtype_of(term))
+    """How many pairs of its places are the same line, by comparison of all: real, shape (B,)."""
+    return jnp.sum(_same_index(term, term), axis=(1, 2), dtype=jnp.finfo(dtype_of(term)).dtype)
 
 
 def _adds_one(term: Term) -> TypeGuard[Scatter]:
