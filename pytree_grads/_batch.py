@@ -28,10 +28,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import Tracer
 
 from . import _compat
 from ._axes import argument_specs, checked_axis, common_size, leaf_axes
+from ._canonical import with_canonical_convolutions
 from ._checks import (
     PyTree,
     argument_names,
@@ -263,7 +265,7 @@ def map_chunks(
     def write(rows: PyTree, start: jax.Array) -> tuple[PyTree, None]:
         return jax.tree.map(Place(chunks, start).put, rows, rows_from(start)), None
 
-    return jax.lax.scan(write, written, jnp.asarray(starts))[0]
+    return lax.scan(with_canonical_convolutions(write), written, jnp.asarray(starts))[0]
 
 
 def fold_chunks(
@@ -299,7 +301,7 @@ def fold_chunks(
         place = Place(chunks, start)
         return step(carry, batch.part(place), place), None
 
-    return jax.lax.scan(body, carry, jnp.asarray(starts))[0]
+    return lax.scan(with_canonical_convolutions(body), carry, jnp.asarray(starts))[0]
 
 
 def not_merged(fun: Callable[[], PyTree], other: PyTree, primals: PyTree) -> PyTree:
@@ -314,4 +316,4 @@ def not_merged(fun: Callable[[], PyTree], other: PyTree, primals: PyTree) -> PyT
         return fun()
     top = jnp.max(jnp.real(min(leaves, key=lambda x: x.size)))
     always = jnp.logical_or(top == top, jnp.isnan(top))
-    return jax.lax.cond(always, fun, lambda: other)
+    return lax.cond(always, with_canonical_convolutions(fun), lambda: other)
