@@ -5,6 +5,9 @@ import os
 import hypothesis
 import jax
 import pytest
+from quick import spend_little
+
+spend_little()
 
 # Nothing is promoted or broadcast behind one's back, in the package or in the tests.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

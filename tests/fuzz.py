@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from grammar import N, program
-from quick import quick_jit
+from quick import spend_little
 from routes import factors_kept, is_dense, is_matrix, leaves_of
 from rows import Rows, assert_close
 
@@ -78,7 +78,7 @@ def check(made, seed, mode, count=None):
     v = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape)), params)
     plain = jax.grad if made.outputs is None else jax.jacrev
 
-    @quick_jit
+    @jax.jit
     def of_all(params, x, tokens, c, v):
         auto = products(jacobian(made.fun)(params, x, tokens), c, v)
         with factors_kept():
@@ -132,6 +132,7 @@ def main():
     )
     parser.add_argument("--show", action="store_true", help="print each program")
     options = parser.parse_args()
+    spend_little()
     jax.config.update("jax_enable_x64", True)
     count, failures, start = Count(), [], time.time()
     for seed in range(options.seed, options.seed + options.programs):

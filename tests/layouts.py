@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from quick import quick_jit
 
 from pytree_grads import (
     Accumulator,
@@ -236,7 +235,7 @@ class Layout:
                     out_specs=(P("data"), P()),
                     check_vma=self.manual,
                 )
-            numbers, sums = quick_jit(of)(params, *batch)
+            numbers, sums = jax.jit(of)(params, *batch)
         self.check_places(numbers, sums, specs)
         return numbers, sums
 
@@ -255,7 +254,7 @@ class Layout:
 
 def one_device(call):
     params, *batch = arguments()
-    return quick_jit(lambda *args: call(loss, features, args[0], args[1:], None))(params, *batch)
+    return jax.jit(lambda *args: call(loss, features, args[0], args[1:], None))(params, *batch)
 
 
 LAYOUTS = {

@@ -1,32 +1,28 @@
-"""`jit` for tests: XLA spends little on a program that runs once."""
+"""XLA that spends little on a program, for programs that run once."""
 
-import functools
+import os
+import subprocess
+import sys
 
-import jax
-
-_WISHES = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-
-
-@functools.cache
-def _options():
-    """Those of the wishes that this release of XLA knows."""
-
-    def is_known(name):
-        try:
-            jax.jit(lambda x: x, compiler_options={name: _WISHES[name]}).lower(1.0).compile()
-        except Exception as error:
-            if "No such compile option" not in str(error):
-                raise
-            return False
-        return True
-
-    return {name: _WISHES[name] for name in _WISHES if is_known(name)}
+_FLAGS = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_use_fusion_emitters=false",
+)
 
 
-def quick_jit(fun, **options):
-    return jax.jit(fun, compiler_options=_options(), **options)
+def spend_little() -> None:
+    """For this process and those that it starts; has to come before JAX does."""
+    for flag in _FLAGS:
+        flags = os.environ.get("XLA_FLAGS", "")
+        if flag not in flags and _is_known(flag):
+            os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+
+
+def _is_known(flag: str) -> bool:
+    """Whether this release of XLA knows a flag: it ends the process if not."""
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    return not subprocess.run(
+        command, env={**os.environ, "XLA_FLAGS": flag}, capture_output=True, check=False
+    ).returncode

@@ -11,7 +11,6 @@ from jax import lax
 from jax.extend import core
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from quick import quick_jit
 
 from pytree_grads import chain_rule_grad, jacobian
 from pytree_grads._canonical import with_canonical_convolutions
@@ -85,7 +84,7 @@ def test_a_convolution_and_its_gradients_stay_what_they_are(seed):
         return value, pull(jnp.cos(value))
 
     rewritten = with_canonical_convolutions(with_gradients)
-    got, wanted = quick_jit(lambda *x: (rewritten(*x), with_gradients(*x)))(*operands)
+    got, wanted = jax.jit(lambda *x: (rewritten(*x), with_gradients(*x)))(*operands)
     assert tree_allclose(got, wanted, rtol=1e-12)
     before, after = (
         list(convolutions(jax.make_jaxpr(f)(*operands))) for f in (with_gradients, rewritten)
@@ -141,11 +140,13 @@ def test_the_bodies_of_loops_branches_and_calls_are_rewritten(fun):
     found = list(convolutions(jax.make_jaxpr(rewritten)(KERNEL, IMAGES[0])))
     assert found
     assert all(map(is_canonical, found))
-    got, wanted = quick_jit(lambda *x: (rewritten(*x), fun(*x)))(KERNEL, IMAGES[0])
+    got, wanted = jax.jit(lambda *x: (rewritten(*x), fun(*x)))(KERNEL, IMAGES[0])
     assert tree_allclose(got, wanted, rtol=1e-12)
     if fun is not in_while:  # has no reverse mode
-        gradients = [jax.grad(lambda k, f=f: jnp.sum(f(k, IMAGES[0]) ** 2)) for f in (rewritten, fun)]
-        got, wanted = quick_jit(lambda k: [gradient(k) for gradient in gradients])(KERNEL)
+        gradients = [
+            jax.grad(lambda k, f=f: jnp.sum(f(k, IMAGES[0]) ** 2)) for f in (rewritten, fun)
+        ]
+        got, wanted = jax.jit(lambda k: [gradient(k) for gradient in gradients])(KERNEL)
         assert tree_allclose(got, wanted, rtol=1e-12)
 
 
@@ -208,4 +209,4 @@ def test_chunks_on_every_device(options):
         in_specs=(P(), P("data")),
         out_specs=P(),
     )
-    assert tree_allclose(quick_jit(on_devices)(KERNEL, images), clipped(KERNEL, images), rtol=1e-12)
+    assert tree_allclose(jax.jit(on_devices)(KERNEL, images), clipped(KERNEL, images), rtol=1e-12)

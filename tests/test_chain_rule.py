@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import TraceCounter, clips_cotangent, tree_allclose
-from quick import quick_jit
 
 from pytree_grads import (
     chain_rule_grad,
@@ -132,8 +131,8 @@ class TestChainRule:
             return outer(jax.vmap(embed, (None, 0))(params, x), params, 0.5, 2.0)
 
         both = chain_rule_value_and_grad(outer, embed, chunk_size=chunk_size, outer_has_params=True)
-        got = quick_jit(lambda params, x: both(params, x, outer_args=(0.5, 2.0)))(params, x)
-        assert tree_allclose(got, quick_jit(jax.value_and_grad(loss))(params))
+        got = jax.jit(lambda params, x: both(params, x, outer_args=(0.5, 2.0)))(params, x)
+        assert tree_allclose(got, jax.jit(jax.value_and_grad(loss))(params))
 
     def test_two_towers(self, chunk_size):
         def towers(query, passage, x, y):
@@ -157,13 +156,13 @@ class TestChainRule:
             chunk_size=chunk_size,
             outer_has_params=True,
         )
-        got = quick_jit(grad)(query, passage, x, y)
+        got = jax.jit(grad)(query, passage, x, y)
 
         def loss(passage, query):
             outputs = jax.vmap(towers, (None, None, 0, 1))(query, passage, x, y)
             return outer(outputs, (passage, query))
 
-        assert tree_allclose(got, quick_jit(jax.grad(loss, (0, 1)))(passage, query))
+        assert tree_allclose(got, jax.jit(jax.grad(loss, (0, 1)))(passage, query))
 
     @pytest.mark.parametrize("which", ["fun", "outer", "both"])
     def test_auxiliary_data(self, chunk_size, which):
@@ -180,9 +179,9 @@ class TestChainRule:
         largest = jnp.max(jax.vmap(scalar, (None, 0))(params, x))
         aux = {"fun": {"x": x}, "outer": largest, "both": ({"x": x}, largest)}[which]
         options = {"has_aux": inner, "outer_has_aux": outer_aux, "chunk_size": chunk_size}
-        got = quick_jit(chain_rule_value_and_grad(outer, fun, **options))(params, x)
+        got = jax.jit(chain_rule_value_and_grad(outer, fun, **options))(params, x)
         assert tree_allclose(got, ((value, aux), grads))
-        got = quick_jit(chain_rule_grad(outer, fun, **options))(params, x)
+        got = jax.jit(chain_rule_grad(outer, fun, **options))(params, x)
         assert tree_allclose(got, (grads, aux))
 
     def test_complex_and_integer_outputs(self, chunk_size):
@@ -195,8 +194,8 @@ class TestChainRule:
             return jnp.abs(jnp.sum(picked * outputs["sign"].astype(jnp.complex64))) ** 2
 
         p, x = jnp.complex64(0.3 + 0.1j), jnp.linspace(-1, 2, N).astype(jnp.complex64)
-        got = quick_jit(chain_rule_value_and_grad(outer, fun, chunk_size=chunk_size))(p, x)
-        assert tree_allclose(got, quick_jit(composed(outer, fun))(p, x))
+        got = jax.jit(chain_rule_value_and_grad(outer, fun, chunk_size=chunk_size))(p, x)
+        assert tree_allclose(got, jax.jit(composed(outer, fun))(p, x))
 
     def test_dropout_is_replayed(self, chunk_size):
         """Both passes see the same randomness; a batch norm over the outputs would show it."""
@@ -212,14 +211,14 @@ class TestChainRule:
             return jnp.sum((f - f.mean(0, keepdims=True)) ** 4)
 
         both = chain_rule_value_and_grad(outer, fun, has_aux=True, chunk_size=chunk_size)
-        (value, kept), grad = quick_jit(both)(p, x, keys)
+        (value, kept), grad = jax.jit(both)(p, x, keys)
         masks = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(keys)
         assert tree_allclose(kept, masks.astype(jnp.float32))
 
         def loss(p):
             return outer(jax.vmap(fun, (None, 0, 0))(p, x, keys)[0])
 
-        assert tree_allclose((value, grad), quick_jit(jax.value_and_grad(loss))(p))
+        assert tree_allclose((value, grad), jax.jit(jax.value_and_grad(loss))(p))
 
     def test_a_batched_argument_has_a_batched_gradient(self, chunk_size):
         params, x = problem()
@@ -228,8 +227,8 @@ class TestChainRule:
             return contrastive(jax.vmap(embed, (None, 1))(params, x))
 
         grad = chain_rule_grad(contrastive, embed, (0, 1), in_axes=(None, 1), chunk_size=chunk_size)
-        expected = quick_jit(jax.grad(loss, (0, 1)))(params, x.T)
-        assert tree_allclose(quick_jit(grad)(params, x.T), expected)
+        expected = jax.jit(jax.grad(loss, (0, 1)))(params, x.T)
+        assert tree_allclose(jax.jit(grad)(params, x.T), expected)
 
     def test_a_bfloat16_sum_is_carried(self, chunk_size):
         p, x = jnp.ones(1, jnp.bfloat16), jnp.ones((1000, 1), jnp.bfloat16)
@@ -243,10 +242,10 @@ class TestChainRule:
             return jnp.sqrt(p["a"] * x) + p["b"] * x
 
         # The derivative of sqrt(a x) by x at 0 is infinite; by a it is 0 * inf.
-        by_chunks = quick_jit(
+        by_chunks = jax.jit(
             chain_rule_grad(jnp.sum, fun, (0, 1), in_axes=(None, 0), chunk_size=chunk_size)
         )
-        plain = quick_jit(jax.grad(lambda p, x: jnp.sum(jax.vmap(fun, (None, 0))(p, x)), (0, 1)))
+        plain = jax.jit(jax.grad(lambda p, x: jnp.sum(jax.vmap(fun, (None, 0))(p, x)), (0, 1)))
         p = {"a": jnp.float32(1), "b": jnp.float32(2)}
         for bad in (0.0, -1.0, np.inf):  # an infinite derivative, a NaN, an infinite output
             for i in range(N):
@@ -271,23 +270,21 @@ class TestChainRule:
         grad = chain_rule_grad(contrastive, embed, chunk_size=chunk_size)
         reference = jax.grad(lambda p, x: composed(contrastive, embed)(p, x)[0])
         many = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
-        pairs = (
-            quick_jit(jax.vmap(gradient, (0, None)))(many, x) for gradient in (grad, reference)
-        )
+        pairs = (jax.jit(jax.vmap(gradient, (0, None)))(many, x) for gradient in (grad, reference))
         assert tree_allclose(*pairs)
 
         def descend(gradient):
             def step(p, _):
                 return jax.tree.map(lambda p, g: p - 0.01 * g, p, gradient(p, x)), None
 
-            return quick_jit(lambda p: jax.lax.scan(step, p, length=3)[0])(params)
+            return jax.jit(lambda p: jax.lax.scan(step, p, length=3)[0])(params)
 
         assert tree_allclose(descend(grad), descend(reference))
 
         def square(gradient):
             return jax.grad(lambda p: sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient(p, x))))
 
-        got, expected = (quick_jit(square(gradient))(params) for gradient in (grad, reference))
+        got, expected = (jax.jit(square(gradient))(params) for gradient in (grad, reference))
         assert tree_allclose(got, expected, rtol=1e-4)
 
 
@@ -344,7 +341,11 @@ def test_dropout_gives_the_same_bits_in_both_passes():
     keys = jax.random.split(KEY, 4)
     p = {"w": jax.random.normal(keys[0], (3, 16)), "v": jax.random.normal(keys[1], (16, 2))}
     x = jax.random.normal(keys[2], (N, 3))
-    both = chain_rule_value_and_grad(variance_of_rows, fun, chunk_size=3)
+    # Compiled as usual: with little effort, two copies of one tanh may differ in their last bit.
+    both = jax.jit(
+        chain_rule_value_and_grad(variance_of_rows, fun, chunk_size=3),
+        compiler_options={"xla_backend_optimization_level": 3},
+    )
     jax.block_until_ready(both(p, x, jax.random.split(keys[3], N), jnp.arange(N)))
     jax.effects_barrier()
     assert sorted(seen) == list(range(N))
@@ -393,7 +394,7 @@ def test_bfloat16_parameters_are_as_exact_as_their_dtype():
     def spread(outputs):
         return variance(outputs["size"].astype(jnp.float32)) / 64
 
-    got = quick_jit(chain_rule_grad(spread, embed, chunk_size=5))(params, x)
+    got = jax.jit(chain_rule_grad(spread, embed, chunk_size=5))(params, x)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, x))
     exact = composed(spread, embed)(*wide)[1]
     for name, leaf in got.items():

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import MODELS, N
-from quick import quick_jit
 from routes import factors_kept, is_dense, is_matrix, leaves_of
 from rows import PRODUCTS, Given, Rows, assert_close, expected, products
 
@@ -46,7 +45,7 @@ def problem(model):
     """`(fun, params, batch, rows, given)` in float64."""
     fun, params, batch = built(model, "float64")
     rows = Rows.from_tree(
-        quick_jit(jax.vmap(jax.grad(fun), (None, *[0] * len(batch))))(params, *batch)
+        jax.jit(jax.vmap(jax.grad(fun), (None, *[0] * len(batch))))(params, *batch)
     )
     return fun, params, batch, rows, Given.draw(rows, params)
 
@@ -54,7 +53,7 @@ def problem(model):
 def compare(model, names, **mode):
     fun, params, batch, rows, given = problem(model)
 
-    @quick_jit
+    @jax.jit
     def of_all(params, given, *batch):
         return products(jacobian(fun, **mode)(params, *batch), given, names)
 
@@ -104,7 +103,7 @@ def test_single_precision(model):
         want = expected(rows, given, SINGLES)
         given = jax.tree.map(_narrow, given)
 
-    @quick_jit
+    @jax.jit
     def of_all(params, given, *batch):
         rows = jax.vmap(jax.grad(fun), (None, *[0] * len(batch)))(params, *batch)
         return products(jacobian(fun)(params, *batch), given, SINGLES), rows

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import equations, tree_allclose
-from quick import quick_jit
 from rows import Rows
 
 from pytree_grads import jacobian
@@ -50,7 +49,7 @@ class TestRowsThatAreNotFinite:
         x = x.at[3, 0, 2].set(bad)
         good = np.array([0, 1, 2, 4])
 
-        @quick_jit
+        @jax.jit
         def of(params, x, tokens):
             J = jacobian(network, **mode)(params, x, tokens)
             safe = J.clip(0.9, nan_safe=True)
@@ -78,7 +77,7 @@ class TestRowsThatAreNotFinite:
     def test_an_infinite_row_makes_an_infinite_sum(self, chunk_size):
         """Wherever it is: in two chunks, with a weight of 0 in one of them, it would be NaN."""
 
-        @quick_jit
+        @jax.jit
         def of(x):
             J = jacobian(lambda p, x: jnp.sqrt(p - x), chunk_size=chunk_size, recompute=True)
             return J(jnp.ones(()), x).sum(), J(jnp.ones(()), x).weighted_sum(jnp.full(N, 2.0))
@@ -95,7 +94,7 @@ class TestRowsThatAreNotFinite:
         params, x, _ = problem()
         args = params, x[:, 0], jnp.array([1.0, 2.0, 1e30, 3.0, 4.0])
 
-        @quick_jit
+        @jax.jit
         def of(*args):
             J = jacobian(pair, **mode)(*args).clip(1e9, nan_safe=True)
             return J.sum()["w"], J.norms()
@@ -117,7 +116,7 @@ class TestSizes:
         def scaled(p, x, tokens, scale):
             return network(p, x, tokens) * scale
 
-        @quick_jit
+        @jax.jit
         def of(*args):
             J = jacobian(scaled, **mode)(*args)
             own = {"w": scale, "b": 1.0, "table": 2 * scale, "v": 0.5}
@@ -153,7 +152,7 @@ class TestSizes:
         def f(p, x, scale):
             return jnp.sum(x @ p["w"] * scale) + p["b"]
 
-        @quick_jit
+        @jax.jit
         def of(x):
             params = {"w": jnp.ones((4, 4)), "b": jnp.zeros(())}
             J = jacobian(f, **mode)(params, x, jnp.sqrt(entries))
@@ -173,7 +172,7 @@ class TestSizes:
     @modes
     @pytest.mark.parametrize("entry", [3.2e38, 1.3e-38])
     def test_norms_whose_inverse_is_no_normal_number(self, mode, entry):
-        @quick_jit
+        @jax.jit
         def of(x):
             vectors = jacobian(lambda p, x: jnp.sum(p * x), **mode)(jnp.zeros(999), x)
             pairs = jacobian(lambda p, x: jnp.sum(x.reshape(3, 333) @ p), **mode)(jnp.zeros(333), x)
@@ -192,7 +191,7 @@ class TestSizes:
         params = {"w": jnp.ones((9, 9)), "v": jnp.zeros((9, 9))}
         x = jnp.ones((N, 2, 9)).at[1].set(0)
 
-        @quick_jit
+        @jax.jit
         @jax.value_and_grad
         def of(params):
             J = jacobian(f, **mode)(params, x)
@@ -204,8 +203,8 @@ class TestSizes:
 
     def test_a_bound_of_zero_and_of_infinity(self):
         args = problem()
-        J = quick_jit(jacobian(network))(*args)
-        nothing, everything = quick_jit(lambda J: (J.clip(0.0).sum(), J.clip(jnp.inf).sum()))(J)
+        J = jax.jit(jacobian(network))(*args)
+        nothing, everything = jax.jit(lambda J: (J.clip(0.0).sum(), J.clip(jnp.inf).sum()))(J)
         assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(nothing))
         assert tree_allclose(everything, total(stacked(*args), slice(None)))
 
@@ -245,7 +244,7 @@ def test_rows_that_cancel_keep_the_guarantee_of_clip(fun, dtype, left, mode):
     a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
     params = {"w": jnp.zeros((width, width), dtype), "probe": jnp.float32(0)}
 
-    @quick_jit
+    @jax.jit
     def of(params, a, b, bound):
         J = jacobian(fun, **mode)(params, a, b)
         clipped = J.clip(bound).to_rows()
@@ -275,7 +274,7 @@ def test_parts_whose_factors_lie_far_apart_keep_the_guarantee_of_clip(fun, far, 
     a, b = jnp.asarray(a * sizes, jnp.float32), jnp.asarray(b / sizes, jnp.float32)
     params = {"w": jnp.zeros((33, 33)), "probe": jnp.float32(0)}
 
-    @quick_jit
+    @jax.jit
     def of(params, a, b):
         J = jacobian(fun, **mode)(params, a, b)
         return J.norms(), J.clip(1.0).to_rows()["w"]
@@ -291,7 +290,7 @@ def test_norms_err_little_where_parts_cancel_little():
     rng = np.random.default_rng(2)
     a, b = (jnp.asarray(rng.standard_normal((200, 8, 65)), jnp.float32) for _ in range(2))
     params = {"w": jnp.zeros((65, 65)), "probe": jnp.float32(0)}
-    norms = quick_jit(lambda *args: jacobian(probed)(*args).norms())(params, a, b)
+    norms = jax.jit(lambda *args: jacobian(probed)(*args).norms())(params, a, b)
     exact = np.einsum("nti,ntj->nij", np.asarray(a, np.float64), np.asarray(b, np.float64))
     np.testing.assert_allclose(norms, np.linalg.norm(exact, axis=(1, 2)), rtol=2e-6)
 
@@ -313,13 +312,13 @@ class TestSketch:
                 jax.tree.structure(params), [e.reshape(-1, *p.shape) for e, p in parts]
             )
 
-        @quick_jit
+        @jax.jit
         def of(params, x, tokens):
             J = jacobian(network, **mode)(params, x, tokens)
             return J.sketch(key, dim), J[2:4].sketch(key, dim), J.sketch(KEYS[0], dim), J.to_rows()
 
         basis = unflat(np.eye(size))
-        projection = quick_jit(lambda p, e: jacobian(linear)(p, e).sketch(key, dim))(params, basis)
+        projection = jax.jit(lambda p, e: jacobian(linear)(p, e).sketch(key, dim))(params, basis)
         np.testing.assert_allclose(np.abs(projection), dim**-0.5)
         assert abs(np.mean(np.sign(projection))) < 5 / np.sqrt(projection.size)
         sketches, some, others, rows = of(params, x, tokens)
@@ -336,7 +335,7 @@ class TestSketch:
         x = jax.random.normal(KEYS[0], (N, 9))
         z = jax.lax.complex(*jax.random.normal(KEYS[1], (2, N, 20)))
 
-        @quick_jit
+        @jax.jit
         def of(params, x, z):
             J = jacobian(f)(params, x, z)
             one = jax.vmap(lambda key: J.sketch(key, 32))(jax.random.split(KEYS[2], 200))
@@ -372,7 +371,7 @@ def test_rows_in_float32_where_float64_is_the_default(mode, x64):
     params, x, tokens = problem()
     params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
 
-    @quick_jit
+    @jax.jit
     def of(params, x, tokens):
         J = jacobian(network, **mode)(params, x, tokens)
         c = jnp.arange(N) / 3
@@ -389,7 +388,7 @@ def test_rows_in_float32_where_float64_is_the_default(mode, x64):
 def test_a_gramian_has_the_wider_dtype_on_either_side(mode, narrow, x64):
     params, x, tokens = jax.tree.map(_wide, problem())
 
-    @quick_jit
+    @jax.jit
     def of(params, x, tokens):
         J = jacobian(network, **mode)(params, x, tokens)
         small, y = jax.tree.map(lambda a: a.astype(narrow), (params, x[:3]))

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tree_allclose
-from quick import quick_jit
 
 from pytree_grads import jacobian, value_and_jacobian
 from pytree_grads._factored._leaves import Leaf
@@ -81,7 +80,7 @@ def test_products(fun, mode, x64):
     v = rng.standard_normal(matrix.shape[2])
     bound = float(np.median(np.linalg.norm(matrix, axis=2)))
 
-    @quick_jit
+    @jax.jit
     def products(params, x, c, s, v):
         outputs, J = value_and_jacobian(fun, **mode)(params, x)
         return {
@@ -130,12 +129,12 @@ def test_products(fun, mode, x64):
 def test_the_gramian_is_the_empirical_tangent_kernel(x64):
     params, x = problem()
     _, matrix = dense(array_out, params, x)
-    J = quick_jit(jacobian(array_out))(params, x)
-    kernel = quick_jit(lambda J: J.gram(J[:2]))(J)
+    J = jax.jit(jacobian(array_out))(params, x)
+    kernel = jax.jit(lambda J: J.gram(J[:2]))(J)
     expected = np.einsum("ikp,jlp->ikjl", matrix, matrix[:2]).reshape(N, 2, 3, 2, 2, 3)
     assert tree_allclose(kernel, expected)
-    scalars = quick_jit(jacobian(lambda p, x: jnp.sum(array_out(p, x))))(params, x)
-    assert tree_allclose(quick_jit(lambda I, J: I @ J.T)(scalars, J), expected_cross(matrix))
+    scalars = jax.jit(jacobian(lambda p, x: jnp.sum(array_out(p, x))))(params, x)
+    assert tree_allclose(jax.jit(lambda I, J: I @ J.T)(scalars, J), expected_cross(matrix))
     assert J.shape == (N, 2, 3, matrix.shape[2])
     assert len(J) == N
 
@@ -147,7 +146,7 @@ def expected_cross(matrix):
 def test_the_gramian_of_a_tree_of_outputs_is_a_tree_of_trees(x64):
     params, x = problem()
     _, matrix = dense(tree_out, params, x)
-    kernel = quick_jit(lambda p, x: jacobian(tree_out)(p, x).gram())(params, x)
+    kernel = jax.jit(lambda p, x: jacobian(tree_out)(p, x).gram())(params, x)
     full = np.einsum("ikp,jlp->ikjl", matrix, matrix)
     assert kernel["flat"]["flat"].shape == (N, 5, N, 5)
     assert tree_allclose(kernel["flat"]["nested"][0], full[:, :5, :, 5])
@@ -175,8 +174,8 @@ def test_one_output_in_an_array_is_not_a_scalar(x64):
         J = jacobian(fun)(params, x)
         return J.norms(), J.gram()
 
-    norms, gram = quick_jit(lambda: of(one))()
-    expected, expected_gram = quick_jit(lambda: of(lambda p, x: one(p, x)[0]))()
+    norms, gram = jax.jit(lambda: of(one))()
+    expected, expected_gram = jax.jit(lambda: of(lambda p, x: one(p, x)[0]))()
     assert tree_allclose(norms, expected[:, None])
     assert tree_allclose(gram, expected_gram[:, None, :, None])
 
@@ -185,7 +184,7 @@ def test_one_output_in_an_array_is_not_a_scalar(x64):
 def test_no_examples(mode):
     params, x = problem()
 
-    @quick_jit
+    @jax.jit
     def of(params, x):
         J = jacobian(array_out, **mode)(params, x)
         return J, J.norms(), J.gram(), J.sum()

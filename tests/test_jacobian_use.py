@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import CompilationCounter, TraceCounter, tree_allclose
-from quick import quick_jit
 
 from pytree_grads import Vector, jacobian, value_and_jacobian
 
@@ -49,7 +48,7 @@ def norms_of(p, x):
     return np.linalg.norm(_matrix(p, x), axis=1)
 
 
-_matrix = quick_jit(matrix)
+_matrix = jax.jit(matrix)
 
 
 def small(p, x):
@@ -69,13 +68,13 @@ class TestTransformations:
         params, x = problem()
         many = jax.tree.map(lambda p: jnp.stack([p, 0.5 * p]), params)
 
-        @quick_jit
+        @jax.jit
         @jax.vmap
         def of(p):
             J = jacobian(loss, **mode)(p, x)
             return J.norms(), J.gram(), J.clip(0.5).sum(), J @ p
 
-        @quick_jit
+        @jax.jit
         @jax.vmap
         def plain(p):
             J = matrix(p, x)
@@ -108,8 +107,8 @@ class TestTransformations:
         def penalty(p):
             return ours(jacobian(loss, **mode)(p, x))
 
-        got = quick_jit(jax.value_and_grad(penalty))(params)
-        assert tree_allclose(got, quick_jit(jax.value_and_grad(plain))(params))
+        got = jax.jit(jax.value_and_grad(penalty))(params)
+        assert tree_allclose(got, jax.jit(jax.value_and_grad(plain))(params))
 
     def test_forward_and_second_derivatives_of_norms(self, x64):
         params, x = problem()
@@ -123,8 +122,8 @@ class TestTransformations:
         def hessian_vector(fun):
             return jax.jvp(jax.grad(jax.checkpoint(fun)), (params,), (params,))
 
-        got = quick_jit(lambda: hessian_vector(ours))()
-        assert tree_allclose(got, quick_jit(lambda: hessian_vector(plain))())
+        got = jax.jit(lambda: hessian_vector(ours))()
+        assert tree_allclose(got, jax.jit(lambda: hessian_vector(plain))())
 
     @modes
     def test_a_training_loop_in_a_scan(self, mode, x64):
@@ -135,7 +134,7 @@ class TestTransformations:
                 grads = gradient(p, jnp.roll(x, i, axis=0)[:3])
                 return jax.tree.map(lambda p, g: p - 0.1 * g, p, grads), None
 
-            return quick_jit(lambda p: jax.lax.scan(step, p, jnp.arange(3))[0])(params)
+            return jax.jit(lambda p: jax.lax.scan(step, p, jnp.arange(3))[0])(params)
 
         ours = train(jax.checkpoint(lambda p, x: jacobian(loss, **mode)(p, x).clip(0.5).sum()))
         assert tree_allclose(ours, train(lambda p, x: clipped(rows(p, x), 0.5)))
@@ -145,13 +144,13 @@ class TestPytree:
     @modes
     def test_it_leaves_jit_and_enters_again(self, mode, x64):
         params, x = problem()
-        J = quick_jit(jacobian(loss, **mode))(params, x)
+        J = jax.jit(jacobian(loss, **mode))(params, x)
         assert (J.shape, len(J)) == ((N, 3 * 7 + 7 + 2 * 49 + 49), N)
         expected = norms_of(params, x)
-        assert tree_allclose(quick_jit(lambda J: J.clip(1e9).norms())(J), expected)
-        leaves, treedef = jax.tree.flatten(quick_jit(lambda J: J[2:])(J))
+        assert tree_allclose(jax.jit(lambda J: J.clip(1e9).norms())(J), expected)
+        leaves, treedef = jax.tree.flatten(jax.jit(lambda J: J[2:])(J))
         later = jax.tree.unflatten(treedef, leaves)
-        assert tree_allclose(quick_jit(lambda J: J.norms())(later), expected[2:])
+        assert tree_allclose(jax.jit(lambda J: J.norms())(later), expected[2:])
 
     @modes
     def test_it_is_pickled_before_and_after_its_norms_are_known(self, mode, x64):
@@ -171,8 +170,8 @@ class TestPytree:
     def test_a_stack_of_jacobians(self, mode, x64):
         params, x = problem()
         many = jax.tree.map(lambda p: jnp.stack([p, 0.5 * p]), params)
-        stack = quick_jit(jax.vmap(lambda p: jacobian(loss, **mode)(p, x)))(many)
-        got = quick_jit(jax.vmap(lambda J: J.norms()))(stack)
+        stack = jax.jit(jax.vmap(lambda p: jacobian(loss, **mode)(p, x)))(many)
+        got = jax.jit(jax.vmap(lambda J: J.norms()))(stack)
         expected = jax.vmap(lambda p: jnp.linalg.norm(matrix(p, x), axis=1))(many)
         assert tree_allclose(got, expected)
 
@@ -182,7 +181,7 @@ class TestPytree:
         def step(J, s):
             return J.scale(jnp.full(N, s)), J.norms()
 
-        @quick_jit
+        @jax.jit
         def of(params, x):
             start = jacobian(loss)(params, x).scale(jnp.ones(N))
             return jax.lax.scan(step, start, jnp.array([2.0, 3.0, 0.5]))[1]
@@ -196,7 +195,7 @@ class TestPytree:
         params, x = problem()
         parts = slice(1, 4), slice(None, -2), slice(3, 99), slice(4, 2), slice(-3, None)
 
-        @quick_jit
+        @jax.jit
         def of(params, x):
             J = jacobian(small, **mode)(params, x).scale(jnp.arange(1.0, N + 1))
             return [J[part].norms() for part in parts], J[1:4][1:].norms()
@@ -222,7 +221,7 @@ class TestArguments:
         options = {"in_axes": axes, "has_aux": True, **mode}
         J, other_aux = jacobian(affine, argnums, **options)(p, x, q, shift=shift)
 
-        @quick_jit
+        @jax.jit
         def of(p, x, q, shift):
             (outputs, aux), J = value_and_jacobian(affine, argnums, **options)(p, x, q, shift=shift)
             return outputs, aux, J.to_rows(), J.sum(), J @ J.sum(), J.gram().sum(1)
@@ -267,7 +266,7 @@ class TestArguments:
     def test_closures_over_traced_values(self, mode, x64):
         params, x = problem()
 
-        @quick_jit
+        @jax.jit
         def of(p, temperature):
             return jacobian(lambda p, x: loss(p, x) * temperature, **mode)(p, x).norms()
 
@@ -279,7 +278,7 @@ class TestArguments:
     def test_no_example_and_one(self, mode, n, x64):
         params, x = problem(n)
 
-        @quick_jit
+        @jax.jit
         def of(params, x):
             outputs, J = value_and_jacobian(small, **mode)(params, x)
             sums = J.sum(), J.weighted_sum(jnp.ones(n)), J.clip(1e9, nan_safe=True).sum(), J.mean()
@@ -297,7 +296,7 @@ class TestArguments:
 
     def test_a_vector_is_a_direction(self, x64):
         params, x = problem()
-        J = quick_jit(jacobian(small))(params, x)
+        J = jax.jit(jacobian(small))(params, x)
         assert tree_allclose(J @ Vector(params), J @ params)
         assert tree_allclose(J.T @ np.arange(N), J.weighted_sum(jnp.arange(float(N))))
 
@@ -314,7 +313,7 @@ class TestDtypes:
         p = {"w": jax.random.normal(keys[0], (3, 5), dtype), "b": jnp.zeros(5, dtype)}
         x = jax.random.normal(keys[1], (N, 4, 3), dtype)
 
-        @quick_jit
+        @jax.jit
         def of(p, x):
             J = jacobian(f, **mode)(p, x)
             return J.norms(), J.gram(), J.sum(), J.to_rows()
@@ -350,7 +349,7 @@ class TestDtypes:
         }
         x = jax.random.normal(KEY, (N, 3), float)
 
-        @quick_jit
+        @jax.jit
         def of(p, x):
             J = jacobian(f, **mode)(p, x)
             return J.to_rows(), J.norms(), J.gram(), J.sum(), J.clip(1.0).sum()

@@ -6,7 +6,6 @@ import numpy as np
 from helpers import tree_allclose
 from hypothesis import given
 from hypothesis import strategies as st
-from quick import quick_jit
 
 from pytree_grads import (
     Vector,
@@ -172,7 +171,7 @@ def outer(outputs):
 def test_rows_go_with_their_examples_and_chunks_do_not_matter(problem):
     params, x, chunk_size, order = problem
 
-    @quick_jit
+    @jax.jit
     def of(params, x, permuted):
         return (
             jax.vmap(jax.value_and_grad(model), (None, 0))(params, x),
@@ -193,7 +192,7 @@ def test_the_chain_rule_has_one_result(problem):
     def loss(params, x):
         return outer(jax.vmap(model, (None, 0))(params, x))
 
-    @quick_jit
+    @jax.jit
     def of(params, x, permuted):
         chain_rules = [
             chain_rule_value_and_grad(outer, model, chunk_size=k)(params, batch)

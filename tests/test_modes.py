@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import clips_cotangent, tree_allclose
-from quick import quick_jit
 
 from pytree_grads import jacobian
 
@@ -71,7 +70,7 @@ def products(fun, settings):
             "norms first": (known.norms(), known.clip(0.2).sum()),
         }
 
-    return quick_jit(of)
+    return jax.jit(of)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from helpers import TraceCounter, tree_allclose
 from jax.flatten_util import ravel_pytree
-from quick import quick_jit
 
 from pytree_grads import (
     Vector,
@@ -64,7 +63,7 @@ def dense_gauss_newton(outer, fun, params, x):
     def flat_outputs(flat):
         return ravel_pytree({name: outputs(flat)[name] for name in inexact})[0]
 
-    @quick_jit
+    @jax.jit
     def matrix(flat):
         J = jax.jacrev(flat_outputs)(flat)
         H = jax.hessian(lambda f: outer({**unravel_outputs(f), **fixed}))(flat_outputs(flat))
@@ -100,7 +99,7 @@ class TestGaussNewton:
         product = gauss_newton_product(
             outer, embed, chunk_size=chunk_size, outer_has_params=True, outer_has_aux=True
         )
-        got = quick_jit(lambda params, x: product(params, x, outer_args=(0.3,))(v))(params, x)
+        got = jax.jit(lambda params, x: product(params, x, outer_args=(0.3,))(v))(params, x)
         assert tree_allclose(got, expected)
 
     def test_parameters_and_outputs_in_one_term(self, chunk_size, x64):
@@ -141,12 +140,12 @@ class TestGaussNewton:
             has_aux=True,
             chunk_size=chunk_size,
         )
-        got = quick_jit(lambda *args: product(*args)((v, u)))(query, passage, x, y, noise)
+        got = jax.jit(lambda *args: product(*args)((v, u)))(query, passage, x, y, noise)
 
         def outputs(passage, query):
             return jax.vmap(towers, (None, None, 0, 1, 0))(query, passage, x, y, noise)[0]
 
-        @quick_jit
+        @jax.jit
         def expected(passage, query):
             f, df = jax.jvp(outputs, (passage, query), (v, u))
             _, curved = jax.jvp(jax.grad(outer), (f,), (df,))
@@ -161,13 +160,13 @@ class TestGaussNewton:
         product = gauss_newton_product(
             contrastive, lambda x: embed(params, x), in_axes=1, chunk_size=chunk_size
         )
-        got = quick_jit(lambda x, v: product(x)(v))(x.T, v.T)
+        got = jax.jit(lambda x, v: product(x)(v))(x.T, v.T)
 
         def outputs(x):
             tree = jax.vmap(lambda x: embed(params, x))(x)
             return {"z": tree["z"], "size": tree["size"]}, tree["sign"]
 
-        @quick_jit
+        @jax.jit
         def expected(x, v):
             f, push, sign = jax.linearize(outputs, x, has_aux=True)
             slopes = jax.grad(lambda f: contrastive({**f, "sign": sign}))
@@ -209,7 +208,7 @@ class TestGaussNewton:
                 lambda leaf: leaf.astype(jnp.float32), product_with(G, wide[2], unravel)
             )
         product = gauss_newton_product(contrastive, embed, chunk_size=chunk_size)
-        got = quick_jit(lambda params, x, v: product(params, x)(v))(params, x, v)
+        got = jax.jit(lambda params, x, v: product(params, x)(v))(params, x, v)
         assert tree_allclose(got, expected)
 
     def test_a_bfloat16_sum_is_carried(self, chunk_size):
@@ -226,7 +225,7 @@ class TestGaussNewton:
 class TestFisher:
     def test_equals_the_dense_matrix(self, chunk_size, x64):
         params, x, v = problem()
-        rows = quick_jit(per_example_grad(scalar))(params, x)
+        rows = jax.jit(per_example_grad(scalar))(params, x)
         J = jax.vmap(lambda row: ravel_pytree(row)[0])(rows)
         _, unravel = ravel_pytree(params)
         product = fisher_product(scalar, chunk_size=chunk_size)(params, x)
@@ -252,7 +251,7 @@ class TestFisher:
         expected = fisher_product(scalar)(params, x)
         product = fisher_product(scalar, chunk_size=chunk_size)(params, x)
         many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), v)
-        got, plain = (quick_jit(jax.vmap(matvec))(many) for matvec in (product, expected))
+        got, plain = (jax.jit(jax.vmap(matvec))(many) for matvec in (product, expected))
         assert tree_allclose(got, plain)
 
         def curvature(params):
@@ -262,8 +261,8 @@ class TestFisher:
         def slopes(params):
             return jax.jvp(lambda p: jax.vmap(scalar, (None, 0))(p, x), (params,), (v,))[1]
 
-        direct = quick_jit(jax.grad(lambda params: jnp.mean(slopes(params) ** 2)))(params)
-        assert tree_allclose(quick_jit(jax.grad(curvature))(params), direct, rtol=1e-10)
+        direct = jax.jit(jax.grad(lambda params: jnp.mean(slopes(params) ** 2)))(params)
+        assert tree_allclose(jax.jit(jax.grad(curvature))(params), direct, rtol=1e-10)
 
 
 def test_the_fisher_matrix_of_a_model_is_gauss_newton_of_its_likelihood(x64):
@@ -284,7 +283,7 @@ def test_the_fisher_matrix_of_a_model_is_gauss_newton_of_its_likelihood(x64):
     got = gauss_newton_product(nll, logits)(params, x)(v)
     odds = jax.nn.softmax(jax.vmap(logits, (None, 0))(params, x))
     expected = Vector(jax.tree.map(jnp.zeros_like, v))
-    of_one = quick_jit(lambda x, label: fisher_product(log_likelihood)(params, x, label)(v))
+    of_one = jax.jit(lambda x, label: fisher_product(log_likelihood)(params, x, label)(v))
     for i in range(N):
         for label in range(4):
             expected += odds[i, label] / N * Vector(of_one(x[i : i + 1], jnp.array([label])))

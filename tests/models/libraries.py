@@ -6,7 +6,6 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from quick import quick_jit
 
 from ._table import N, model
 
@@ -33,7 +32,7 @@ ATTENTION = "['params']['MultiHeadDotProductAttention_0']"
 def flax_linen(draw):
     tokens = draw.ints(7, N, 4)
     net = _Linen()
-    params = _as_default(quick_jit(net.init)(KEY, tokens[0]))
+    params = _as_default(jax.jit(net.init)(KEY, tokens[0]))
     return lambda p, tokens: jnp.sum(jnp.sin(net.apply(p, tokens))), params, (tokens,)
 
 
@@ -53,7 +52,7 @@ class _LinenScan(nn.Module):
 def flax_linen_scan_and_remat(draw):
     x = draw(N, 3, 4)
     net = _LinenScan()
-    params = _as_default(quick_jit(net.init)(KEY, x[0].astype("float32")))
+    params = _as_default(jax.jit(net.init)(KEY, x[0].astype("float32")))
     return lambda p, x: jnp.sum(jnp.sin(net.apply(p, x))), params, (x,)
 
 
@@ -111,5 +110,5 @@ def haiku(draw):
 
     net = hk.without_apply_rng(hk.transform(forward))
     tokens = draw.ints(7, N, 4)
-    params = _as_default(quick_jit(net.init)(KEY, tokens[0]))
+    params = _as_default(jax.jit(net.init)(KEY, tokens[0]))
     return lambda p, tokens: jnp.sum(jnp.sin(net.apply(p, tokens))), params, (tokens,)
