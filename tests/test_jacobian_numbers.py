@@ -201,6 +201,25 @@ class TestSizes:
         assert value == 0
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slope))
 
+    @modes
+    def test_a_leaf_of_one_entry_with_derivative_zero(self, mode):
+        """Where there is one entry, its scale is that of nothing but itself."""
+        params = {"w": jnp.ones(3), "one": jnp.ones((1, 1))}
+
+        def of_steps(params, x):
+            def step(carry, x):
+                return jnp.tanh(params["one"] @ carry + x @ params["w"]), carry
+
+            last, carries = jax.lax.scan(step, jnp.zeros(1), x)
+            return jnp.stack([jnp.sum(last), jnp.sum(carries[1])])  # by "one": only the first
+
+        x = jnp.linspace(-1.0, 1.0, N * 6).reshape(N, 2, 3)
+        norms = jax.jit(lambda *args: jacobian(of_steps, **mode)(*args).norms())(params, x)
+        rows = jax.vmap(jax.jacrev(of_steps), (None, 0))(params, x)
+        assert not rows["one"][:, 1].any()
+        squares = [jnp.sum(r.reshape(N, 2, -1) ** 2, -1) for r in jax.tree.leaves(rows)]
+        assert tree_allclose(norms, jnp.sqrt(sum(squares)), rtol=1e-6)
+
     def test_a_bound_of_zero_and_of_infinity(self):
         args = problem()
         J = jax.jit(jacobian(network))(*args)

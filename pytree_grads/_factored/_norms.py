@@ -125,8 +125,8 @@ def _scale(x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
     limits = jnp.finfo(x.dtype)
     axes = tuple(range(x.ndim)) if axes is None else axes
     if axes and x.size < FEW:
-        most = jnp.asarray(float(limits.tiny) ** -0.5, x.dtype)
-        return lax.reduce(lax.rsqrt(x), most, lax.min, axes)
+        # Not a start of `lax.reduce`, which XLA drops where all axes have size 1.
+        return jnp.min(lax.rsqrt(x), axis=axes, initial=float(limits.tiny) ** -0.5)
     largest = jnp.max(x, axis=axes, initial=float(limits.tiny))
     return lax.rsqrt(jnp.minimum(largest, float(limits.max) / 4))  # infinite norms remain so
 
