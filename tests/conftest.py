@@ -1,5 +1,6 @@
 """The strictness under which every test runs, set once and before JAX starts."""
 
+import gc
 import os
 
 import hypothesis
@@ -7,7 +8,9 @@ import jax
 import pytest
 from quick import spend_little
 
+# Programs of tests run once. Tracing makes many objects that stay, which to look through takes long.
 spend_little()
+gc.set_threshold(100_000, 20, 100)
 
 # Nothing is promoted or broadcast behind one's back, in the package or in the tests.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

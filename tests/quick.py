@@ -14,15 +14,14 @@ _FLAGS = (
 
 def spend_little() -> None:
     """For this process and those that it starts; has to come before JAX does."""
-    for flag in _FLAGS:
-        flags = os.environ.get("XLA_FLAGS", "")
-        if flag not in flags and _is_known(flag):
-            os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+    given = os.environ.get("XLA_FLAGS", "")
+    if _FLAGS[0] not in given:
+        choices = (" ".join([given, *_FLAGS[:n]]).strip() for n in range(len(_FLAGS), -1, -1))
+        os.environ["XLA_FLAGS"] = next(filter(_are_known, choices))
 
 
-def _is_known(flag: str) -> bool:
-    """Whether this release of XLA knows a flag: it ends the process if not."""
+def _are_known(flags: str) -> bool:
+    """Whether this release of XLA knows some flags: it ends the process if not."""
     command = [sys.executable, "-c", "import jax; jax.devices()"]
-    return not subprocess.run(
-        command, env={**os.environ, "XLA_FLAGS": flag}, capture_output=True, check=False
-    ).returncode
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    return not subprocess.run(command, env=environment, capture_output=True, check=False).returncode
