@@ -294,6 +294,22 @@ class TestArguments:
         assert tree_allclose(squares, jax.tree.map(jnp.square, expected))
         assert tree_allclose(stacked, jax.tree.map(lambda g: g[None][:n], expected))
 
+    @modes
+    def test_sequences_of_no_steps(self, mode):
+        """Nothing is added up: a factor that is the same at all steps has no first one."""
+
+        def of_lines(p, words):
+            numbers = jax.lax.GatherDimensionNumbers((1,), (0,), (0,))
+            return jnp.sum(jax.lax.gather(p, words[:, None], numbers, (1, 2)))
+
+        p, x, words = jnp.ones((3, 2)), jnp.ones((N, 0, 3)), jnp.zeros((N, 0), "int32")
+        for J in (
+            jacobian(lambda p, x: jnp.sum(x @ p), **mode)(p, x),
+            jacobian(of_lines, **mode)(p, words),
+        ):
+            numbers = J.norms(), J.gram(), J @ p, J.sum(), J.square_sum(), J.to_rows()
+            assert not any(np.any(a) for a in numbers)
+
     def test_a_vector_is_a_direction(self, x64):
         params, x = problem()
         J = jax.jit(jacobian(small))(params, x)

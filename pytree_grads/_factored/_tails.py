@@ -162,7 +162,8 @@ _ELEMENTWISE = {
 
 def same_along(atom: Atom) -> frozenset[int]:
     """The axes along which an array is known to repeat its entries, as a broadcast does."""
-    return _same_along(atom, {}, 16)
+    same = _same_along(atom, {}, 16)  # also along axes of size 0, which have none to repeat
+    return frozenset(i for i in same if atom.aval.shape[i])
 
 
 def _same_along(atom: Atom, known: dict[Atom, frozenset[int]], depth: int) -> frozenset[int]:
