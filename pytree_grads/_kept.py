@@ -14,7 +14,7 @@ from ._checks import PyTree
 from ._clip import Clip
 from ._compat import trace_state
 from ._factored._leaves import Leaf
-from ._factored._matrix import Matrix
+from ._factored._matrix import Matrix, product
 from ._factored._norms import Norms
 from ._factored._plan import Route
 from ._sharding import AxisName, device_count, in_auto, layout, sum_over, without, zeros
@@ -175,7 +175,7 @@ class Rows:
         """The sum of the rows times c: a tree like the parameters, in their dtypes."""
         if self._can_pull_back:
             ones = jnp.ones(self.shape) if c is None else c
-            own = ones if self.weights is None else ones * self.weights[0].astype(ones.dtype)
+            own = ones if self.weights is None else product(ones, self.weights[0])
             sums = self.source.pull_back(own, alone=self.weights is not None)
             return self.like_params(sum_over(sums, self.axis_name))
         sums = self.fold(lambda matrix, c: matrix.weighted_sum(c), c)

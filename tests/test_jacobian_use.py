@@ -351,6 +351,19 @@ class TestDtypes:
         assert tree_allclose(J.sum(), jnp.full(2, 1000, jnp.bfloat16))
 
     @modes
+    def test_numbers_per_row_in_narrow_dtypes(self, mode, x64):
+        """They meet other numbers per row in float32, or in the wider dtype of those."""
+        x = jnp.linspace(1, 2, 3 * N, dtype=float).reshape(N, 3)
+        J = jacobian(lambda p, x: jnp.sum(p * x), **mode)(jnp.ones(3, float), x)
+        ones, large = jnp.ones(N, jnp.float16), jnp.full(N, 300, jnp.float16)
+        least = J.clip(1e-9)
+        assert tree_allclose(least.weighted_sum(ones), least.sum())
+        assert tree_allclose(least.scale(ones).sum(), least.sum())
+        assert tree_allclose(least.scale(jnp.ones(N, jnp.float32)).sum(), least.sum())
+        assert tree_allclose(J.scale(large).scale(large).sum(), 9e4 * J.sum())
+        assert tree_allclose(J.scale(large).weighted_sum(large), 9e4 * J.sum())
+
+    @modes
     def test_leaves_of_several_dtypes(self, mode, x64):
         def f(p, x):
             hidden = jnp.tanh(x.astype(jnp.float32) @ p["single"]).astype(float) @ p["double"]

@@ -38,7 +38,7 @@ class Matrix:
     def scaled(self, factors: Sequence[jax.Array]) -> "Matrix":
         """The rows times numbers of their own, for each leaf."""
         if self.weights is not None:
-            factors = [f * w.astype(f.dtype) for f, w in zip(factors, self.weights, strict=True)]
+            factors = [product(f, w) for f, w in zip(factors, self.weights, strict=True)]
         return replace(self, weights=tuple(factors))
 
     def only(self, valid: jax.Array) -> "Matrix":
@@ -130,6 +130,12 @@ class Matrix:
         weights = None if self.weights is None else tuple(map(cut, self.weights))
         valid = None if self.valid is None else cut(self.valid)
         return Matrix(tuple(take(leaf, start, size) for leaf in self.leaves), weights, valid)
+
+
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The product of two numbers for each row, carried."""
+    dtype = common_dtype(x.dtype, y.dtype)
+    return x.astype(dtype) * y.astype(dtype)
 
 
 def _leading(x: jax.Array, ndim: int) -> jax.Array:
