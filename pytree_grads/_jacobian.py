@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -50,6 +51,8 @@ class Jacobian:
     _rows: Rows
     _outputs: Outputs
 
+    __array_ufunc__ = None  # NumPy arrays leave operators to us
+
     def __len__(self) -> int:
         return self._rows.shape[0]
 
@@ -59,11 +62,12 @@ class Jacobian:
         outputs = self._outputs
         is_array = jax.tree_util.treedef_is_leaf(outputs.treedef)
         middle = outputs.shapes[0] if is_array else (outputs.count,)
-        return (len(self), *middle, sum(x.size for x in self._rows.primals))
+        return (len(self), *middle, sum(map(prod, self._rows.param_shapes)))
 
     def __repr__(self) -> str:
         kept = "recomputed" if self._rows.leaves is None else "factored"
-        return f"Jacobian(shape={self.shape}, leaves={len(self._rows.primals)}, rows {kept})"
+        text = f"Jacobian(shape={self.shape}, leaves={len(self._rows.param_shapes)}, rows {kept})"
+        return f"a stack of {text}" if self._rows.is_stack else text
 
     def __getitem__(self, index: slice) -> "Jacobian":
         """The rows of a slice of examples, with step 1."""
@@ -102,6 +106,9 @@ class Jacobian:
         check_matching(self._rows.params, v, "the parameters", "v", dtypes=False)
         vectors = jax.tree.leaves(v)
         return self._outputs.expand(self._rows.map(Matrix.apply, vectors))
+
+    def __rmatmul__(self, c: Any) -> PyTree:
+        raise TypeError(f"{describe(c)} @ J is not defined: J.T @ c is the weighted sum of rows")
 
     def weighted_sum(self, c: PyTree) -> PyTree:
         """The weighted sum of rows, Jᵀ c = Σᵢ cᵢ Jᵢ, at the cost of one ordinary gradient.
@@ -299,6 +306,8 @@ class TransposedJacobian:
     """Jᵀ, as it stands in ``J.T @ c`` and ``J @ other.T``."""
 
     T: Jacobian
+
+    __array_ufunc__ = None
 
     def __matmul__(self, c: PyTree) -> PyTree:
         """Jᵀ c, the weighted sum of rows."""

@@ -135,8 +135,9 @@ def _make(
             outputs = Outputs.of(factored.output_avals)
             leaves = factored.leaves
             values, aux = factored.outputs, factored.aux
-        shape = outputs.rows(batch.size)
-        made = Jacobian(Rows(source, leaves, shape, not recompute, axis_name), outputs)
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch.primals))
+        rows = Rows(source, leaves, outputs.rows(batch.size), shapes, not recompute, axis_name)
+        made = Jacobian(rows, outputs)
         if with_outputs:
             return ((values, aux) if has_aux else values), made
         return (made, aux) if has_aux else made

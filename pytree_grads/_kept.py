@@ -25,7 +25,7 @@ from ._tree import carried_dtype
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["source", "leaves", "weights", "valid", "clip"],
-    meta_fields=["shape", "one_pass", "axis_name", "uniform"],
+    meta_fields=["shape", "param_shapes", "one_pass", "axis_name", "uniform"],
 )
 @dataclass(frozen=True)
 class Rows:
@@ -39,6 +39,7 @@ class Rows:
     source: Source
     leaves: tuple[Leaf, ...] | None
     shape: tuple[int, ...]
+    param_shapes: tuple[tuple[int, ...], ...]  # of the parameters' leaves: of one J, in a stack too
     one_pass: bool = False
     axis_name: AxisName = None
     weights: tuple[jax.Array, ...] | None = None  # of rows, for each leaf
@@ -61,6 +62,18 @@ class Rows:
         return jax.tree.leaves(self.params)
 
     @property
+    def is_stack(self) -> bool:
+        """Whether these are the rows of several Jacobians, as they leave `jax.vmap`."""
+        return tuple(x.shape for x in self.primals) != self.param_shapes
+
+    def _require_one(self) -> None:
+        if self.is_stack:
+            raise ValueError(
+                "this is a stack of Jacobians, as jax.vmap returns it, and products are those of "
+                "one: map them, as in jax.vmap(lambda J: J.norms())(stack)"
+            )
+
+    @property
     def count(self) -> int:
         """How many rows there are on all devices along `axis_name`."""
         return prod(self.shape) * device_count(self.axis_name)
@@ -75,6 +88,7 @@ class Rows:
 
     def taken(self, start: int, size: int) -> "Rows":
         """The rows of `size` examples from `start` on."""
+        self._require_one()
         cut = Matrix(self.leaves or (), self.weights, self.valid).taken(start, size)
         return replace(
             self,
@@ -128,6 +142,7 @@ class Rows:
 
     def each(self, fun: Callable[[Matrix], PyTree], route: Route = "auto") -> PyTree:
         """The same for a function that sees to layouts by itself."""
+        self._require_one()
         if self.leaves is not None:
             return fun(self._matrix)
         return self.source.map(lambda m: fun(self._clip(m)), self.weights, self.valid, route)
@@ -158,6 +173,7 @@ class Rows:
         dtype: Callable[[Any], Any] = lambda dtype: dtype,
     ) -> list[jax.Array]:
         """`fun` of the rows, which gives sums over them: arrays like the leaves, carried."""
+        self._require_one()
         own = in_auto(fun, [layout(x) for x in self.primals])
         if self.leaves is not None:
             return sum_over(own(self._matrix, extra), self.axis_name)
@@ -173,6 +189,7 @@ class Rows:
 
     def sum(self, c: jax.Array | None) -> PyTree:
         """The sum of the rows times c: a tree like the parameters, in their dtypes."""
+        self._require_one()
         if self._can_pull_back:
             ones = jnp.ones(self.shape) if c is None else c
             own = ones if self.weights is None else product(ones, self.weights[0])

@@ -280,6 +280,10 @@ ERRORS = {
         ValueError,
         "argument other['w'] does not match the parameters['w']: expected float32[2], got complex",
     ),
+    "c @ J": (lambda: jnp.ones(N) @ J, TypeError, "float32[5] @ J is not defined: J.T @ c is the"),
+    "c of the host @ J": (lambda: np.ones(N) @ J, TypeError, "float64[5] @ J is not defined"),
+    "a scalar of the host": (lambda: np.float32(2) * J, TypeError, "unsupported operand type(s)"),
+    "v of the host @ J.T": (lambda: np.ones(N) @ J.T, TypeError, "unsupported operand type(s)"),
     "J.T @ J": (lambda: J.T @ J, TypeError, "use J.square_sum() for its diagonal"),
     "negative bound": (
         lambda: J.clip(-1.0),

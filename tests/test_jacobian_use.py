@@ -175,6 +175,28 @@ class TestPytree:
         expected = jax.vmap(lambda p: jnp.linalg.norm(matrix(p, x), axis=1))(many)
         assert tree_allclose(got, expected)
 
+    @modes
+    def test_a_stack_says_what_it_is_and_gives_no_products(self, mode):
+        """Of two axes of one size, a product would take one for the other."""
+        params, x = jnp.ones((N, 3)), jnp.arange(3.0 * N).reshape(N, 3)
+        stack = jax.vmap(lambda p: jacobian(single, **mode)(p, x))(params)
+        one = jax.tree.map(lambda leaf: leaf[0], stack)
+        assert repr(one) == repr(jacobian(single, **mode)(params[0], x))
+        assert repr(stack) == f"a stack of {one!r}"
+        products = (
+            lambda J: J.sum(),
+            lambda J: J.square_sum(),
+            lambda J: J.norms(),
+            lambda J: J.clip(1.0).sum(),
+            lambda J: J.scale(jnp.ones(N)).to_rows(),
+            lambda J: J @ params,
+            lambda J: J.gram(),
+            lambda J: J[1:3],
+        )
+        for product in products:
+            with pytest.raises(ValueError, match="stack of Jacobians"):
+                product(stack)
+
     def test_it_crosses_a_scan(self, x64):
         params, x = problem()
 
