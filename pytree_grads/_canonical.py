@@ -50,10 +50,13 @@ def _rewritten_equation(equation: core.JaxprEqn) -> core.JaxprEqn:
 
 
 def _with_rewritten(value: Any) -> Any:
-    """A parameter of an equation: the body of a loop, the branches of a condition, or no jaxpr."""
+    """A parameter of an equation: the body of a loop, the branches of a condition, or another.
+
+    The parts of a linear solver stay as they are: they have names, and must fit one another.
+    """
     if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
         return _rewritten(value)
-    if isinstance(value, tuple) and all(isinstance(x, core.ClosedJaxpr) for x in value):
+    if type(value) is tuple and all(isinstance(x, core.ClosedJaxpr) for x in value):
         branches = tuple(map(_rewritten, value))
         return value if all(map(operator.is_, branches, value)) else branches
     return value

@@ -159,6 +159,26 @@ def test_a_function_without_convolutions_is_the_same_program():
     assert str(got) == str(wanted)
 
 
+def test_a_linear_solver_stays_as_it_is():
+    def blurred(kernel, image):
+        return 3 * image + filtered(kernel, image)
+
+    def sharpened(kernel, image):
+        return jax.scipy.sparse.linalg.cg(lambda x: blurred(kernel, x), image, maxiter=5)[0]
+
+    def loss(kernel, image):
+        return jnp.sum(sharpened(kernel, image) ** 2)
+
+    kernel = jnp.zeros((2, 2, 3, 3)).at[:, :, 1, 1].set(jnp.eye(2) / 4)
+    got, wanted = jax.jit(
+        lambda kernel: (
+            jacobian(loss, chunk_size=3)(kernel, IMAGES).to_rows(),
+            jax.vmap(jax.grad(loss), (None, 0))(kernel, IMAGES),
+        )
+    )(kernel)
+    assert tree_allclose(got, wanted, rtol=1e-12)
+
+
 def test_a_function_is_traced_once():
     traces = []
 
