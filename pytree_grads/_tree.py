@@ -157,12 +157,13 @@ def summing_error(name: str, tree: PyTree) -> TypeError | None:
         if is_inexact(leaf) or is_float0(leaf):
             continue
         mend = "leave it out of the tree (eqx.filter, eqx.partition, or a dict without it)"
-        if not (is_array(leaf) or isinstance(leaf, int)):
-            kind = "not an array"
-        elif jnp.issubdtype(getattr(leaf, "dtype", int), jax.dtypes.prng_key):
+        dtype = leaf.dtype if is_array(leaf) else type(leaf)
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             kind = "an array of PRNG keys"
-        else:
+        elif any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, np.bool_)):
             kind, mend = "an integer or boolean", f"cast it with optax.tree.cast, or {mend}"
+        else:
+            kind = "not an array of numbers" if is_array(leaf) else "not an array"
         return TypeError(
             f"{located(name, path)} is {kind} ({describe(leaf)}), and only real or complex "
             f"floating-point leaves can be combined: {mend}"

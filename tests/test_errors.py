@@ -477,6 +477,16 @@ TABLE = {
         "argument rows[1]['w'] does not match the rows of the first output['w']: expected "
         "float32[2], got float32[3]",
     ),
+    "rows of text": (
+        assembled(jnp.ones(5), {"w": np.array(["a"] * 5)}),
+        TypeError,
+        "argument rows['w'] is not an array of numbers (str32[5])",
+    ),
+    "rows of objects": (
+        lambda: linear_combination([1.0], [{"w": np.array([1.0, None])}]),
+        TypeError,
+        "argument trees[0]['w'] is not an array of numbers (object[2])",
+    ),
     "integer rows": (
         assembled(jnp.ones(5), {"w": jnp.ones((5, 2), int)}),
         TypeError,
