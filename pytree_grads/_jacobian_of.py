@@ -46,7 +46,8 @@ def jacobian(
         not divide N.
       recompute: keep nothing between products. Norms are taken where rows arise (inside the body
         of a scan over layers), and a weighted sum is one vector-Jacobian product: its weights go
-        through every ``jax.custom_vjp`` in ``fun``, which has to be linear in its cotangent.
+        through every ``jax.custom_vjp`` in ``fun``, which has to be linear in its cotangent, and
+        through its dtypes: in float16, weights of 1e-6 lose digits and those of 1e-9 are zero.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which sums of rows (``sum``,
         ``mean``, ``weighted_sum``, ``square_sum``) are those of all devices. By default they are
         those of the rows on the device; norms and all else per row always are.
