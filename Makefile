@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DIST ?= dist
 # worksteal: neighbours run in one process, which has compiled much of what they need.
-TEST_FLAGS ?= --cov -n 2 --dist worksteal
+TEST_FLAGS ?= -n 2 --dist worksteal
 
 .PHONY: demo test lint types wheel clean
 
