@@ -8,7 +8,7 @@ import jax
 import pytest
 from quick import spend_little
 
-# Programs of tests run once. Tracing makes many objects that stay, and looking through them is slow.
+# Programs of tests run once; tracing makes many objects that stay, and looking at them takes long.
 spend_little()
 gc.set_threshold(100_000, 20, 100)
 
