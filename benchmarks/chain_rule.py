@@ -1,6 +1,6 @@
 """Time and memory of the chain rule in chunks against the ordinary gradient of the composed loss.
 
-    python benchmarks/chain_rule.py [--chunks 16 32 64 128 256] [--seconds 4]
+    python benchmarks/chain_rule.py [--only NAME ...] [--chunks 16 32 64 128 256] [--seconds 4]
 
 The loss is contrastive, so it couples all examples and no average over microbatches has its
 gradient. What is compared is timed in the same run, call by call in turn; a quotient of two times
@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _images import conv
 from _layers import Draw, dense, layer_norm, norm_params
 from _measure import (
     Program,
@@ -62,6 +63,18 @@ def mlp(n: int, widths: Sequence[int]) -> Encoder:
     draw = Draw("chain rule mlp")
     params = [draw.dense(a, b) for a, b in pairwise(widths)]
     return Encoder(f"MLP {'-'.join(map(str, widths))}, N = {n:,}", fun, params, draw(n, widths[0]))
+
+
+def conv_net(n: int, channels: Sequence[int] = (1, 16, 32)) -> Encoder:
+    def fun(params, x):
+        for w in params["convs"]:
+            x = jax.nn.gelu(conv(x, w, stride=2))
+        return dense(params["out"], x.reshape(-1))
+
+    draw = Draw("chain rule conv net")
+    convs = [draw.weight(5, 5, a, b) for a, b in pairwise(channels)]
+    params = {"convs": convs, "out": draw.dense(7 * 7 * channels[-1], 64)}
+    return Encoder(f"conv net 28×28, N = {n:,}", fun, params, draw(n, 28, 28, 1))
 
 
 def transformer(n: int, t: int = 32, d: int = 128, layers: int = 2) -> Encoder:
@@ -156,13 +169,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chunks", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--examples", type=int, nargs=2, default=[1024, 512], metavar="N",
-                        help="of the MLPs and of the transformer (%(default)s)")  # fmt: skip
+                        help="of the networks of vectors and images, and of the transformer "
+                        "(%(default)s)")  # fmt: skip
+    parser.add_argument("--only", nargs="+", default=[""], help="encoders by their first letters")
     parser.add_argument("--seconds", type=float, default=4.0, help="an encoder (%(default)s)")
     options = parser.parse_args(argv)
     rows = []
     flat, sequences = options.examples
-    for encoder in (mlp(flat, SHALLOW), mlp(flat, DEEP), transformer(sequences)):
-        rows += rows_of(encoder, options.chunks, options.seconds)
+    encoders = mlp(flat, SHALLOW), mlp(flat, DEEP), conv_net(flat), transformer(sequences)
+    for encoder in encoders:
+        if encoder.name.startswith(tuple(options.only)):
+            rows += rows_of(encoder, options.chunks, options.seconds)
     print(f"{environment()}.\n")
     print(markdown_table(HEADER, rows))
 
