@@ -81,8 +81,7 @@ def by_route(problem: Problem, product: str, route: Any) -> Callable[..., Any]:
         source = Source(problem.fun, batch, has_aux=False, chunk_size=None, many=False)
         made = source.factor(batch, route)
         outputs = Outputs.of(made.output_avals)
-        shapes = tuple(x.shape for x in jax.tree.leaves(batch.primals))
-        J = Jacobian(Rows(source, made.leaves, outputs.rows(batch.size), shapes), outputs)
+        J = Jacobian(Rows.of(source, made.leaves, outputs.rows(batch.size)), outputs)
         return _product_of(J, problem, product)
 
     return run

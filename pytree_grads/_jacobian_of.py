@@ -136,8 +136,8 @@ def _make(
             outputs = Outputs.of(factored.output_avals)
             leaves = factored.leaves
             values, aux = factored.outputs, factored.aux
-        shapes = tuple(x.shape for x in jax.tree.leaves(batch.primals))
-        rows = Rows(source, leaves, outputs.rows(batch.size), shapes, not recompute, axis_name)
+        shape = outputs.rows(batch.size)
+        rows = Rows.of(source, leaves, shape, one_pass=not recompute, axis_name=axis_name)
         made = Jacobian(rows, outputs)
         if with_outputs:
             return ((values, aux) if has_aux else values), made

@@ -47,6 +47,19 @@ class Rows:
     uniform: bool = True  # whether the weights are the same for all leaves
     clip: Clip | None = None  # of the weighted rows, waiting
 
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        leaves: tuple[Leaf, ...] | None,
+        shape: tuple[int, ...],
+        *,
+        one_pass: bool = False,
+        axis_name: AxisName = None,
+    ) -> "Rows":
+        """The rows of one J."""
+        return cls(source, leaves, shape, _shapes(source.batch.primals), one_pass, axis_name)
+
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle holds: not the norms, which belong to a trace."""
         return {name: x for name, x in self.__dict__.items() if name != "_norms"}
@@ -64,7 +77,7 @@ class Rows:
     @property
     def is_stack(self) -> bool:
         """Whether these are the rows of several Jacobians, as they leave `jax.vmap`."""
-        return tuple(x.shape for x in self.primals) != self.param_shapes
+        return _shapes(self.primals) != self.param_shapes
 
     def _require_one(self) -> None:
         if self.is_stack:
@@ -220,3 +233,7 @@ class Rows:
     def _norms_in_this_trace(self) -> tuple[Norms, ...] | None:
         made_in, norms = self.__dict__.get("_norms", (None, None))
         return norms if made_in == trace_state() else None
+
+
+def _shapes(tree: PyTree) -> tuple[tuple[int, ...], ...]:
+    return tuple(x.shape for x in jax.tree.leaves(tree))
