@@ -1,5 +1,6 @@
 """Every product of every model in every mode, against plain `jax.vmap(jax.grad(f))`."""
 
+import contextlib
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from routes import factors_kept, is_dense, is_matrix, leaves_of
 from rows import PRODUCTS, Given, Rows, assert_close, expected, products
 
 from pytree_grads import jacobian
-from pytree_grads._factored import _products
+from pytree_grads._factored import _norms, _products
 
 DOUBLE, SINGLE = 1e-12, 1e-5
 # JAX's own attention rounds to float32 on the way, also in float64.
@@ -96,6 +97,19 @@ def test_all_products_in_blocks_of_rows(name, factored, x64, monkeypatch):
     monkeypatch.setattr("pytree_grads._factored._leaves.ENTRIES_AT_ONCE", 60)
     monkeypatch.setattr(_products, "ENTRIES_AT_ONCE", 60)
     compare(MODELS[name], tuple(PRODUCTS))
+
+
+@pytest.mark.parametrize(
+    "name", [*LOOPED, "convolutions_in_scans", "scan_over_layers_with_tables", "ensemble"]
+)
+def test_all_products_by_the_ways_of_large_models(name, x64, monkeypatch):
+    """What is done one block or one loop at a time where it is large; here all of it is."""
+    monkeypatch.setattr(_norms, "FEW", 0)
+    monkeypatch.setattr(_norms, "FEW_LEAVES", 0)
+    monkeypatch.setattr(_norms, "LARGE_BLOCK", 1)
+    monkeypatch.setattr(_products, "LARGE", 1)
+    with contextlib.nullcontext() if name == "convolutions_in_scans" else factors_kept():
+        compare(MODELS[name], tuple(PRODUCTS))
 
 
 def test_single_precision(model):

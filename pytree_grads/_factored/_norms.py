@@ -92,7 +92,8 @@ def combined(norms: Sequence[Norms]) -> jax.Array:
         most, total = partial(jnp.max, axis=0), partial(jnp.sum, axis=0)
     limits = jnp.finfo(dtype)
     size = jnp.clip(lax.stop_gradient(most(lengths)), float(limits.tiny), float(limits.max))
-    return size * safe_sqrt(total(jax.tree.map(lambda x: (x / size) ** 2, lengths)))
+    shares = jax.tree.map(lambda x: x / jnp.broadcast_to(size, x.shape), lengths)
+    return size * safe_sqrt(total(jax.tree.map(jnp.square, shares)))
 
 
 def _stacked(norms: Sequence[Norms], dtype: Any) -> Norms:

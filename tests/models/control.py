@@ -37,6 +37,53 @@ def scan_over_wide_layers_of_one_vector(draw):
 
 
 @model()
+def scan_over_layers_of_padded_flipped_weights(draw):
+    """What becomes of a weight in the body is undone for all layers at once."""
+
+    def fun(p, x):
+        def layer(x, w):
+            whole = jnp.concatenate(
+                [jnp.pad(w, ((0, 0), (1, 1)))[:, :4], jnp.pad(w[::-1], ((0, 0), (0, 1)))]
+            )
+            return jnp.tanh(x @ whole), w[0]
+
+        x, firsts = lax.scan(layer, x, p)
+        return jnp.sum(jnp.sin(x)) + jnp.sum(firsts**2)
+
+    return fun, draw(3, 2, 3), (draw(N, 3, 4),)
+
+
+@model()
+def scan_over_layers_with_tied_tables(draw):
+    def fun(p, tokens):
+        def layer(x, table):
+            return jnp.tanh(x + table[tokens]) @ table.T @ table, None
+
+        x, _ = lax.scan(layer, jnp.zeros((4, 2)), p)
+        return jnp.sum(jnp.sin(x))
+
+    return fun, draw(3, 5, 2), (draw.ints(5, N, 4),)
+
+
+@model()
+def scan_over_layers_with_tables(draw):
+    def fun(p, tokens):
+        x, _ = lax.scan(lambda x, table: (jnp.tanh(x + table[tokens]), 1.0), jnp.zeros((4, 2)), p)
+        return jnp.sum(jnp.sin(x))
+
+    return fun, draw(3, 5, 2), (draw.ints(5, N, 4),)
+
+
+@model()
+def scan_that_returns_its_weights(draw):
+    def fun(p, x):
+        x, weights = lax.scan(lambda x, w: (jnp.tanh(x @ w), w), x, p)
+        return jnp.sum(x) + jnp.sum(jnp.sin(jnp.einsum("ti,lij->ltj", x, weights)))
+
+    return fun, draw(3, 3, 3), (draw(N, 4, 3),)
+
+
+@model()
 def scan_over_time(draw):
     def fun(p, x):
         def step(h, x):

@@ -87,3 +87,23 @@ def convolutions_in_a_scan(draw):
         return jnp.sum(jnp.sin(jax.vmap(lambda row: row @ p["v"])(x)))
 
     return fun, {"w": draw(3, 3, 2, 2), "v": draw(2, 3)}, (draw(N, 5, 2),)
+
+
+@model()
+def convolutions_in_scans(draw):
+    """Of layers and of time: kernels are smaller than what they are made from."""
+
+    def conv(x, kernel):
+        return lax.conv_general_dilated(x[None], kernel, (1,), "SAME")[0]
+
+    def fun(p, x):
+        x, _ = lax.scan(lambda x, k: (jnp.tanh(conv(x, k)), None), x, p["layers"])
+
+        def step(h, _):
+            h = jnp.tanh(conv(h, p["time"]) + x)
+            return lax.scan(lambda h, _: (jnp.sin(conv(h, p["time"])), None), h, length=2)
+
+        h, _ = lax.scan(step, x, length=3)
+        return jnp.sum(jnp.sin(h))
+
+    return fun, {"layers": draw(2, 2, 2, 3), "time": draw(2, 2, 3)}, (draw(N, 2, 9),)
