@@ -143,6 +143,25 @@ class TestSizes:
             np.testing.assert_allclose(each[name], want, atol=1e-5 * np.abs(want).max())
 
     @modes
+    @pytest.mark.parametrize("few", [0, 1 << 19])
+    def test_norms_of_infinite_rows(self, mode, few, monkeypatch):
+        """An infinity makes an infinite norm, however many entries its factors have."""
+        monkeypatch.setattr("pytree_grads._factored._norms.FEW", few)
+        bad = jnp.ones(3).at[1].set(jnp.inf).at[2].set(jnp.nan)
+        x = jnp.ones((3, 2, 4)).at[:, 0, 0].set(bad)
+
+        def f(p, x):
+            return jnp.sum(x @ p["pairs"]) + x[0] @ p["dense"] + jnp.sum(x[0] @ p["outer"])
+
+        @jax.jit
+        def of(x):
+            params = {"pairs": jnp.ones((4, 9)), "dense": jnp.ones(4), "outer": jnp.ones((4, 9))}
+            return jacobian(f, **mode)(params, x).norms()
+
+        norms = of(x)
+        assert tree_allclose(norms, jnp.array([np.sqrt(36 * 4 + 4 + 36), jnp.inf, jnp.nan]))
+
+    @modes
     @pytest.mark.parametrize("steps", [1, 2])
     def test_norms_at_the_end_of_the_range(self, mode, steps):
         """What is no number of float32 any more is infinite, and never a row left as it is."""

@@ -127,9 +127,10 @@ def _scale(x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
     axes = tuple(range(x.ndim)) if axes is None else axes
     if axes and x.size < FEW:
         # Not a start of `lax.reduce`, which XLA drops where all axes have size 1.
-        return jnp.min(lax.rsqrt(x), axis=axes, initial=float(limits.tiny) ** -0.5)
+        roots = jnp.min(lax.rsqrt(x), axis=axes, initial=float(limits.tiny) ** -0.5)
+        return jnp.maximum(roots, (float(limits.max) / 4) ** -0.5)  # infinite norms remain so
     largest = jnp.max(x, axis=axes, initial=float(limits.tiny))
-    return lax.rsqrt(jnp.minimum(largest, float(limits.max) / 4))  # infinite norms remain so
+    return lax.rsqrt(jnp.minimum(largest, float(limits.max) / 4))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ def _squared_sum(
 
 
 def _has_large_blocks(term: Term) -> bool:
-    if isinstance(term, Dense | Windows) or pair_count(term) <= 1 or term.right.shape[0] == 1:
+    if isinstance(term, Dense | Windows) or pair_count(term) <= 1 or term.right.shape[0] <= 1:
         return False
     return sum(x.size for x in jax.tree.leaves(term)) // term.right.shape[0] >= LARGE_BLOCK
 

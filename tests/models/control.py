@@ -344,6 +344,15 @@ def a_scan_of_no_steps(draw):
 
 
 @model()
+def no_layers_over_a_sequence(draw):
+    def fun(p, x):
+        h, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["layers"])
+        return jnp.sum(jnp.sin(h @ p["v"]))
+
+    return fun, {"v": draw(3, 2), "layers": draw(0, 3, 3)}, (draw(N, 4, 3),)
+
+
+@model()
 def accumulators_in_a_scan(draw):
     """Carries that do more than add: one passes through, one is scaled, two are exchanged."""
 
