@@ -1,6 +1,5 @@
 """Every product of every model in every mode, against plain `jax.vmap(jax.grad(f))`."""
 
-import contextlib
 import functools
 
 import jax
@@ -18,7 +17,6 @@ DOUBLE, SINGLE = 1e-12, 1e-5
 # JAX's own attention rounds to float32 on the way, also in float64.
 COARSE = {"attention_as_jax_has_it": 1e-6}
 STREAMED = ("norms", "weighted_sum", "gram", "square_sum(c)", "clip each")
-CHUNKED = ("gram", "clip each")  # pairs of chunks, and norms and weighted sums of one
 RECOMPUTED = ("norms", "sum", "clip", "J @ v")
 
 
@@ -69,9 +67,7 @@ def test_all_products(model, factored, x64):
 
 
 def test_products_of_chunks(model, factored, x64):
-    """How chunks are walked over does not depend on the model: some models take all walks."""
-    names = STREAMED if model.name in (*SCANNED, *LOOPED) else CHUNKED
-    compare(model, names, chunk_size=2)  # N = 5: the last chunk is short
+    compare(model, STREAMED, chunk_size=2)  # N = 5: the last chunk is short
 
 
 SCANNED = tuple(name for name in MODELS if "scan" in name or "recur" in name)
@@ -99,17 +95,23 @@ def test_all_products_in_blocks_of_rows(name, factored, x64, monkeypatch):
     compare(MODELS[name], tuple(PRODUCTS))
 
 
-@pytest.mark.parametrize(
-    "name", [*LOOPED, "convolutions_in_scans", "scan_over_layers_with_tables", "ensemble"]
-)
-def test_all_products_by_the_ways_of_large_models(name, x64, monkeypatch):
-    """What is done one block or one loop at a time where it is large; here all of it is."""
+@pytest.fixture
+def all_is_large(monkeypatch):
+    """What is done one block or one loop at a time where it is large is always done so."""
     monkeypatch.setattr(_norms, "FEW", 0)
     monkeypatch.setattr(_norms, "FEW_LEAVES", 0)
     monkeypatch.setattr(_norms, "LARGE_BLOCK", 1)
     monkeypatch.setattr(_products, "LARGE", 1)
-    with contextlib.nullcontext() if name == "convolutions_in_scans" else factors_kept():
-        compare(MODELS[name], tuple(PRODUCTS))
+
+
+@pytest.mark.parametrize("name", [*LOOPED, "scan_over_layers_with_tables", "ensemble"])
+def test_all_products_by_the_ways_of_large_models(name, factored, all_is_large, x64):
+    compare(MODELS[name], tuple(PRODUCTS))
+
+
+def test_all_products_of_rows_that_are_made_in_loops(all_is_large, x64):
+    """The route that the shapes ask for: kernels smaller than what they are made from."""
+    compare(MODELS["convolutions_in_scans"], tuple(PRODUCTS))
 
 
 def test_single_precision(model):

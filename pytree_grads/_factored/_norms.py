@@ -127,10 +127,10 @@ def _scale(x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
     axes = tuple(range(x.ndim)) if axes is None else axes
     if axes and x.size < FEW:
         # Not a start of `lax.reduce`, which XLA drops where all axes have size 1.
-        roots = jnp.min(lax.rsqrt(x), axis=axes, initial=float(limits.tiny) ** -0.5)
-        return jnp.maximum(roots, (float(limits.max) / 4) ** -0.5)  # infinite norms remain so
-    largest = jnp.max(x, axis=axes, initial=float(limits.tiny))
-    return lax.rsqrt(jnp.minimum(largest, float(limits.max) / 4))
+        root = jnp.min(lax.rsqrt(x), axis=axes, initial=float(limits.tiny) ** -0.5)
+    else:
+        root = lax.rsqrt(jnp.max(x, axis=axes, initial=float(limits.tiny)))
+    return jnp.maximum(root, (float(limits.max) / 4) ** -0.5)  # infinite norms remain so
 
 
 # --------------------------------------------------------------------------------------------------

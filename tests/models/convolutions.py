@@ -94,7 +94,7 @@ def convolutions_in_scans(draw):
     """Of layers and of time: kernels are smaller than what they are made from."""
 
     def conv(x, kernel):
-        return lax.conv_general_dilated(x[None], kernel, (1,), "SAME")[0]
+        return _conv(x, kernel, numbers=FLAT)
 
     def fun(p, x):
         x, _ = lax.scan(lambda x, k: (jnp.tanh(conv(x, k)), None), x, p["layers"])
@@ -106,4 +106,4 @@ def convolutions_in_scans(draw):
         h, _ = lax.scan(step, x, length=3)
         return jnp.sum(jnp.sin(h))
 
-    return fun, {"layers": draw(2, 2, 2, 3), "time": draw(2, 2, 3)}, (draw(N, 2, 9),)
+    return fun, {"layers": draw(2, 3, 2, 2), "time": draw(3, 2, 2)}, (draw(N, 9, 2),)
