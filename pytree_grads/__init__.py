@@ -1,6 +1,6 @@
 """Gradients as vectors: combinations, per-example rows and the chain rule on plain pytrees."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata as _metadata
 
 from ._accumulator import Accumulator as Accumulator
 from ._chain_rule import chain_rule_grad as chain_rule_grad
@@ -17,6 +17,6 @@ from ._second_order import gauss_newton_product as gauss_newton_product
 from ._vector import Vector as Vector
 
 try:
-    __version__ = version("pytree_grads")
-except PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = _metadata.version("pytree_grads")
+except _metadata.PackageNotFoundError:  # a checkout on the path that was never installed
     __version__ = "0+unknown"

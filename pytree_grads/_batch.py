@@ -14,7 +14,6 @@
 ``.chunks(k)``        which examples are worked on together, about k at a time
 ``.part(place)``      the Batch of one such chunk
 ``.localized()``      gradients by shared leaves stay on the device of their example
-``.require_shared()`` raises when a differentiated leaf is itself batched
 ====================  ==============================================================================
 
 ``map_chunks`` and ``fold_chunks`` run a function over the chunks of a batch in one compiled loop.
@@ -169,16 +168,6 @@ class Batch:
         axes = frozenset[str]().union(*map(_compat.varying_axes, arrays))
         return jax.tree.map(functools.partial(_compat.as_varying, axes=axes), tree)
 
-    def require_shared(self) -> None:
-        """Raise a ValueError if a differentiated leaf differs from example to example."""
-        for i in self.argnums:
-            for path, axis in jax.tree.leaves_with_path(self.in_axes[i]):
-                raise ValueError(
-                    f"{located(f'args[{i}]', path)} is differentiated and mapped over axis {axis}: "
-                    "a matrix of gradients needs parameters that all examples share; give it None "
-                    "in in_axes"
-                )
-
 
 def resolve(
     fun: Callable[..., Any],
@@ -186,6 +175,8 @@ def resolve(
     kwargs: dict[str, Any],
     argnums: int | Sequence[int],
     in_axes: int | Sequence[Any] | None = None,
+    *,
+    shared: bool = False,
 ) -> Batch:
     """Check the arguments of ``fun`` and find the examples in them.
 
@@ -196,11 +187,12 @@ def resolve(
       argnums: position or positions to differentiate.
       in_axes: an int, or a tuple with a pytree prefix of ints and Nones per positional argument;
         None means None for the differentiated arguments and 0 for all others.
+      shared: whether all examples must share the differentiated arguments.
 
     Raises:
       TypeError: a differentiated leaf has no gradient; a leaf to be mapped is not an array.
-      ValueError: an axis is out of range, batch sizes disagree, nothing is batched, or
-        ``argnums`` or ``in_axes`` does not fit the arguments.
+      ValueError: an axis is out of range, batch sizes disagree, nothing is batched, ``argnums`` or
+        ``in_axes`` does not fit the arguments, or what must be shared is mapped over.
     """
     positions = normalize_argnums(argnums, len(args))
     names = argument_names(fun, len(args))
@@ -221,6 +213,12 @@ def resolve(
         for path, leaf, axis in leaf_axes(prefix, name, arg, spec):
             where = located(name, path)
             if axis is not None:
+                if shared and i in positions:
+                    raise ValueError(
+                        f"{where} is differentiated and mapped over axis {axis}: a matrix of "
+                        "gradients needs parameters that all examples share; give it None in "
+                        "in_axes"
+                    )
                 axis = checked_axis(where, leaf, axis)
                 leaf = jnp.asarray(leaf)
                 sizes.append((leaf.shape[axis], f"axis {axis} of {where}"))

@@ -88,6 +88,18 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"argument chunk_size must be at least 1, got {chunk_size}")
 
 
+def check_key(key: Any) -> None:
+    """Raise a TypeError unless ``key`` is one PRNG key, typed or raw (uint32, of rank 1)."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        is_key = key.shape == ()
+    else:
+        is_key = is_array(key) and key.dtype == np.uint32 and key.ndim == 1
+    if not is_key:
+        raise TypeError(
+            f"argument key must be a PRNG key as jax.random.key makes it, got {describe(key)}"
+        )
+
+
 def positive_int(name: str, number: int) -> int:
     """A static argument as a positive int."""
     try:
@@ -260,7 +272,8 @@ def _node_difference(expected: PyTree, got: PyTree) -> str:
             missing = [k for k in expected if k not in got]
             surplus = [k for k in got if k not in expected]
             if missing or surplus:
-                return f"missing keys {missing}, unexpected keys {surplus}"
+                kinds = [("missing keys", missing), ("unexpected keys", surplus)]
+                return ", ".join(f"{kind} {keys}" for kind, keys in kinds if keys)
             return "the same keys in another order"
         if isinstance(expected, list | tuple):
             return f"expected {describe_node(expected)}, got {describe_node(got)}"

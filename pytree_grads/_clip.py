@@ -37,7 +37,8 @@ class Clip:
             norm = combined([norms[i] for i in members])
             finite &= jnp.isfinite(norm)
             limits = jnp.finfo(norm.dtype)
-            bound = jnp.clip(bound.astype(norm.dtype), 0, float(limits.max))
+            bound = jnp.minimum(bound.astype(norm.dtype), float(limits.max))
+            bound = jnp.where(bound >= 0, bound, jnp.nan)  # a traced one may be negative
             # NaN where the norm is not finite, 0 for a bound of 0.
             norm = jnp.where(jnp.isinf(norm), jnp.nan, norm)
             length = jnp.where(norm <= bound, jnp.maximum(bound, float(limits.tiny)), norm)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from . import _clip, _report, _sketch
-from ._checks import PyTree, check_matching, check_numbers, describe, positive_int
+from ._checks import PyTree, check_key, check_matching, check_numbers, describe, positive_int
 from ._factored._matrix import Matrix
 from ._factored._norms import combined
 from ._kept import Rows
@@ -228,8 +228,8 @@ class Jacobian:
 
         Raises:
           TypeError: a bound is not a real number.
-          ValueError: a bound is negative or NaN (as far as it is not traced), or not one number;
-            ``max_norm`` is no prefix of the parameters.
+          ValueError: a bound is negative or NaN (one that is traced makes the rows NaN instead),
+            or not one number; ``max_norm`` is no prefix of the parameters.
 
         With ``chunk_size=k``, a clip waits for the product that follows, and ``clip(...).sum()`` is
         one pass over the chunks, unless norms were asked for before.
@@ -251,8 +251,13 @@ class Jacobian:
         Returns:
           A number per row as described for the class, with a last axis of length ``dim``.
 
+        Raises:
+          TypeError: ``key`` is not one PRNG key, or ``dim`` not an int.
+          ValueError: ``dim`` is not positive.
+
         Source: Achlioptas, "Database-friendly random projections", 2003.
         """
+        check_key(key)
         dim = positive_int("dim", dim)
         projected = self._rows.map(lambda matrix, key: _sketch.project(matrix, key, dim), key)
         return self._outputs.expand(projected)

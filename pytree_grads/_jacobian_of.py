@@ -122,8 +122,7 @@ def _make(
 
     @like(fun)
     def jacobian_of(*args: Any, **kwargs: Any) -> Any:
-        batch = resolve(fun, args, kwargs, argnums, in_axes)
-        batch.require_shared()
+        batch = resolve(fun, args, kwargs, argnums, in_axes, shared=True)
         if not jax.tree.leaves(batch.primals):
             raise ValueError("the arguments to differentiate hold no arrays")
         source = Source(fun, batch, has_aux, chunk_size, many=not isinstance(argnums, int))

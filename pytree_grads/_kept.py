@@ -77,7 +77,8 @@ class Rows:
     @property
     def is_stack(self) -> bool:
         """Whether these are the rows of several Jacobians, as they leave `jax.vmap`."""
-        return _shapes(self.primals) != self.param_shapes
+        ranks = zip(map(jnp.ndim, self.primals), map(len, self.param_shapes), strict=False)
+        return any(rank > own for rank, own in ranks)
 
     def _require_one(self) -> None:
         if self.is_stack:

@@ -36,7 +36,6 @@ def test_what_resolve_finds():
     assert batch.in_axes == ({"w": None, "none": None}, {"x": 1, "key": 0}, None)
     assert batch.primal_axes == (None,)
     assert tree_allclose(batch.primals, ({"w": jnp.arange(3.0), "none": None},))
-    batch.require_shared()
 
 
 def test_a_chunk_is_a_batch():
@@ -73,8 +72,8 @@ def test_every_row_is_folded_once(chunk_size):
 def test_parameters_that_differ_by_example():
     batch = _batch.resolve(fun, ({"w": jnp.ones((3, N))}, jnp.ones(N)), {}, 0, ({"w": -1}, 0))
     assert batch.primal_axes == (1,)
-    with pytest.raises(ValueError, match=r"argument args\[0\]\['w'\] is differentiated and mapped"):
-        batch.require_shared()
+    with pytest.raises(ValueError, match=r"argument p\['w'\] is differentiated and mapped"):
+        _batch.resolve(lambda p, x: 0.0, batch.args, {}, 0, ({"w": -1}, 0), shared=True)
 
 
 @pytest.mark.parametrize("total, chunk_size", [(12, 4), (12, 8), (12, 9), (8, 8), (9, 1), (7, 5)])

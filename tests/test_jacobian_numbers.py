@@ -246,6 +246,13 @@ class TestSizes:
         assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(nothing))
         assert tree_allclose(everything, total(stacked(*args), slice(None)))
 
+    @pytest.mark.parametrize("bound", [-1.0, float("nan")])
+    def test_a_traced_bound_that_is_none_makes_rows_nan(self, bound):
+        J = jacobian(network)(*problem())
+        for nan_safe in (False, True):
+            clipped = jax.jit(lambda bound: J.clip(bound, nan_safe=nan_safe).sum())(bound)  # noqa: B023
+            assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(clipped))
+
 
 PROBE = 2.0**-30
 

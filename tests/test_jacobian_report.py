@@ -213,7 +213,12 @@ ERRORS = {
     "mapped parameter": (
         lambda: jacobian(f, in_axes=({"w": None, "b": 0}, 0))({"w": X[0], "b": X[:, 0]}, X),
         ValueError,
-        "args[0]['b'] is differentiated and mapped over axis 0",
+        "argument p['b'] is differentiated and mapped over axis 0",
+    ),
+    "mapped parameters, all axes": (
+        lambda: jacobian(f, in_axes=0)(P, X),
+        ValueError,
+        "argument p['b'] is differentiated and mapped over axis 0",
     ),
     "batch sizes": (
         lambda: jacobian(lambda p, x, y: p)(jnp.ones(()), X, X[:3]),
@@ -224,7 +229,7 @@ ERRORS = {
     "integer output": (
         lambda: jacobian(lambda p, x: 3)(P, X),
         TypeError,
-        "the output of the function to differentiate must be real and floating-point",
+        "must be real and floating-point, got a value of type int: cast it, or return it with",
     ),
     "complex output": (
         lambda: jacobian(lambda p, x: {"z": p["b"].astype(complex)})(P, X),
@@ -319,7 +324,7 @@ ERRORS = {
     "bounds of another structure": (
         lambda: J.clip({"w": 1.0}),
         ValueError,
-        "max_norm does not match: missing keys ['b'], unexpected keys []",
+        "max_norm does not match: missing keys ['b']",
     ),
     "bounds below a parameter": (
         lambda: jacobian(lambda p, x: f(p["net"], x))({"net": P}, X).clip({"net": [1.0, 2.0]}),
@@ -327,6 +332,16 @@ ERRORS = {
         "max_norm['net'] does not match: expected a dict, got a list of length 2",
     ),
     "dim": (lambda: J.sketch(KEYS[0], 0), ValueError, "argument dim must be at least 1, got 0"),
+    "kind of key": (
+        lambda: J.sketch(0, 4),
+        TypeError,
+        "argument key must be a PRNG key as jax.random.key makes it, got a value of type int",
+    ),
+    "keys": (
+        lambda: J.sketch(KEYS, 4),
+        TypeError,
+        "argument key must be a PRNG key as jax.random.key makes it, got key<fry>[6]",
+    ),
     "kind of dim": (lambda: J.sketch(KEYS[0], 2.5), TypeError, "argument dim must be an int"),
     "rows to check": (
         lambda: J.check(rows=-1),

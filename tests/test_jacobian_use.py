@@ -166,6 +166,10 @@ class TestPytree:
         assert one == two
         assert hash(one) == hash(two)
 
+    def test_a_tree_of_something_else_in_its_place_has_a_repr(self):
+        J = jacobian(single)(jnp.arange(3.0), jnp.ones((N, 3)))
+        assert repr(jax.tree.map(jnp.shape, J)) == repr(jax.tree.map(lambda _: None, J)) == repr(J)
+
     @modes
     def test_a_stack_of_jacobians(self, mode, x64):
         params, x = problem()

@@ -183,9 +183,10 @@ def check_outputs(outputs: PyTree) -> None:
     for path, leaf in leaves:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             where = f"outputs{jax.tree_util.keystr(path)}" if path else "the output"
+            mend = "take its real and imaginary parts" if jnp.iscomplexobj(leaf) else "cast it"
             raise TypeError(
                 f"{where} of the function to differentiate must be real and floating-point, got "
-                f"{describe(leaf)}: take its real and imaginary parts, or return it with has_aux"
+                f"{describe(leaf)}: {mend}, or return it with has_aux"
             )
 
 
