@@ -1,6 +1,6 @@
 """Clipping: bounds for groups of leaves, and the factors that keep rows within them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from ._checks import PyTree, describe, located, prefix_difference
 from ._factored._matrix import Matrix
-from ._factored._norms import Norms, combined
+from ._factored._norm_parts import combined
 
 
 @partial(
@@ -27,14 +27,14 @@ class Clip:
 
     def __call__(self, matrix: Matrix) -> Matrix:
         """The rows of a matrix, clipped."""
-        return self.with_norms(matrix, matrix.leaf_norms())
+        return self.with_norms(matrix, partial(combined, matrix.leaf_norms()))
 
-    def with_norms(self, matrix: Matrix, norms: Sequence[Norms]) -> Matrix:
-        """The same, where the norms of the rows of each leaf are known."""
-        factors: list[Any] = [None] * len(norms)
+    def with_norms(self, matrix: Matrix, norms: Callable[[Collection[int]], jax.Array]) -> Matrix:
+        """The same, where the norms of the parts of rows in some leaves are known."""
+        factors: list[Any] = [None] * sum(map(len, self.members))
         finite: Any = True
         for members, bound in zip(self.members, self.bounds, strict=True):
-            norm = combined([norms[i] for i in members])
+            norm = norms(members)
             finite &= jnp.isfinite(norm)
             limits = jnp.finfo(norm.dtype)
             bound = jnp.minimum(bound.astype(norm.dtype), float(limits.max))

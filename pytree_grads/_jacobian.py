@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 from . import _clip, _report, _sketch
 from ._checks import PyTree, check_key, check_matching, check_numbers, describe, positive_int
 from ._factored._matrix import Matrix
-from ._factored._norms import combined
 from ._kept import Rows
 from ._outputs import Outputs
 
@@ -152,7 +151,7 @@ class Jacobian:
         the squared norm), that error is added: a norm may then be too large, but not too small.
         The same holds for products that underflow, where ‖aₜ‖ and ‖bₜ‖ of two t lie far apart.
         """
-        return self._outputs.expand(combined(self._rows.leaf_norms()))
+        return self._outputs.expand(self._rows.norms())
 
     def squared_norms(self) -> PyTree:
         """The squared norms of the rows; they overflow where the square itself does."""

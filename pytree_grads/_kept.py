@@ -1,6 +1,6 @@
 """The rows of J, kept as factors or made again for each product, with a weight for each row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -15,7 +15,7 @@ from ._clip import Clip
 from ._compat import trace_state
 from ._factored._leaves import Leaf
 from ._factored._matrix import Matrix, product
-from ._factored._norms import Norms
+from ._factored._norm_parts import Norms, combined
 from ._factored._plan import Route
 from ._sharding import AxisName, device_count, in_auto, layout, sum_over, without, zeros
 from ._source import Source
@@ -129,7 +129,7 @@ class Rows:
         return self if self.clip is None else replace(self, clip=None)._clipped_now(self.clip)
 
     def _clipped_now(self, clip: Clip) -> "Rows":
-        clipped = clip.with_norms(self._matrix, self.leaf_norms())
+        clipped = clip.with_norms(self._matrix, self.norms)
         return self._weighted(clipped, alike=len(clip.members) == 1)
 
     def _weighted(self, matrix: Matrix, *, alike: bool) -> "Rows":
@@ -222,18 +222,23 @@ class Rows:
         recomputed = self.leaves is None and not self.one_pass
         return recomputed and len(self.shape) == 1 and wide and alike
 
-    def leaf_norms(self) -> tuple[Norms, ...]:
-        """The norms of each leaf's rows, made once for all products in one trace that need them."""
-        norms = self._norms_in_this_trace()
-        if norms is None:
+    def norms(self, leaves: Collection[int] | None = None) -> jax.Array:
+        """The norms of the rows, or of their parts in some leaves, made once for all products."""
+        kept = self._norms_in_this_trace()
+        if kept is None:
             rows = self._settled()
-            norms = rows.map(lambda matrix: tuple(matrix.leaf_norms()), route="norms")
-            self.__dict__["_norms"] = (trace_state(), norms)
-        return norms
+            parts = rows.map(lambda matrix: tuple(matrix.leaf_norms()), route="norms")
+            kept = parts, {}
+            self.__dict__["_norms"] = (trace_state(), kept)
+        parts, found = kept
+        key = frozenset(range(len(self.primals)) if leaves is None else leaves)
+        if key not in found:
+            found[key] = combined(parts, key)
+        return found[key]
 
-    def _norms_in_this_trace(self) -> tuple[Norms, ...] | None:
-        made_in, norms = self.__dict__.get("_norms", (None, None))
-        return norms if made_in == trace_state() else None
+    def _norms_in_this_trace(self) -> tuple[tuple[Norms, ...], dict[Any, jax.Array]] | None:
+        made_in, kept = self.__dict__.get("_norms", (None, None))
+        return kept if made_in == trace_state() else None
 
 
 def _shapes(tree: PyTree) -> tuple[tuple[int, ...], ...]:

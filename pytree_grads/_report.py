@@ -15,7 +15,7 @@ from ._checks import PyTree, located
 from ._factored import _terms
 from ._factored._leaves import Leaf, Piece, materializes
 from ._factored._matrix import Matrix
-from ._factored._norms import combined
+from ._factored._norm_parts import combined
 from ._factored._terms import Dense, Outer, Scatter
 from ._factored._windows import Windows
 from ._tree import carried_dtype, common_dtype
@@ -166,12 +166,17 @@ def check(jacobian: "Jacobian", rows: int) -> None:
 @jax.jit
 def _products(rows: "Rows", c: jax.Array) -> tuple[Any, Any, Any, Any]:
     def of_rows(matrix: Matrix) -> tuple[Any, Any]:
-        return tuple(matrix.rows()), tuple(combined([x]) for x in matrix.leaf_norms())
+        return tuple(matrix.rows()), _norms_of_leaves(matrix)
 
     stacked, norms = rows.map(of_rows)
     sums = tuple(jax.tree.leaves(rows.sum(c)))
     squares = rows.fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
     return stacked, norms, sums, squares
+
+
+def _norms_of_leaves(matrix: Matrix) -> tuple[jax.Array, ...]:
+    norms = matrix.leaf_norms()
+    return tuple(combined(norms, [i]) for i in range(len(matrix.leaves)))
 
 
 def _wide(x: jax.Array) -> np.ndarray:

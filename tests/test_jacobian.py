@@ -11,7 +11,7 @@ from routes import factors_kept, is_dense, is_matrix, leaves_of
 from rows import PRODUCTS, Given, Rows, assert_close, expected, products
 
 from pytree_grads import jacobian
-from pytree_grads._factored import _norms, _products
+from pytree_grads._factored import _norm_parts, _norms, _products
 
 DOUBLE, SINGLE = 1e-12, 1e-5
 # JAX's own attention rounds to float32 on the way, also in float64.
@@ -99,7 +99,7 @@ def test_all_products_in_blocks_of_rows(name, factored, x64, monkeypatch):
 def all_is_large(monkeypatch):
     """What is done one block or one loop at a time where it is large is always done so."""
     monkeypatch.setattr(_norms, "FEW", 0)
-    monkeypatch.setattr(_norms, "FEW_LEAVES", 0)
+    monkeypatch.setattr(_norm_parts, "FEW_PARTS", 0)
     monkeypatch.setattr(_norms, "LARGE_BLOCK", 1)
     monkeypatch.setattr(_products, "LARGE", 1)
 

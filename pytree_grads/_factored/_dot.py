@@ -1,17 +1,36 @@
-"""Einsums that are carried in float32 or wider."""
+"""Products of arrays that are carried in float32 or wider, and take little time to trace."""
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from .._tree import common_dtype
 
 
-def dot(spec: str, *operands: jax.Array, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
-    """An einsum that is carried in float32 or wider."""
-    dtype = common_dtype(*(x.dtype for x in operands))
-    if len({x.dtype for x in operands}) > 1:  # else products of narrow floats are exact as they are
-        operands = tuple(x.astype(dtype) for x in operands)
-    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=dtype)
+def dot(
+    spec: str, x: jax.Array, y: jax.Array, *, precision: Any = lax.Precision.HIGHEST
+) -> jax.Array:
+    """An einsum of two arrays: letters that both have and the result has not are summed over."""
+    dtype = common_dtype(x.dtype, y.dtype)
+    if x.dtype != y.dtype:  # else products of narrow floats are exact as they are
+        x, y = (lax.convert_element_type(operand, dtype) for operand in (x, y))
+    operands, result = spec.split("->")
+    left, right = operands.split(",")
+    batch = [c for c in left if c in right and c in result]
+    summed = [c for c in left if c in right and c not in result]
+
+    def places(letters: list[str]) -> tuple[list[int], list[int]]:
+        return [left.index(c) for c in letters], [right.index(c) for c in letters]
+
+    numbers = places(summed), places(batch)
+    product = lax.dot_general(x, y, numbers, precision=precision, preferred_element_type=dtype)
+    found = [*batch, *(c for c in left + right if c not in batch and c not in summed)]
+    order = [found.index(c) for c in result]
+    return product if order == sorted(order) else lax.transpose(product, order)
+
+
+def times_rows(x: jax.Array, numbers: jax.Array, first: int) -> jax.Array:
+    """An array times numbers for its axes from `first` on, of the same dtype."""
+    axes = range(first, first + numbers.ndim)
+    return lax.mul(x, lax.broadcast_in_dim(numbers, x.shape, axes))

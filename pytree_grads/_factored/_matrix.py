@@ -12,7 +12,8 @@ from .._sharding import take as neighbours
 from .._tree import common_dtype
 from . import _products
 from ._leaves import Leaf, Piece, take, widened
-from ._norms import Norms, leaf_norms
+from ._norm_parts import Norms
+from ._norms import leaf_norms
 
 
 @partial(
@@ -65,7 +66,8 @@ class Matrix:
     def leaf_norms(self) -> list[Norms]:
         """The norms of the rows of each leaf."""
         rows = self.selected()
-        return [leaf_norms(leaf).scaled(rows.weight(i)) for i, leaf in enumerate(rows.leaves)]
+        norms = leaf_norms(rows.leaves)
+        return [x.scaled([rows.weight(i) for i in x.leaves]) for x in norms]
 
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         """One array per leaf, in its carried dtype."""

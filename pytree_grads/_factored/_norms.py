@@ -1,13 +1,12 @@
-"""Norms of rows, without overflow or underflow on the way to one that is representable.
+"""Norms of the rows of leaves, from their factors, without overflow or underflow on the way.
 
 Factors are divided by about their largest entry in a row before they are squared, and the norms of
-leaves by the largest of them before theirs are added up.
+leaves by the largest of them before theirs are added up; see `_norm_parts`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
-from itertools import zip_longest
+from functools import reduce
 from math import prod
 from typing import Any
 
@@ -16,7 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._tree import carried_dtype, common_dtype
+from ._dot import times_rows
 from ._leaves import Leaf, Piece, inner, materializes, over_rows, row, squeezed, times
+from ._norm_parts import Norms, combined, power, safe_sqrt
 from ._tails import isometric
 from ._terms import (
     Dense,
@@ -32,109 +33,51 @@ from ._terms import (
 from ._windows import Windows
 
 FEW = 1 << 19  # entries of factors: the roots of so many take little time
-FEW_LEAVES = 16  # norms of so many are one loop; one of more takes XLA on CPUs long to compile
+SMALL = 1 << 11  # entries of factors: to copy so many costs less than to compile loops for them
+MANY = 4  # leaves of one form
 LARGE_BLOCK = 1 << 13  # entries of factors: enough work to make the turns of a loop cheap
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["scales", "squares", "size"],
-    meta_fields=["factor"],
-)
-@dataclass(frozen=True)
-class Norms:
-    """The norms of rows in parts, which are put together for all leaves at once.
-
-    A norm is factor * size * sqrt(the product of squares) / (the product of scales)**2; the arrays
-    have a number for each row: shape (N,) or (N, K).
-
-    Inner products of T > 1 pairs subtract, and lose the digits of a row whose parts nearly cancel:
-    the squared norm is rounded by the order of eps times the sum of the absolute values of what it
-    adds up. Where that is more than a thousandth of the squared norm, it is added.
-    """
-
-    scales: tuple[jax.Array, ...] = ()
-    squares: tuple[jax.Array, ...] = ()
-    size: jax.Array | None = None
-    factor: float = 1.0
-
-    def scaled(self, weight: jax.Array | None) -> "Norms":
-        """Those of rows times numbers of their own."""
-        if weight is None:
-            return self
-        size = jnp.abs(weight)
-        return replace(self, size=size if self.size is None else self.size * size)
-
-    def value(self, dtype: Any) -> jax.Array:
-        """The norms."""
-        own = jax.tree.map(lambda x: x.astype(dtype), self)
-        parts = [(1 / x) ** 2 for x in own.scales]
-        if own.squares:
-            parts.append(safe_sqrt(reduce(jnp.multiply, own.squares)))
-        if own.size is not None:
-            parts.append(own.size)
-        return times(reduce(jnp.multiply, parts), self.factor)
-
-
-def combined(norms: Sequence[Norms]) -> jax.Array:
-    """The norms of rows from those of their leaves.
-
-    Parts of many leaves are stacked before anything is done to them: XLA on CPUs would compile a
-    loop for each, or one that holds them all.
-    """
-    dtype = common_dtype(*(x.dtype for x in jax.tree.leaves(norms)))
-    lengths: Any
-    if len(norms) <= FEW_LEAVES:
-        lengths = [x.value(dtype) for x in norms]
-        most, total = partial(reduce, jnp.maximum), partial(reduce, jnp.add)
-    else:
-        lengths = _stacked(norms, dtype).value(dtype)
-        most, total = partial(jnp.max, axis=0), partial(jnp.sum, axis=0)
-    limits = jnp.finfo(dtype)
-    size = jnp.clip(lax.stop_gradient(most(lengths)), float(limits.tiny), float(limits.max))
-    shares = jax.tree.map(lambda x: x / jnp.broadcast_to(size, x.shape), lengths)
-    return size * safe_sqrt(total(jax.tree.map(jnp.square, shares)))
-
-
-def _stacked(norms: Sequence[Norms], dtype: Any) -> Norms:
-    """The norms of many leaves, with an axis of leaves in front."""
-    ones = jnp.ones_like(jax.tree.leaves(norms)[0], dtype)
-
-    def stacked(parts: Iterable[Sequence[jax.Array]]) -> tuple[jax.Array, ...]:
-        columns = zip_longest(*parts, fillvalue=ones)
-        return tuple(jnp.stack([x.astype(dtype) for x in column]) for column in columns)
-
-    scales, squares = stacked(x.scales for x in norms), stacked(x.squares for x in norms)
-    sizes = [times(ones if x.size is None else x.size.astype(dtype), x.factor) for x in norms]
-    return Norms(scales, squares, jnp.stack(sizes))
 
 
 def norm(term: Term) -> jax.Array:
     """The norm of one row of one term."""
-    scales = [_scale(x) for x in term.factors]
-    return combined([Norms(tuple(scales), (squared_norm(term, scales),))])
+    sizes = [_size(x, tuple(range(x.ndim))) for x in term.factors]
+    square, absolute = squared_norm(term, list(map(power, sizes)))
+    return combined(
+        [
+            _of_sum(
+                square, absolute, _count(term), sizes=tuple(lax.expand_dims(x, (0,)) for x in sizes)
+            )
+        ]
+    )
 
 
-def _scale(x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
-    """1 / the root of the largest absolute value over some axes, or of the smallest normal number.
+def _size(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The largest absolute value over some axes, or the smallest normal number."""
+    x = _magnitude(x)
+    return _reduced(x, axes, lax.max, float(jnp.finfo(x.dtype).tiny))
 
-    A constant to derivatives. To multiply twice by the inverse root is right for all floats: 1 / x
-    of large ones is not a normal number. Of a maximum it would be one more loop that XLA on CPUs
-    compiles, so that the root comes first where it takes little time.
-    """
-    x = lax.stop_gradient(jnp.abs(x)).astype(jnp.finfo(carried_dtype(x.dtype)).dtype)
-    limits = jnp.finfo(x.dtype)
-    axes = tuple(range(x.ndim)) if axes is None else axes
-    if axes and x.size < FEW:
-        # Not a start of `lax.reduce`, which XLA drops where all axes have size 1.
-        root = jnp.min(lax.rsqrt(x), axis=axes, initial=float(limits.tiny) ** -0.5)
-    else:
-        root = lax.rsqrt(jnp.max(x, axis=axes, initial=float(limits.tiny)))
-    return jnp.maximum(root, (float(limits.max) / 4) ** -0.5)  # infinite norms remain so
+
+def _root(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """1 / the root of the size: one loop in place of two, which is slower for large arrays."""
+    x = _magnitude(x)
+    return _reduced(lax.rsqrt(x), axes, lax.min, float(jnp.finfo(x.dtype).tiny) ** -0.5)
+
+
+def _reduced(x: jax.Array, axes: Sequence[int], fun: Callable[..., Any], start: float) -> jax.Array:
+    """A reduction with a start that is no loop of its own."""
+    first = jnp.asarray(start, x.dtype)
+    if prod(x.shape[i] for i in axes) == 1:  # XLA drops the start then
+        return fun(lax.squeeze(x, axes), first)
+    return lax.reduce(x, first, fun, tuple(axes))
+
+
+def _magnitude(x: jax.Array) -> jax.Array:
+    dtype = jnp.finfo(carried_dtype(x.dtype)).dtype
+    return lax.convert_element_type(lax.abs(lax.stop_gradient(x)), dtype)
 
 
 # --------------------------------------------------------------------------------------------------
-# All rows of a leaf
+# All rows
 
 
 @dataclass(frozen=True)
@@ -151,17 +94,47 @@ class _Factor:
         return cls(x.astype(carried_dtype(x.dtype)), first, level)
 
     @property
+    def form(self) -> Any:
+        return self.value.shape, self.value.dtype, self.first, self.level
+
+    @property
     def others(self) -> tuple[int, ...]:
         rows = range(self.first, self.first + self.level)
         return tuple(i for i in range(self.value.ndim) if i not in rows)
 
-    def scale(self) -> jax.Array:
-        return _scale(self.value, self.others)
-
     def square(self, scale: jax.Array) -> jax.Array:
-        """The sum of squares of each row, times the square of a number of its own."""
-        scales = lax.expand_dims(scale, self.others).astype(self.value.dtype)
-        return jnp.sum(jnp.abs(self.value * scales * scales) ** 2, axis=self.others)
+        """The sum of squares of each row, whose entries are multiplied twice by its number."""
+        scale = lax.convert_element_type(scale, self.value.dtype)
+        small = times_rows(times_rows(self.value, scale, self.first), scale, self.first)
+        small = lax.abs(small) if jnp.iscomplexobj(small) else small
+        return lax.reduce_sum(lax.square(small), self.others)
+
+
+def _stacked(factors: Sequence[_Factor]) -> _Factor:
+    """Factors of one form as one, with an axis of leaves behind those of rows."""
+    first, level = factors[0].first, factors[0].level
+    if len(factors) == 1:
+        return factors[0]
+    return _Factor(jnp.stack([x.value for x in factors], first + level), first, level + 1)
+
+
+def leaf_norms(leaves: Sequence[Leaf]) -> list[Norms]:
+    """The norms of the rows of all leaves. Many small vectors of one form are worked on as one."""
+    vectors = [_vectors(leaf) for leaf in leaves]
+    groups: dict[Any, list[int]] = {}
+    for i, (leaf, own) in enumerate(zip(leaves, vectors, strict=True)):
+        is_small = own and all(x.value.size <= SMALL for x in own)
+        form = (leaf.real, *(x.form for x in own)) if is_small else i
+        groups.setdefault(form, []).append(i)
+    found = []
+    for group in groups.values():
+        # Of few, a weight and its bias may rather have a vector in common.
+        for part in [group] if len(group) >= MANY else [[i] for i in group]:
+            own = [leaves[i] for i in part]
+            factors = [vectors[i] for i in part]
+            norms = _of_vectors(own, factors) if factors[0] else _of_terms(*own)
+            found.append(replace(norms, leaves=tuple(part)))
+    return found
 
 
 def _factors(piece: Piece) -> list[_Factor]:
@@ -170,93 +143,160 @@ def _factors(piece: Piece) -> list[_Factor]:
     return [_Factor.of(x, piece.axis, level) for x, level in zip(factors, levels, strict=True)]
 
 
-def leaf_norms(leaf: Leaf) -> Norms:
-    """The norms of the rows of a leaf."""
+def _vectors(leaf: Leaf) -> list[_Factor]:
+    """The factors of a leaf, if the norm of a row is the product of theirs."""
+    if len(leaf.pieces) != 1 or not isometric(leaf.pieces[0].tail):
+        return []
+    (piece,) = leaf.pieces
+    term = piece.term
+    is_vectors = isinstance(term, Dense) or (pair_count(term) <= 1 and term.shape[0] == 1)
+    return _factors(piece) if is_vectors else []
+
+
+def _of_vectors(leaves: Sequence[Leaf], factors: Sequence[Sequence[_Factor]]) -> Norms:
+    """Those of leaves of one form."""
+
+    def aligned(x: jax.Array) -> jax.Array:
+        return _aligned(_column(x) if len(leaves) == 1 else x, leaves[0])
+
+    squares, roots, sizes = [], [], []
+    for alike in zip(*factors, strict=True):
+        x = _stacked(alike)
+        if x.value.size < FEW:
+            scale = _root(x.value, x.others)
+            roots.append(aligned(scale))
+        else:
+            size = _size(x.value, x.others).astype(leaves[0].real)
+            scale = power(size)
+            sizes.append(aligned(size))
+        squares.append(aligned(x.square(scale)))
+    return Norms(
+        tuple(squares),
+        tuple(roots),
+        tuple(sizes),
+        factors=tuple(abs(leaf.pieces[0].factor) for leaf in leaves),
+        errors=((0.0, 0.0),) * len(leaves),
+    )
+
+
+def _of_terms(leaf: Leaf) -> Norms:
+    """Those of one leaf."""
     if not leaf.pieces:
-        return Norms(size=jnp.zeros(leaf.rows, leaf.real))
+        return Norms(weights=(jnp.zeros((*leaf.rows, 1), leaf.real),))
     by_piece = len(leaf.pieces) == 1 and isometric(leaf.pieces[0].tail)
     if not by_piece and materializes(leaf, leaf):
         found = over_rows(lambda terms: norm(Dense(row(leaf, terms))), leaf, materializes=True)
-        return Norms(size=found.astype(leaf.real))
-    factors = [_factors(piece) for piece in leaf.pieces]
-    scales = [[x.scale() for x in own] for own in factors]
-    if by_piece:
-        (piece,), (own,), (units,) = leaf.pieces, factors, scales
-        if _is_vectors(piece.term):
-            squares = [x.square(y) for x, y in zip(own, units, strict=True)]
-        else:
-            squares = [over_rows(lambda terms, x: squared_norm(terms[0], x), leaf, units)]
-        of_rows = partial(_aligned, leaf=leaf)
-        factor = abs(piece.factor)
-        return Norms(tuple(map(of_rows, units)), tuple(map(of_rows, squares)), factor=factor)
-    # All pieces are divided by the size of the largest.
-    sizes = [prod((1 / _aligned(x, leaf)) ** 2 for x in own) for own in scales]
-    size = jnp.maximum(reduce(jnp.maximum, sizes), float(jnp.finfo(leaf.real).tiny))
-    shares = [
-        [*others, _aligned(last, leaf) * jnp.sqrt(x / size)]
-        for (*others, last), x in zip(scales, sizes, strict=True)
+        return Norms(weights=(_column(found.astype(leaf.real)),))
+    sizes = [
+        [_size(x.value, x.others).astype(leaf.real) for x in _factors(piece)]
+        for piece in leaf.pieces
     ]
-    square = over_rows(lambda terms, x: _squared_sum(leaf, terms, x), leaf, shares)
-    return Norms(squares=(square,), size=size)
+    scales = [list(map(power, own)) for own in sizes]
+    aligned = [[_aligned(_column(x), leaf) for x in own] for own in sizes]
+    if by_piece:
+        square, absolute = over_rows(lambda terms, x: squared_norm(terms[0], x), leaf, scales[0])
+        norms = _of_sum(
+            square, absolute, _count(leaf.pieces[0].of_one_row), sizes=tuple(aligned[0])
+        )
+        return replace(norms, factors=(abs(leaf.pieces[0].factor),))
+    # All pieces are divided by the size of the largest.
+    lengths = [prod((1 / power(x)) ** 2 for x in own) for own in aligned]
+    most = jnp.maximum(reduce(jnp.maximum, lengths), float(jnp.finfo(leaf.real).tiny))
+    shares = [
+        [*others, _aligned(_column(last), leaf)[..., 0] * jnp.sqrt(x / most)[..., 0]]
+        for (*others, last), x in zip(scales, lengths, strict=True)
+    ]
+    square, absolute = over_rows(lambda terms, x: _squared_sum(leaf, terms, x), leaf, shares)
+    count = prod(leaf.shape) * sum(pair_count(x.of_one_row) for x in leaf.pieces) ** 2
+    return _of_sum(square, absolute, count, weights=(most,))
 
 
-def _is_vectors(term: Term) -> bool:
-    """Whether the squared norm of a row is the product of those of its factors."""
-    if isinstance(term, Dense):
-        return True
-    return pair_count(term) <= 1 and term.shape[0] == 1
+def _of_sum(
+    square: jax.Array,
+    absolute: jax.Array | None,
+    count: int,
+    *,
+    sizes: tuple[jax.Array, ...] = (),
+    weights: tuple[jax.Array, ...] = (),
+) -> Norms:
+    """Those of one leaf, whose squares add up so many products."""
+    limits = jnp.finfo(square.dtype)
+    error = float(8 * limits.eps), count * float(8 * limits.tiny)
+    absolutes = () if absolute is None else (_column(lax.stop_gradient(absolute)),)
+    return Norms(
+        (_column(square),), sizes=sizes, absolute=absolutes, weights=weights, errors=(error,)
+    )
+
+
+def _column(x: jax.Array) -> jax.Array:
+    """With an axis for one leaf."""
+    return lax.expand_dims(x, (x.ndim,))
 
 
 def _aligned(x: jax.Array, leaf: Leaf) -> jax.Array:
-    """Numbers for the rows, or for the examples, or for all, as one for each row."""
-    missing = range(x.ndim, len(leaf.rows))
-    x = lax.expand_dims(x, missing) if x.ndim else x
-    return jnp.broadcast_to(x.astype(leaf.real), leaf.rows)
+    """Numbers for the rows, or for the examples, or for all, as one for each row.
+
+    The axis of leaves is the last.
+    """
+    axes = (*range(x.ndim - 1), len(leaf.rows))
+    x = lax.convert_element_type(x, leaf.real)
+    return lax.broadcast_in_dim(x, (*leaf.rows, x.shape[-1]), axes)
 
 
 # --------------------------------------------------------------------------------------------------
 # One row
 
 
-def squared_norm(term: Term, scales: Sequence[jax.Array]) -> jax.Array:
-    """The squared norm of a row whose factors are multiplied by the squares of some numbers."""
+def squared_norm(term: Term, scales: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+    """The squared norm of a row whose factors are multiplied by the squares of some numbers.
+
+    Beside it, where it is a sum that subtracts, that of the absolute values.
+    """
     if _has_large_blocks(term):
         # One block after the other: what is scaled here need not be held for all blocks at once.
         arrays, treedef = jax.tree.flatten(term)
 
-        def one(block: list[jax.Array]) -> jax.Array:
+        def one(block: list[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
             return squared_norm(jax.tree.unflatten(treedef, [x[None] for x in block]), scales)
 
-        return jnp.sum(lax.map(one, arrays))
+        return jax.tree.map(jnp.sum, lax.map(one, arrays))
     if isinstance(term, Scatter) and term.right.shape[1] > 1:
         term = Dense(collapsed(term).right)
     term = scaled(term, scales)
     if isinstance(term, Dense):
-        return jnp.sum(jnp.abs(term.value) ** 2)
+        return jnp.sum(jnp.abs(term.value) ** 2), None
     if isinstance(term, Windows):
-        return term.squared_norm()
+        return term.squared_norm(), None
     if isinstance(term, Scatter):  # of one vector
         square = jnp.sum(jnp.abs(term.right) ** 2, axis=(1, 2))
-        return jnp.sum(equal_places(term) * square)
-    lefts, rights = pair_factors(term, term)
-    square = jnp.sum(jnp.real(lefts * rights))
+        return jnp.sum(equal_places(term) * square), None
+    pairs = pair_factors(term, term)
+    dtype = common_dtype(*(x.dtype for x in pairs))
+    lefts, rights = (lax.convert_element_type(x, dtype) for x in pairs)
+    products = lax.mul(lefts, rights)
+    square = lax.reduce_sum(
+        lax.real(products) if jnp.iscomplexobj(products) else products, (0, 1, 2)
+    )
     if pair_count(term) <= 1:
-        return square
+        return square, None
     # Not abs(lefts * rights): XLA on CPUs would keep the products for both sums.
-    absolute = jnp.sum(jnp.abs(lefts) * jnp.abs(rights))
-    return not_too_small(square, absolute, prod(term.shape) * pair_count(term) ** 2)
+    return square, lax.reduce_sum(lax.mul(lax.abs(lefts), lax.abs(rights)), (0, 1, 2))
+
+
+def _count(term: Term) -> int:
+    """How many products the squared norm of a row adds up; each may be too small for its dtype."""
+    return prod(term.shape) * pair_count(term) ** 2
 
 
 def _squared_sum(
     leaf: Leaf, terms: Sequence[Term], scales: Sequence[Sequence[jax.Array]]
-) -> jax.Array:
-    """That of a row of several pieces, their factors multiplied by the squares of some numbers."""
+) -> tuple[jax.Array, jax.Array]:
+    """The same for a row of several pieces."""
     units = [scaled(term, own) for term, own in zip(terms, scales, strict=True)]
     square = jnp.real(inner(leaf, units, leaf, units)).astype(leaf.real)
     masses = [times(mass(x), abs(p.factor)) for x, p in zip(units, leaf.pieces, strict=True)]
     total = jnp.sum(jnp.stack([x.astype(leaf.real) for x in masses]))
-    count = prod(leaf.shape) * sum(map(pair_count, terms)) ** 2
-    return not_too_small(square, total**2, count)
+    return square, total**2
 
 
 def _has_large_blocks(term: Term) -> bool:
@@ -276,25 +316,3 @@ def mass(term: Term) -> jax.Array:
         case Scatter(index, _, _):
             return jnp.sum(jnp.broadcast_to(lengths[0], index.shape))
     raise TypeError(f"no parts of {type(term).__name__}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Numbers
-
-
-def not_too_small(square: jax.Array, absolute: jax.Array, count: int) -> jax.Array:
-    """A squared norm plus its rounding error, if that is of weight; see `Norms`.
-
-    `absolute` is the sum of the absolute values of the summands of the squared norm, and `count`
-    the number of products that were added up, each of which may have been too small for its dtype.
-    """
-    limits = jnp.finfo(square.dtype)
-    rounding = lax.stop_gradient(absolute) * float(8 * limits.eps) + count * float(8 * limits.tiny)
-    return jnp.where(rounding > square * 1e-3, jnp.maximum(square, 0) + rounding, square)
-
-
-def safe_sqrt(x: jax.Array) -> jax.Array:
-    """The square root of x, 0 where x is not positive, with derivative 0 there; keeps NaN."""
-    idle = x <= 0
-    root = jnp.sqrt(jnp.where(idle, jnp.ones_like(x), x))
-    return jnp.where(idle, jnp.zeros_like(x), root)

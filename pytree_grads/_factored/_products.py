@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from math import prod
 from typing import Any
 
@@ -13,7 +13,7 @@ from jax import lax
 from .._chunks import chunk_starts
 from .._tree import carried_dtype
 from . import _terms
-from ._dot import dot
+from ._dot import dot, times_rows
 from ._leaves import (
     ENTRIES_AT_ONCE,
     Leaf,
@@ -164,14 +164,15 @@ def _squared(leaf: Leaf, piece: Piece) -> Piece:
 
 def weighted_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
     """The sum over rows of weight times row, in the carried dtype; None stands for ones."""
-    total = jnp.zeros(leaf.shape, leaf.carried)
     blocks: dict[Any, jax.Array] = {}  # of pieces that are alike, added up before their tail
     for piece in sorted(leaf.pieces, key=lambda piece: isinstance(piece.term, Scatter)):
         place = piece.tail, piece.shape, _terms.dtype_of(piece.term)
         blocks[place] = _summed(piece, leaf, weights, blocks.get(place))
-    for (tail, *_), block in blocks.items():
-        total += apply(tail, block).astype(leaf.carried)
-    return total
+    parts = [
+        lax.convert_element_type(apply(tail, block), leaf.carried)
+        for (tail, *_), block in blocks.items()
+    ]
+    return reduce(lax.add, parts) if parts else jnp.zeros(leaf.shape, leaf.carried)
 
 
 def _summed(
@@ -223,9 +224,9 @@ def _contract(weights: jax.Array | None, x: jax.Array, *, axis: int) -> jax.Arra
     """The weighted sum over one axis, carried."""
     dtype = carried_dtype(x.dtype)
     if weights is None:
-        return jnp.sum(x, axis=axis, dtype=dtype)
+        return lax.reduce_sum(lax.convert_element_type(x, dtype), (axis,))
     if x.size < LARGE:  # XLA on CPUs takes longer to compile a product with a vector
-        return jnp.sum(_weighted(weights, x, axis), axis=axis)
+        return lax.reduce_sum(_weighted(weights, x, axis), (axis,))
     return jnp.tensordot(weights.astype(dtype), x.astype(dtype), axes=((0,), (axis,)))
 
 
@@ -267,20 +268,22 @@ def _contract_outer(
         right = _weighted(weights, right, 1)
     # One contracted axis, as a backward pass has it: XLA copies operands that have two.
     blocks, rows, pairs = left.shape[:3]
-    left, right = (x.reshape(blocks, rows * pairs, x.shape[-1]) for x in (left, right))
+    left, right = (lax.reshape(x, (blocks, rows * pairs, x.shape[-1])) for x in (left, right))
     if blocks != 1:
         return dot("bzm,bzn->bmn", left, right, precision=precision)
     m, n = left.shape[-1], right.shape[-1]
     if n <= min(NARROW, m // 2) and left.size * n >= LARGE:
-        lines = dot("zn,zm->nm", right[0], left[0], precision=precision)
+        lines = dot(
+            "zn,zm->nm", lax.squeeze(right, (0,)), lax.squeeze(left, (0,)), precision=precision
+        )
         return lax.optimization_barrier(lines).T[None]
-    return dot("zm,zn->mn", left[0], right[0], precision=precision)[None]
+    block = dot("zm,zn->mn", lax.squeeze(left, (0,)), lax.squeeze(right, (0,)), precision=precision)
+    return lax.expand_dims(block, (0,))
 
 
 def _weighted(weights: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     """An array times weights along one axis, carried; scaled once for a weight and its bias."""
     dtype = carried_dtype(x.dtype)
-    y, first = squeezed(x, axis)
-    others = [i for i in range(y.ndim) if i != first]
-    product = y.astype(dtype) * lax.expand_dims(weights.astype(dtype), others)
-    return product.reshape(x.shape)
+    y, first = squeezed(lax.convert_element_type(x, dtype), axis)
+    product = times_rows(y, lax.convert_element_type(weights, dtype), first)
+    return lax.reshape(product, x.shape)

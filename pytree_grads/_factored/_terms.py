@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._tree import carried_dtype
-from ._dot import dot
+from ._dot import dot, times_rows
 from ._windows import Windows
 
 _register = jax.tree_util.register_dataclass
@@ -122,7 +122,7 @@ def pair_factors(x: Term, y: Term) -> tuple[jax.Array, jax.Array]:
     """The inner products of the left vectors t and s, and of the right ones: (b, t, s)."""
     match x, y:
         case Outer(), Outer():
-            lefts = dot("btm,bsm->bts", x.left.conj(), y.left)
+            lefts = dot("btm,bsm->bts", _conjugated(x.left), y.left)
         case Scatter(), Scatter():
             lefts = _same_index(x, y)
         case Outer(), Scatter():
@@ -131,7 +131,11 @@ def pair_factors(x: Term, y: Term) -> tuple[jax.Array, jax.Array]:
             lefts = jnp.swapaxes(_columns(y.left, x.index), 1, 2)
         case _:
             raise TypeError(f"no pairs of {type(x).__name__} and {type(y).__name__}")
-    return lefts, dot("btn,bsn->bts", x.right.conj(), y.right)
+    return lefts, dot("btn,bsn->bts", _conjugated(x.right), y.right)
+
+
+def _conjugated(x: jax.Array) -> jax.Array:
+    return lax.conj(x) if jnp.iscomplexobj(x) else x
 
 
 def _columns(left: jax.Array, index: jax.Array) -> jax.Array:
@@ -237,11 +241,7 @@ def _equal_lines(x: Scatter, y: Scatter) -> jax.Array:
 
 def scaled(term: Term, scales: Sequence[jax.Array]) -> Term:
     """The row with each factor multiplied by the square of a real number, carried."""
-    first, *rest = [
-        x.astype(dtype) * scale.astype(dtype) * scale.astype(dtype)
-        for x, scale in zip(term.factors, scales, strict=True)
-        for dtype in [carried_dtype(x.dtype)]
-    ]
+    first, *rest = map(_scaled, term.factors, scales)
     match term:
         case Dense():
             return Dense(first)
@@ -251,6 +251,12 @@ def scaled(term: Term, scales: Sequence[jax.Array]) -> Term:
             return Scatter(index, first, length)
         case Windows():
             return replace(term, left=first, right=rest[0])
+
+
+def _scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+    dtype = carried_dtype(x.dtype)
+    scale = lax.convert_element_type(scale, dtype)
+    return times_rows(times_rows(lax.convert_element_type(x, dtype), scale, 0), scale, 0)
 
 
 def squared(term: Term) -> Term:

@@ -1,0 +1,193 @@
+"""Norms of rows in parts: numbers for each row, which are put together for all leaves at once.
+
+A loop over one number for each row costs more time to compile than to run, so nothing is done to
+these but at the end. Scales are what a factor is multiplied with, twice, before it is squared, for
+no overflow or underflow on the way to a norm that is representable. They are constants to
+derivatives. (Once would not do: the inverse of a large float is not a normal number.)
+
+This is written in `lax`, for there is much of it, and `jnp` takes several times as long to trace.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from itertools import zip_longest
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._tree import common_dtype
+from ._dot import times_rows
+
+FEW_PARTS = 16  # norms of so many are one loop; one of more takes XLA on CPUs long to compile
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["squares", "roots", "sizes", "absolute", "weights"],
+    meta_fields=["leaves", "factors", "errors"],
+)
+@dataclass(frozen=True)
+class Norms:
+    """The norms of the rows of L leaves, in arrays of shape (*rows, L).
+
+    A norm is sqrt(the product of squares) / (the product of scales)**2 * factor * the product of
+    weights, where the scales are the `roots` and `power` of the `sizes`.
+
+    Inner products of T > 1 pairs subtract, and lose the digits of a row whose parts nearly cancel:
+    the squared norm is off by the order of eps times the sum of the `absolute` values of what it
+    adds up, and by tiny for each. Where that is more than a thousandth of it, it is added.
+    """
+
+    squares: tuple[jax.Array, ...] = ()
+    roots: tuple[jax.Array, ...] = ()
+    sizes: tuple[jax.Array, ...] = ()
+    absolute: tuple[jax.Array, ...] = ()  # one, or none
+    weights: tuple[jax.Array, ...] = ()
+    leaves: tuple[int, ...] = (0,)  # which these are
+    factors: tuple[float, ...] = (1.0,)  # of each leaf
+    errors: tuple[tuple[float, float], ...] = ((0.0, 0.0),)  # of each: relative to absolute, least
+
+    def scaled(self, weights: Sequence[jax.Array | None]) -> "Norms":
+        """Those of rows times numbers of their own, for each leaf; None is one, for all."""
+        own = [jnp.abs(x) for x in weights if x is not None]
+        return replace(self, weights=(*self.weights, jnp.stack(own, -1))) if own else self
+
+    def of(self, leaves: Collection[int]) -> "Norms":
+        """Those of some of the leaves."""
+        at = [k for k, leaf in enumerate(self.leaves) if leaf in leaves]
+        if len(at) == len(self.leaves):
+            return self
+        some = jax.tree.map(lambda x: jnp.concatenate([x[..., k : k + 1] for k in at], -1), self)
+        return replace(
+            some,
+            leaves=tuple(self.leaves[k] for k in at),
+            factors=tuple(self.factors[k] for k in at),
+            errors=tuple(self.errors[k] for k in at),
+        )
+
+    def value(self, dtype: Any) -> jax.Array:
+        """The norms."""
+        cast = partial(lax.convert_element_type, new_dtype=dtype)
+        scales = [cast(x) for x in (*self.roots, *map(power, self.sizes))]
+        parts = [lax.square(lax.integer_pow(x, -1)) for x in scales]
+        if self.squares:
+            square = reduce(lax.mul, map(cast, self.squares))
+            for absolute in map(cast, self.absolute):
+                relative, least = (_of_leaves(x, square) for x in zip(*self.errors, strict=True))
+                square = not_too_small(square, lax.add(lax.mul(absolute, relative), least))
+            parts.append(safe_sqrt(square))
+        value = reduce(lax.mul, [*parts, *map(cast, self.weights)])
+        if any(x != 1 for x in self.factors):
+            value = lax.mul(value, _of_leaves(self.factors, value))
+        if not self.roots:
+            return value
+        least = reduce(lax.min, self.roots)
+        is_infinite = lax.eq(least, lax.full_like(least, 0))
+        return lax.select(is_infinite, lax.full_like(value, float("inf")), value)
+
+
+def combined(norms: Sequence[Norms], leaves: Collection[int] | None = None) -> jax.Array:
+    """The norms of rows from those of their leaves, or of some of these."""
+    if leaves is not None:
+        norms = [x.of(leaves) for x in norms if not set(x.leaves).isdisjoint(leaves)]
+    dtype = common_dtype(*(x.dtype for x in jax.tree.leaves(norms)))
+    if len(norms) > FEW_PARTS:
+        norms = [_joined(norms, dtype)]
+    lengths = [_of_all_leaves(x.value(dtype)) for x in norms]
+    if len(lengths) == 1:
+        return lengths[0]
+    scale = _scale(reduce(lax.max, lengths))
+    squares = [lax.square(times_rows(times_rows(x, scale, 0), scale, 0)) for x in lengths]
+    return _unscaled(reduce(lax.add, squares), scale)
+
+
+def _of_all_leaves(lengths: jax.Array) -> jax.Array:
+    """The root of the sum of squares over the last axis."""
+    last = lengths.ndim - 1
+    if lengths.shape[last] == 1:
+        return lax.squeeze(lengths, (last,))
+    scale = _scale(lax.reduce_max(lengths, (last,)))
+    squares = lax.square(times_rows(times_rows(lengths, scale, 0), scale, 0))
+    return _unscaled(lax.reduce_sum(squares, (last,)), scale)
+
+
+def _scale(largest: jax.Array) -> jax.Array:
+    """What lengths are multiplied with, twice, before they are squared.
+
+    (They are not divided by the largest, for XLA makes this a product with an inverse, which may be
+    too small.)
+    """
+    largest = lax.stop_gradient(largest)
+    return power(lax.max(largest, lax.full_like(largest, float(jnp.finfo(largest.dtype).tiny))))
+
+
+def _unscaled(square: jax.Array, scale: jax.Array) -> jax.Array:
+    return lax.div(lax.div(safe_sqrt(square), scale), scale)
+
+
+def _joined(norms: Sequence[Norms], dtype: Any) -> Norms:
+    """All norms as one."""
+    shapes = [jax.tree.leaves(x)[0].shape for x in norms]
+
+    def joined(name: str, fill: float = 1) -> tuple[jax.Array, ...]:
+        columns = zip_longest(*(getattr(x, name) for x in norms))
+        filled = (
+            [
+                lax.full(shape, fill, dtype) if x is None else lax.convert_element_type(x, dtype)
+                for x, shape in zip(column, shapes, strict=True)
+            ]
+            for column in columns
+        )
+        return tuple(lax.concatenate(column, len(shapes[0]) - 1) for column in filled)
+
+    return Norms(
+        squares=joined("squares"),
+        roots=joined("roots"),
+        sizes=joined("sizes"),
+        absolute=joined("absolute", fill=0),
+        weights=joined("weights"),
+        leaves=tuple(i for x in norms for i in x.leaves),
+        factors=tuple(factor for x in norms for factor in x.factors),
+        errors=tuple(error for x in norms for error in x.errors),
+    )
+
+
+def _of_leaves(numbers: Sequence[float], like: jax.Array) -> jax.Array:
+    """A number for each leaf, for all rows."""
+    return jnp.broadcast_to(jnp.asarray(numbers, like.dtype), like.shape)
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def power(size: jax.Array) -> jax.Array:
+    """About 1 / the root of a positive normal number: a power of two.
+
+    Made of operations that are cheap enough for XLA to make them where they are used.
+    """
+    limits = jnp.finfo(size.dtype)
+    bits = lax.bitcast_convert_type(size, f"int{limits.bits}")
+    shift, one = lax.full_like(bits, limits.nmant), lax.full_like(bits, 1)
+    exponents = lax.shift_right_arithmetic(bits, shift)  # plus their bias
+    negated = lax.sub(lax.full_like(bits, 3 * (limits.maxexp - 1) + 1), exponents)
+    halves = lax.shift_right_arithmetic(negated, one)
+    return lax.bitcast_convert_type(lax.shift_left(halves, shift), size.dtype)
+
+
+def not_too_small(square: jax.Array, rounding: jax.Array) -> jax.Array:
+    """A squared norm plus its rounding error, if that is of weight; see `Norms`."""
+    is_small = lax.gt(rounding, lax.mul(square, lax.full_like(square, 1e-3)))
+    more = lax.add(lax.max(square, lax.full_like(square, 0)), rounding)
+    return lax.select(is_small, more, square)
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """The square root of x, 0 where x is not positive, with derivative 0 there; keeps NaN."""
+    zeros = lax.full_like(x, 0)
+    idle = lax.le(x, zeros)
+    root = lax.sqrt(lax.select(idle, lax.full_like(x, 1), x))
+    return lax.select(idle, zeros, root)

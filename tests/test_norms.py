@@ -1,0 +1,161 @@
+"""What norms are put together from: many leaves of one form, products of arrays, powers of two."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tree_allclose
+
+from pytree_grads import jacobian
+from pytree_grads._factored._dot import dot, times_rows
+from pytree_grads._factored._norm_parts import power
+
+N, LAYERS = 5, 6
+MODES = {"kept": {}, "recomputed": {"recompute": True}, "chunks": {"chunk_size": 2}}
+modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+
+
+def gates(params, x):
+    """Layers whose scales and biases are small vectors of one form."""
+    for p in params:
+        x = jnp.tanh(x * p["scale"] + p["bias"])
+    return jnp.sum(x[:1]), jnp.sum(x)
+
+
+def problem():
+    keys = jax.random.split(jax.random.key(3), 2 * LAYERS + 1)
+    scales = [jax.random.normal(key, (3,)) for key in keys[:LAYERS]]
+    params = [{"scale": x, "bias": jnp.full(3, 0.1 * i)} for i, x in enumerate(scales)]
+    return params, jax.random.normal(keys[-1], (N, 3))
+
+
+def loss(params, x):
+    return gates(params, x)[1]
+
+
+def norms_of(rows):
+    squares = [jnp.sum(r**2, axis=-1) for r in jax.tree.leaves(rows)]
+    return jnp.sqrt(sum(squares))
+
+
+@modes
+class TestManySmallVectors:
+    @pytest.mark.parametrize("fun", [loss, gates])
+    def test_norms_and_clips(self, mode, fun, x64):
+        params, x = problem()
+        rows = jax.vmap(jax.jacrev(fun), (None, 0))(params, x)
+        bounds = [0.02 * (i + 1) for i in range(LAYERS)]  # of scale and bias together
+
+        @jax.jit
+        def of(params, x):
+            J = jacobian(fun, **mode)(params, x)
+            return J.norms(), J.clip(0.1).to_rows(), J.clip(bounds).to_rows()
+
+        norms, clipped, by_layer = of(params, x)
+
+        def check(norms, clipped, by_layer, rows):
+            assert tree_allclose(norms, norms_of(rows))
+            assert tree_allclose(norms_of(clipped), np.minimum(norms_of(rows), 0.1))
+            for layer, own, bound in zip(by_layer, rows, bounds, strict=True):
+                factor = np.minimum(1, bound / norms_of(own))[:, None]
+                assert tree_allclose(layer, jax.tree.map(lambda r, f=factor: r * f, own))
+
+        if isinstance(norms, tuple):
+            for parts in zip(norms, clipped, by_layer, rows, strict=True):
+                check(*parts)
+        else:
+            check(norms, clipped, by_layer, rows)
+
+    def test_a_bound_for_each_leaf_after_weights(self, mode, x64):
+        params, x = problem()
+        rows = jax.vmap(jax.grad(loss), (None, 0))(params, x)
+        weights = jnp.arange(1.0, N + 1)
+        bounds = jax.tree.map(lambda p: 0.05, params)
+
+        @jax.jit
+        def of(params, x):
+            J = jacobian(loss, **mode)(params, x).scale(weights)
+            return J.clip(bounds).norms(), J.clip(bounds).sum()
+
+        def clipped(r):
+            r = r * weights[:, None]
+            return r * np.minimum(1, 0.05 / np.linalg.norm(r, axis=1))[:, None]
+
+        want = jax.tree.map(clipped, rows)
+        norms, sums = of(params, x)
+        assert tree_allclose(norms, norms_of(want))
+        assert tree_allclose(sums, jax.tree.map(lambda r: np.sum(r, axis=0), want))
+
+    def test_they_are_worked_on_as_one(self, mode):
+        """One largest entry and one sum of squares for the scales and the biases of all layers."""
+        params, x = problem()
+
+        def roots(params):
+            norms = jax.make_jaxpr(lambda p, x: jacobian(loss, **mode)(p, x).norms())
+            return str(norms(params, x)).count(" rsqrt ")
+
+        assert roots(params) == roots(params[:4]) == roots(params[:1]) / 2 > 0
+
+    def test_gradients_through_them(self, mode, x64):
+        params, x = problem()
+
+        def penalty(p):
+            return jnp.sum(jacobian(loss, **mode)(p, x).norms())
+
+        def plain(p):
+            return jnp.sum(norms_of(jax.vmap(jax.grad(loss), (None, 0))(p, x)))
+
+        assert tree_allclose(jax.jit(jax.grad(penalty))(params), jax.grad(plain)(params))
+
+
+WIDE = {"bfloat16": "float32", "float32": "float32", "complex64": "complex64"}
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "ip,jp->ij",
+        "ip,p->i",
+        "btm,btn->bmn",
+        "bn,bn->b",
+        "btm,bsm->bts",
+        "zn,zm->mn",
+        "bts,bsn->btn",
+    ],
+)
+def test_dot_is_einsum(spec, dtype):
+    sizes = dict(zip("ijpbtsmnz", range(2, 11), strict=True))
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, y = (
+        jax.random.normal(key, [sizes[c] for c in letters], WIDE[dtype]).astype(dtype)
+        for key, letters in zip(keys, spec.split("->")[0].split(","), strict=True)
+    )
+    wide = jnp.dtype(WIDE[dtype])
+    found = dot(spec, x, y)
+    assert found.dtype == wide
+    assert tree_allclose(found, jnp.einsum(spec, x.astype(wide), y.astype(wide)), rtol=1e-5)
+    mixed = dot(spec, x, y.astype(wide))
+    assert mixed.dtype == wide
+    assert tree_allclose(mixed, jnp.einsum(spec, x.astype(wide), y.astype(wide)), rtol=1e-5)
+
+
+def test_times_rows():
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    assert tree_allclose(times_rows(x, jnp.arange(3.0), 1), x * jnp.arange(3.0)[None, :, None])
+    assert tree_allclose(times_rows(x, x[..., 0], 0), x * x[:, :, :1])
+    assert tree_allclose(times_rows(x, jnp.float32(2), 0), 2 * x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_powers_are_exact_and_bring_every_float_near_one(dtype, x64):
+    limits = np.finfo(dtype)
+    ends = [float(limits.tiny), 1.0, 2.0, float(limits.max)]
+    sizes = np.array([*ends, *2.0 ** np.linspace(limits.minexp, limits.maxexp - 1e-6, 999)])
+    scales = np.asarray(power(jnp.asarray(sizes, dtype)))
+    assert scales.dtype == dtype
+    assert np.all(np.frexp(scales)[0] == 0.5)  # powers of two
+    near = np.asarray(sizes, dtype) * scales * scales
+    assert np.all((near >= 1) & (near < 4))
+    assert np.all(np.isfinite(1 / scales / scales))
+    assert np.isinf(1 / power(jnp.asarray(np.inf, dtype)) ** 2)
