@@ -108,6 +108,39 @@ class TestManySmallVectors:
         assert tree_allclose(jax.jit(jax.grad(penalty))(params), jax.grad(plain)(params))
 
 
+@modes
+class TestTheRange:
+    """What is representable is right, whatever its factors are."""
+
+    def test_a_product_of_small_sizes_whose_norm_is_not_small(self, mode):
+        def fun(p, x):
+            a, b = (jnp.broadcast_to(number, (1000,)) for number in x)
+            return a @ (p @ b)
+
+        x = jnp.array([[1e-19, 9e-20], [1e-19, 1e-18], [1e19, 1e16]])
+        norms = jax.jit(lambda p: jacobian(fun, **mode)(p, x).norms())(jnp.ones((1000, 1000)))
+        assert tree_allclose(norms, jnp.array([9e-36, 1e-34, 1e38]), rtol=1e-5)
+
+    @pytest.mark.parametrize("count", [1, 5])
+    def test_factors_beyond_the_range_of_their_leaf(self, mode, count, x64):
+        def fun(ps, x):
+            a, b = x
+            return sum(a @ (p.astype(jnp.float64) @ b) for p in ps)
+
+        def twice(ps, x):  # in pieces of its own
+            a, b = x
+            return fun(ps, x) + sum(b @ (p.astype(jnp.float64).T @ a) for p in ps)
+
+        sizes = 10.0 ** np.array([[60, -60], [-60, 60], [-25, 25], [20, 15]])
+        x = np.arange(1.0, 7.0).reshape(1, 2, 3) * sizes[:, :, None]
+        params = [jnp.ones((3, 3), jnp.float32)] * count
+        for f, factor, rows in ((fun, 1, x), (twice, 2, x[2:])):
+            norms = jax.jit(lambda p, x, f=f: jacobian(f, **mode)(p, x).norms())(params, rows)
+            assert norms.dtype == np.float32
+            want = factor * count**0.5 * np.prod(np.linalg.norm(rows, axis=2), axis=1)
+            assert tree_allclose(norms, want.astype(np.float32), rtol=1e-5)
+
+
 WIDE = {"bfloat16": "float32", "float32": "float32", "complex64": "complex64"}
 
 

@@ -50,6 +50,11 @@ class Norms:
     factors: tuple[float, ...] = (1.0,)  # of each leaf
     errors: tuple[tuple[float, float], ...] = ((0.0, 0.0),)  # of each: relative to absolute, least
 
+    @property
+    def dtype(self) -> Any:
+        """That of the norms; scales may have a wider one."""
+        return (*self.squares, *self.weights)[0].dtype
+
     def scaled(self, weights: Sequence[jax.Array | None]) -> "Norms":
         """Those of rows times numbers of their own, for each leaf; None is one, for all."""
         own = [jnp.abs(x) for x in weights if x is not None]
@@ -72,13 +77,14 @@ class Norms:
         """The norms."""
         cast = partial(lax.convert_element_type, new_dtype=dtype)
         scales = [cast(x) for x in (*self.roots, *map(power, self.sizes))]
-        parts = [lax.square(lax.integer_pow(x, -1)) for x in scales]
+        parts = [reduce(lax.mul, [lax.integer_pow(x, -1) for x in scales])] if scales else []
         if self.squares:
             square = reduce(lax.mul, map(cast, self.squares))
             for absolute in map(cast, self.absolute):
                 relative, least = (_of_leaves(x, square) for x in zip(*self.errors, strict=True))
                 square = not_too_small(square, lax.add(lax.mul(absolute, relative), least))
-            parts.append(safe_sqrt(square))
+            # Between the two of its factors, for their square alone may be too small or too large.
+            parts = [*parts, safe_sqrt(square), *parts]
         value = reduce(lax.mul, [*parts, *map(cast, self.weights)])
         if any(x != 1 for x in self.factors):
             value = lax.mul(value, _of_leaves(self.factors, value))
@@ -94,14 +100,15 @@ def combined(norms: Sequence[Norms], leaves: Collection[int] | None = None) -> j
     if leaves is not None:
         norms = [x.of(leaves) for x in norms if not set(x.leaves).isdisjoint(leaves)]
     dtype = common_dtype(*(x.dtype for x in jax.tree.leaves(norms)))
+    found = common_dtype(*(x.dtype for x in norms))
     if len(norms) > FEW_PARTS:
         norms = [_joined(norms, dtype)]
     lengths = [_of_all_leaves(x.value(dtype)) for x in norms]
-    if len(lengths) == 1:
-        return lengths[0]
-    scale = _scale(reduce(lax.max, lengths))
-    squares = [lax.square(times_rows(times_rows(x, scale, 0), scale, 0)) for x in lengths]
-    return _unscaled(reduce(lax.add, squares), scale)
+    if len(lengths) > 1:
+        scale = _scale(reduce(lax.max, lengths))
+        squares = [lax.square(times_rows(times_rows(x, scale, 0), scale, 0)) for x in lengths]
+        lengths = [_unscaled(reduce(lax.add, squares), scale)]
+    return lax.convert_element_type(lengths[0], found)
 
 
 def _of_all_leaves(lengths: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ leaves by the largest of them before theirs are added up; see `_norm_parts`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from math import prod
 from typing import Any
 
@@ -42,13 +42,8 @@ def norm(term: Term) -> jax.Array:
     """The norm of one row of one term."""
     sizes = [_size(x, tuple(range(x.ndim))) for x in term.factors]
     square, absolute = squared_norm(term, list(map(power, sizes)))
-    return combined(
-        [
-            _of_sum(
-                square, absolute, _count(term), sizes=tuple(lax.expand_dims(x, (0,)) for x in sizes)
-            )
-        ]
-    )
+    columns = tuple(map(_column, sizes))
+    return combined([_of_sum(square, absolute, _count(term), square.dtype, sizes=columns)])
 
 
 def _size(x: jax.Array, axes: Sequence[int]) -> jax.Array:
@@ -166,10 +161,10 @@ def _of_vectors(leaves: Sequence[Leaf], factors: Sequence[Sequence[_Factor]]) ->
             scale = _root(x.value, x.others)
             roots.append(aligned(scale))
         else:
-            size = _size(x.value, x.others).astype(leaves[0].real)
+            size = _size(x.value, x.others)
             scale = power(size)
             sizes.append(aligned(size))
-        squares.append(aligned(x.square(scale)))
+        squares.append(aligned(lax.convert_element_type(x.square(scale), leaves[0].real)))
     return Norms(
         tuple(squares),
         tuple(roots),
@@ -187,34 +182,31 @@ def _of_terms(leaf: Leaf) -> Norms:
     if not by_piece and materializes(leaf, leaf):
         found = over_rows(lambda terms: norm(Dense(row(leaf, terms))), leaf, materializes=True)
         return Norms(weights=(_column(found.astype(leaf.real)),))
-    sizes = [
-        [_size(x.value, x.others).astype(leaf.real) for x in _factors(piece)]
-        for piece in leaf.pieces
-    ]
+    sizes = [[_size(x.value, x.others) for x in _factors(piece)] for piece in leaf.pieces]
     scales = [list(map(power, own)) for own in sizes]
     aligned = [[_aligned(_column(x), leaf) for x in own] for own in sizes]
     if by_piece:
         square, absolute = over_rows(lambda terms, x: squared_norm(terms[0], x), leaf, scales[0])
-        norms = _of_sum(
-            square, absolute, _count(leaf.pieces[0].of_one_row), sizes=tuple(aligned[0])
-        )
+        count = _count(leaf.pieces[0].of_one_row)
+        norms = _of_sum(square, absolute, count, leaf.real, sizes=tuple(aligned[0]))
         return replace(norms, factors=(abs(leaf.pieces[0].factor),))
     # All pieces are divided by the size of the largest.
-    lengths = [prod((1 / power(x)) ** 2 for x in own) for own in aligned]
+    lengths = [prod((1 / power(x).astype(leaf.real)) ** 2 for x in own) for own in aligned]
     most = jnp.maximum(reduce(jnp.maximum, lengths), float(jnp.finfo(leaf.real).tiny))
     shares = [
-        [*others, _aligned(_column(last), leaf)[..., 0] * jnp.sqrt(x / most)[..., 0]]
-        for (*others, last), x in zip(scales, lengths, strict=True)
+        [*others, (power(last).astype(leaf.real) * jnp.sqrt(x / most))[..., 0]]
+        for (*others, _), (*_, last), x in zip(scales, aligned, lengths, strict=True)
     ]
     square, absolute = over_rows(lambda terms, x: _squared_sum(leaf, terms, x), leaf, shares)
     count = prod(leaf.shape) * sum(pair_count(x.of_one_row) for x in leaf.pieces) ** 2
-    return _of_sum(square, absolute, count, weights=(most,))
+    return _of_sum(square, absolute, count, leaf.real, weights=(most,))
 
 
 def _of_sum(
     square: jax.Array,
     absolute: jax.Array | None,
     count: int,
+    dtype: Any,
     *,
     sizes: tuple[jax.Array, ...] = (),
     weights: tuple[jax.Array, ...] = (),
@@ -222,9 +214,13 @@ def _of_sum(
     """Those of one leaf, whose squares add up so many products."""
     limits = jnp.finfo(square.dtype)
     error = float(8 * limits.eps), count * float(8 * limits.tiny)
-    absolutes = () if absolute is None else (_column(lax.stop_gradient(absolute)),)
+    cast = partial(lax.convert_element_type, new_dtype=dtype)
     return Norms(
-        (_column(square),), sizes=sizes, absolute=absolutes, weights=weights, errors=(error,)
+        squares=(_column(cast(square)),),
+        sizes=sizes,
+        absolute=() if absolute is None else (_column(cast(lax.stop_gradient(absolute))),),
+        weights=weights,
+        errors=(error,),
     )
 
 
@@ -239,7 +235,6 @@ def _aligned(x: jax.Array, leaf: Leaf) -> jax.Array:
     The axis of leaves is the last.
     """
     axes = (*range(x.ndim - 1), len(leaf.rows))
-    x = lax.convert_element_type(x, leaf.real)
     return lax.broadcast_in_dim(x, (*leaf.rows, x.shape[-1]), axes)
 
 
