@@ -144,6 +144,21 @@ class TestTheRange:
 WIDE = {"bfloat16": "float32", "float32": "float32", "complex64": "complex64"}
 
 
+@modes
+def test_rows_that_are_nan_after_a_clip_have_no_infinite_norm(mode):
+    x = jnp.array([[jnp.inf, 1.0], [1.0, 2.0]])
+    clipped = jacobian(lambda p, x: jnp.sum(p * x), **mode)(jnp.ones(2), x).clip(1.0)
+    assert tree_allclose(clipped.norms(), jnp.array([jnp.nan, 1.0]))
+
+
+@modes
+def test_no_tracer_is_left_behind(mode):
+    x = jnp.array([[1.0, 1.0], [1.0, 2.0]])
+    with jax.check_tracer_leaks():
+        norms = jax.jit(lambda p: jacobian(lambda p, x: jnp.sum(p * x), **mode)(p, x).norms())
+        assert tree_allclose(norms(jnp.ones(2)), jnp.sqrt(jnp.array([2.0, 5.0])))
+
+
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize(
     "spec",

@@ -85,14 +85,15 @@ class Norms:
                 square = not_too_small(square, lax.add(lax.mul(absolute, relative), least))
             # Between the two of its factors, for their square alone may be too small or too large.
             parts = [*parts, safe_sqrt(square), *parts]
+        if self.roots:
+            least = reduce(lax.min, self.roots)
+            infinity = lax.full_like(parts[0], float("inf"))
+            is_infinite = lax.eq(least, lax.full_like(least, 0))
+            parts = [lax.select(is_infinite, infinity, reduce(lax.mul, parts))]
         value = reduce(lax.mul, [*parts, *map(cast, self.weights)])
         if any(x != 1 for x in self.factors):
             value = lax.mul(value, _of_leaves(self.factors, value))
-        if not self.roots:
-            return value
-        least = reduce(lax.min, self.roots)
-        is_infinite = lax.eq(least, lax.full_like(least, 0))
-        return lax.select(is_infinite, lax.full_like(value, float("inf")), value)
+        return value
 
 
 def combined(norms: Sequence[Norms], leaves: Collection[int] | None = None) -> jax.Array:

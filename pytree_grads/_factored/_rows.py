@@ -65,7 +65,7 @@ def factor(
         sites = list(dict.fromkeys(piece.site for pieces in plan for piece in pieces))
         keys = list(dict.fromkeys(key for site in sites for key in _execute.keys_of(site)))
         places = dict(zip(keys, _places(trace, batch, keys), strict=True))
-        known.update(trace=trace, plan=plan, sites=sites, places=places)
+        known.update(trace=replace(trace, values=()), plan=plan, sites=sites, places=places)
 
         def backward(cotangents: Sequence[jax.Array]) -> Any:
             inputs = [*trace.values, *cotangents]
