@@ -166,17 +166,14 @@ def check(jacobian: "Jacobian", rows: int) -> None:
 @jax.jit
 def _products(rows: "Rows", c: jax.Array) -> tuple[Any, Any, Any, Any]:
     def of_rows(matrix: Matrix) -> tuple[Any, Any]:
-        return tuple(matrix.rows()), _norms_of_leaves(matrix)
+        norms = matrix.leaf_norms()
+        of_leaves = tuple(combined(norms, [i]) for i in range(len(matrix.leaves)))
+        return tuple(matrix.rows()), of_leaves
 
     stacked, norms = rows.map(of_rows)
     sums = tuple(jax.tree.leaves(rows.sum(c)))
     squares = rows.fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
     return stacked, norms, sums, squares
-
-
-def _norms_of_leaves(matrix: Matrix) -> tuple[jax.Array, ...]:
-    norms = matrix.leaf_norms()
-    return tuple(combined(norms, [i]) for i in range(len(matrix.leaves)))
 
 
 def _wide(x: jax.Array) -> np.ndarray:

@@ -22,7 +22,9 @@ def resolved(in_axes=(None, {"x": -1, "key": 0}, None)):
     params = {"w": jnp.arange(3.0), "none": None}
     batch = {"x": np.arange(3.0 * N, dtype=np.float32).reshape(3, N), "key": KEYS}
     weight = jnp.arange(N, dtype=jnp.float32)
-    return _batch.resolve(fun, (params, batch, jnp.tanh), {"weight": weight}, 0, in_axes)
+    return _batch.resolve(
+        fun, (params, batch, jnp.tanh), {"weight": weight}, 0, in_axes, shared=True
+    )
 
 
 def call(args, kwargs):

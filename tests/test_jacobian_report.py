@@ -229,7 +229,8 @@ ERRORS = {
     "integer output": (
         lambda: jacobian(lambda p, x: 3)(P, X),
         TypeError,
-        "must be real and floating-point, got a value of type int: cast it, or return it with",
+        "the output of the function to differentiate must be real and floating-point, got a value "
+        "of type int: cast it, or return it with has_aux",
     ),
     "complex output": (
         lambda: jacobian(lambda p, x: {"z": p["b"].astype(complex)})(P, X),
@@ -367,6 +368,11 @@ def test_the_error_table(name):
     with pytest.raises(kind, match=re.escape(words)) as caught:
         call()
     assert caught.type is kind
+
+
+def test_only_keys_that_differ_are_listed():
+    with pytest.raises(ValueError, match=r"missing keys \['b'\]$"):
+        J.clip({"w": 1.0})
 
 
 def sizes(jaxpr):

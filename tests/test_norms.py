@@ -141,9 +141,6 @@ class TestTheRange:
             assert tree_allclose(norms, want.astype(np.float32), rtol=1e-5)
 
 
-WIDE = {"bfloat16": "float32", "float32": "float32", "complex64": "complex64"}
-
-
 @modes
 def test_rows_that_are_nan_after_a_clip_have_no_infinite_norm(mode):
     x = jnp.array([[jnp.inf, 1.0], [1.0, 2.0]])
@@ -157,6 +154,9 @@ def test_no_tracer_is_left_behind(mode):
     with jax.check_tracer_leaks():
         norms = jax.jit(lambda p: jacobian(lambda p, x: jnp.sum(p * x), **mode)(p, x).norms())
         assert tree_allclose(norms(jnp.ones(2)), jnp.sqrt(jnp.array([2.0, 5.0])))
+
+
+WIDE = {"bfloat16": "float32", "float32": "float32", "complex64": "complex64"}
 
 
 @pytest.mark.parametrize("dtype", WIDE)

@@ -34,3 +34,9 @@ def times_rows(x: jax.Array, numbers: jax.Array, first: int) -> jax.Array:
     """An array times numbers for its axes from `first` on, of the same dtype."""
     axes = range(first, first + numbers.ndim)
     return lax.mul(x, lax.broadcast_in_dim(numbers, x.shape, axes))
+
+
+def times_rows_twice(x: jax.Array, scale: jax.Array, first: int) -> jax.Array:
+    """The same, times the square of each number, which may be no normal number itself."""
+    scale = lax.convert_element_type(scale, x.dtype)
+    return times_rows(times_rows(x, scale, first), scale, first)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._tree import common_dtype
-from ._dot import times_rows
+from ._dot import times_rows_twice
 
 FEW_PARTS = 16  # norms of so many are one loop; one of more takes XLA on CPUs long to compile
 
@@ -107,7 +107,7 @@ def combined(norms: Sequence[Norms], leaves: Collection[int] | None = None) -> j
     lengths = [_of_all_leaves(x.value(dtype)) for x in norms]
     if len(lengths) > 1:
         scale = _scale(reduce(lax.max, lengths))
-        squares = [lax.square(times_rows(times_rows(x, scale, 0), scale, 0)) for x in lengths]
+        squares = [lax.square(times_rows_twice(x, scale, 0)) for x in lengths]
         lengths = [_unscaled(reduce(lax.add, squares), scale)]
     return lax.convert_element_type(lengths[0], found)
 
@@ -118,7 +118,7 @@ def _of_all_leaves(lengths: jax.Array) -> jax.Array:
     if lengths.shape[last] == 1:
         return lax.squeeze(lengths, (last,))
     scale = _scale(lax.reduce_max(lengths, (last,)))
-    squares = lax.square(times_rows(times_rows(lengths, scale, 0), scale, 0))
+    squares = lax.square(times_rows_twice(lengths, scale, 0))
     return _unscaled(lax.reduce_sum(squares, (last,)), scale)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._tree import carried_dtype, common_dtype
-from ._dot import times_rows
+from ._dot import times_rows_twice
 from ._leaves import Leaf, Piece, inner, materializes, over_rows, row, squeezed, times
 from ._norm_parts import Norms, combined, power, safe_sqrt
 from ._tails import isometric
@@ -99,8 +99,7 @@ class _Factor:
 
     def square(self, scale: jax.Array) -> jax.Array:
         """The sum of squares of each row, whose entries are multiplied twice by its number."""
-        scale = lax.convert_element_type(scale, self.value.dtype)
-        small = times_rows(times_rows(self.value, scale, self.first), scale, self.first)
+        small = times_rows_twice(self.value, scale, self.first)
         small = lax.abs(small) if jnp.iscomplexobj(small) else small
         return lax.reduce_sum(lax.square(small), self.others)
 
@@ -138,9 +137,14 @@ def _factors(piece: Piece) -> list[_Factor]:
     return [_Factor.of(x, piece.axis, level) for x, level in zip(factors, levels, strict=True)]
 
 
+def _is_one_block(leaf: Leaf) -> bool:
+    """Whether the norm of a row is that of the term of its only piece."""
+    return len(leaf.pieces) == 1 and isometric(leaf.pieces[0].tail)
+
+
 def _vectors(leaf: Leaf) -> list[_Factor]:
     """The factors of a leaf, if the norm of a row is the product of theirs."""
-    if len(leaf.pieces) != 1 or not isometric(leaf.pieces[0].tail):
+    if not _is_one_block(leaf):
         return []
     (piece,) = leaf.pieces
     term = piece.term
@@ -178,7 +182,7 @@ def _of_terms(leaf: Leaf) -> Norms:
     """Those of one leaf."""
     if not leaf.pieces:
         return Norms(weights=(jnp.zeros((*leaf.rows, 1), leaf.real),))
-    by_piece = len(leaf.pieces) == 1 and isometric(leaf.pieces[0].tail)
+    by_piece = _is_one_block(leaf)
     if not by_piece and materializes(leaf, leaf):
         found = over_rows(lambda terms: norm(Dense(row(leaf, terms))), leaf, materializes=True)
         return Norms(weights=(_column(found.astype(leaf.real)),))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._tree import carried_dtype
-from ._dot import dot, times_rows
+from ._dot import dot, times_rows_twice
 from ._windows import Windows
 
 _register = jax.tree_util.register_dataclass
@@ -254,9 +254,7 @@ def scaled(term: Term, scales: Sequence[jax.Array]) -> Term:
 
 
 def _scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
-    dtype = carried_dtype(x.dtype)
-    scale = lax.convert_element_type(scale, dtype)
-    return times_rows(times_rows(lax.convert_element_type(x, dtype), scale, 0), scale, 0)
+    return times_rows_twice(lax.convert_element_type(x, carried_dtype(x.dtype)), scale, 0)
 
 
 def squared(term: Term) -> Term:
