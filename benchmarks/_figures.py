@@ -17,6 +17,7 @@ from _measure import Program, compile_program, human_bytes, interleaved
 LONG = 15  # seconds; what would take longer is not run to its end
 LARGE = 1 << 29  # bytes; what needs more is tried on an eighth of the batch first
 SLOW = 5  # times the ordinary gradient; what is slower is timed once, apart from the others
+NEAR = 1.3  # times the fastest way; what is no slower is timed for longer, for a fair comparison
 
 
 Way = Callable[[Problem], Callable[..., Any]]
@@ -60,6 +61,7 @@ def measure(
     ways: Mapping[str, Way],
     *,
     rounds: int,
+    seconds: float = 0,
     cap: float,
     careful: Iterable[str] = (),
 ) -> tuple[float, dict[str, Figure]]:
@@ -94,7 +96,8 @@ def measure(
         if _distance(result, reference) > 1e-2:
             notes[name] = " (differs)"
         del result
-    seconds, times = multiples(base, {name: (programs[name], run[name]) for name in run}, rounds)
+    cases = {name: (programs[name], run[name]) for name in run}
+    base_seconds, times = multiples(base, cases, rounds, seconds)
 
     def figure(name: str, program: Program) -> Figure:
         return Figure(
@@ -107,29 +110,34 @@ def measure(
         )
 
     found = {name: figure(name, program) for name, program in programs.items()}
-    return seconds, failed | found
+    return base_seconds, failed | found
 
 
 def multiples(
-    base: Case, cases: Mapping[str, tuple[Case, float]], rounds: int
+    base: Case, cases: Mapping[str, tuple[Case, float]], rounds: int, seconds: float = 0
 ) -> tuple[float, dict[str, float]]:
     """The seconds of `base`, and those of cases as multiples of it.
 
-    Beside a case stand the seconds of its first call. Slow cases are not called many times more.
+    Beside a case stand the seconds of its first call. Slow cases are not called many times more;
+    those that are nearly the fastest are timed once more, for `seconds` or longer.
     """
     once = interleaved({"ordinary": base}, seconds=0, rounds=2)["ordinary"].median
     fast: dict[str, Case] = {}
     times: dict[str, float] = {}
-    for name, (case, seconds) in cases.items():
-        if seconds < 1 + SLOW * once:
-            _, seconds = timed(case)
-        if seconds > max(SLOW * once, 0.02):
-            times[name] = seconds / once
+    for name, (case, took) in cases.items():
+        if took < 1 + SLOW * once:
+            _, took = timed(case)
+        if took > max(SLOW * once, 0.02):
+            times[name] = took / once
         else:
             fast[name] = case
     taken = interleaved({"ordinary": base, **fast}, seconds=0, rounds=rounds)
-    times |= {name: taken[name].over(taken["ordinary"]) for name in fast}
-    return taken["ordinary"].median, times
+    found = {name: taken[name].over(taken["ordinary"]) for name in fast}
+    near = {name: fast[name] for name, x in found.items() if x <= NEAR * min(found.values())}
+    if near and seconds:
+        taken = interleaved({"ordinary": base, **near}, seconds=seconds, rounds=rounds)
+        found |= {name: taken[name].over(taken["ordinary"]) for name in near}
+    return taken["ordinary"].median, times | found
 
 
 def _estimate(way: Way, problem: Problem) -> float:

@@ -104,6 +104,7 @@ def run(model: Model, options: argparse.Namespace) -> dict[str, Entry]:
             base,
             ways,
             rounds=options.repeats,
+            seconds=options.seconds,
             cap=options.memory_cap * 2**30,
             careful=("auto",),
         )
@@ -284,7 +285,10 @@ def versions() -> str:
 
 def report(results: Mapping[str, Sequence[Entry]], options: argparse.Namespace) -> str:
     results = {product: entries for product, entries in results.items() if entries}
-    parts = [f"{versions()} Medians of {options.repeats} rounds."]
+    told = f"Medians of {options.repeats} rounds"
+    if options.seconds:
+        told += f"; of what can be done in {options.seconds:g} s where ways are nearly the fastest"
+    parts = [f"{versions()} {told}."]
     parts += ["#### Means and worst cases", summary(results)]
     for product, entries in results.items():
         title = PRODUCTS[product]
@@ -321,6 +325,7 @@ def parse() -> argparse.Namespace:
     add("--routes", action=switch, default=True)
     add("--depths", nargs="*", type=int, default=[10, 100, 1000], help="layers; none to skip")
     add("--repeats", type=int, default=5, help="rounds of timing")
+    add("--seconds", type=float, default=4, help="for which the fastest are timed, at least")
     add("--memory-cap", type=float, default=6, help="GiB; what would need more is not run")
     add("--minutes", type=float, default=float("inf"), help="no model is begun after that many")
     add("--write", type=Path, help="a Markdown file, to write between its markers")

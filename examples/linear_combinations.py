@@ -35,7 +35,7 @@ def line(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 
 def many_lines(params: dict[str, dict[str, jax.Array]], x: jax.Array) -> jax.Array:
-    """The mean of 500 bent lines, each with a slope m and an offset b of its own."""
+    """The mean of many bent lines, each with a slope m and an offset b of its own."""
     m = jnp.stack([one["m"] for one in params.values()])
     b = jnp.stack([one["b"] for one in params.values()])
     return jnp.tanh(m * x + b).mean()
@@ -81,7 +81,9 @@ def five_ways(model: Callable[..., jax.Array]) -> dict[str, Callable[..., Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the gradient of both models, in five ways."""
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(argv)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lines", type=int, default=500, help="of the larger model")
+    options = parser.parse_args(argv)
     xs = jnp.array([0.3, 1.5])
 
     print("f(x) = m*x + b, m = 2, b = -1; inputs 0.3 and 1.5; loss Σ f²")
@@ -90,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         gradient = way(params, xs)
         print(f"  {name:<42} dm = {gradient['m']:.4g}   db = {gradient['b']:.4g}")
 
-    slopes, offsets = jax.random.uniform(jax.random.key(0), (2, 500))
+    slopes, offsets = jax.random.uniform(jax.random.key(0), (2, options.lines))
     params = {
         f"line{i}": {"m": m, "b": b} for i, (m, b) in enumerate(zip(slopes, offsets, strict=True))
     }

@@ -70,9 +70,9 @@ class Outputs:
             if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
                 raise TypeError(f"{where} must hold real numbers, got {describe(x)}")
             if x.shape != (size, *shape):
-                expected = ",".join(map(str, (size, *shape)))
                 raise ValueError(
-                    f"{where} must have one number per row, shape ({expected}), got {describe(x)}"
+                    f"{where} must have one number per row, shape {(size, *shape)}, "
+                    f"got {describe(x)}"
                 )
             dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
             flat.append(x.astype(dtype).reshape(size, prod(shape)))

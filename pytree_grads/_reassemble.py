@@ -134,10 +134,9 @@ def _check_rows(outputs: PyTree, parts: Sequence[PyTree]) -> None:
         _tree.check_summable(name, part)
         for path, row in jax.tree.leaves_with_path(part):
             if jnp.shape(row)[: output.ndim] != output.shape:
-                lead = ",".join(map(str, output.shape))
                 raise ValueError(
-                    f"{located(name, path)} must have the leading axes ({lead}) of its output, "
-                    f"got {describe(row)}"
+                    f"{located(name, path)} must have the leading axes {output.shape} of its "
+                    f"output, got {describe(row)}"
                 )
         drop = output.ndim
         params.append(

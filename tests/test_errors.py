@@ -436,12 +436,12 @@ TABLE = {
     "wrong length": (
         assembled(jnp.ones(5), {"w": jnp.ones((4, 2))}),
         ValueError,
-        "argument rows['w'] must have the leading axes (5) of its output, got float32[4,2]",
+        "argument rows['w'] must have the leading axes (5,) of its output, got float32[4,2]",
     ),
     "rows too small": (
         assembled(jnp.ones((5, 2)), {"w": jnp.ones(5)}),
         ValueError,
-        "leading axes (5,2)",
+        "leading axes (5, 2)",
     ),
     "no outputs": (assembled({}, {}), ValueError, "argument outputs holds no arrays"),
     "scalar output": (

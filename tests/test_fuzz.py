@@ -4,7 +4,6 @@ import random
 
 import hypothesis
 import hypothesis.strategies as st
-import pytest
 from fuzz import MODES, Count, check
 from grammar import program
 
@@ -30,9 +29,9 @@ def test_random_programs(x64):
     assert count.factored > 0.5 * count.matrices
 
 
-@pytest.mark.parametrize("seed", [5275, 5326])
-def test_programs_that_have_failed(x64, seed):
+def test_a_program_that_has_failed(x64):
     """Of the command: a row that is a sum of arrays and outer products, for several outputs."""
+    seed = 5326
     choose = random.Random(seed)
     made = program(choose.choice)
     check(made, seed, choose.choice(list(MODES)))

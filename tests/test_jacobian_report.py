@@ -260,12 +260,12 @@ ERRORS = {
     "weights": (
         lambda: J.weighted_sum(jnp.ones(N - 1)),
         ValueError,
-        "argument c must have one number per row, shape (5), got float32[4]",
+        "argument c must have one number per row, shape (5,), got float32[4]",
     ),
     "weights of outputs": (
         lambda: K.weighted_sum({"a": jnp.ones(N), "b": jnp.ones((N, 2, 3))}),
         ValueError,
-        "argument c['b'] must have one number per row, shape (5,2,2), got float32[5,2,3]",
+        "argument c['b'] must have one number per row, shape (5, 2, 2), got float32[5,2,3]",
     ),
     "structure of weights": (
         lambda: K.scale(jnp.ones(N)),
