@@ -267,39 +267,44 @@ def map_chunks(
 
 
 def fold_chunks(
-    step: Callable[[PyTree, Batch, Place], PyTree],
+    step: Callable[[PyTree, Batch, Place], tuple[PyTree, PyTree]],
     init: PyTree,
     batch: Batch,
     chunk_size: int | None,
     *,
     alone: bool = False,
-) -> PyTree:
-    """``carry = step(carry, chunk, place)`` over chunks of a batch of which no two share a row.
+) -> tuple[PyTree, PyTree]:
+    """``carry, rows = step(carry, chunk, place)`` over chunks of a batch of which no two overlap.
+
+    It returns the last carry and the rows of all chunks as arrays of N rows, as ``lax.scan`` would.
 
     Rows that do not fill a chunk are one of their own, and ``step`` is traced for it as well: in a
     full one, rows that are there for the second time could not be told to add nothing (a cotangent
     of zero times an infinite derivative is NaN). It comes first, so that the loop waits for it and
     the memory of only one chunk is needed at a time (where N < 2k, XLA unrolls the loop of one turn
-    and may hold both). With ``alone``, one call that takes all rows is ``not_merged``.
+    and may hold both). With ``alone``, one call that takes all rows is ``not_merged``, and it may
+    give no rows.
     """
     chunk_size = loop_chunk(batch.size, chunk_size)
     if chunk_size is None:
         whole = Place(Chunks(batch.size, 1, batch.size), 0)
         if alone:
             init = batch.varied(init)
-            return not_merged(lambda: step(init, batch, whole), init, batch.primals)
+            return not_merged(lambda: step(init, batch, whole), (init, None), batch.primals)
         return step(init, batch, whole)
     chunks = batch.chunks(chunk_size)
     starts, rest = chunks.apart
-    carry = batch.varied(init)
+    carry, last = batch.varied(init), None
     if rest is not None:
-        carry = step(carry, batch.part(rest), rest)
+        carry, last = step(carry, batch.part(rest), rest)
 
-    def body(carry: PyTree, start: jax.Array) -> tuple[PyTree, None]:
+    def body(carry: PyTree, start: jax.Array) -> tuple[PyTree, PyTree]:
         place = Place(chunks, start)
-        return step(carry, batch.part(place), place), None
+        return step(carry, batch.part(place), place)
 
-    return lax.scan(with_canonical_convolutions(body), carry, jnp.asarray(starts))[0]
+    carry, rows = lax.scan(with_canonical_convolutions(body), carry, jnp.asarray(starts))
+    rows = jax.tree.map(chunks.joined, rows, *([] if rest is None else [last]))
+    return carry, rows
 
 
 def not_merged(fun: Callable[[], PyTree], other: PyTree, primals: PyTree) -> PyTree:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ._checks import check_chunk_size, is_float0
@@ -79,6 +80,17 @@ class Chunks:
         starts = np.arange(count, dtype=np.int32) * self.width
         rest = Place(replace(self, width=left), count * self.width) if left else None
         return starts, rest
+
+    def joined(self, full: jax.Array, *rest: jax.Array) -> jax.Array:
+        """An array of all rows, from those of the full chunks and of the rows that are left.
+
+        >>> Chunks.of(7, 3).joined(np.array([[0, 1, 2], [3, 4, 5]]), np.array([6])).tolist()
+        [0, 1, 2, 3, 4, 5, 6]
+        """
+        entries = full.shape[2:]
+        grouped = full.reshape(len(full), self.groups, self.width, *entries).swapaxes(0, 1)
+        parts = [x.reshape(self.groups, -1, *entries) for x in (grouped, *rest)]
+        return jnp.concatenate(parts, axis=1).reshape(self.total, *entries)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from jax.core import Tracer
 
 from ._checks import PyTree, describe, located, prefix_difference
 from ._factored._matrix import Matrix
-from ._factored._norm_parts import combined
 
 
 @partial(
@@ -25,12 +24,8 @@ class Clip:
     members: tuple[tuple[int, ...], ...]  # for each bound, the leaves that it bounds together
     nan_safe: bool
 
-    def __call__(self, matrix: Matrix) -> Matrix:
-        """The rows of a matrix, clipped."""
-        return self.with_norms(matrix, partial(combined, matrix.leaf_norms()))
-
-    def with_norms(self, matrix: Matrix, norms: Callable[[Collection[int]], jax.Array]) -> Matrix:
-        """The same, where the norms of the parts of rows in some leaves are known."""
+    def __call__(self, matrix: Matrix, norms: Callable[[Collection[int]], jax.Array]) -> Matrix:
+        """The rows of a matrix, clipped, from the norms of their parts in some leaves."""
         factors: list[Any] = [None] * sum(map(len, self.members))
         finite: Any = True
         for members, bound in zip(self.members, self.bounds, strict=True):

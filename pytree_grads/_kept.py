@@ -61,8 +61,8 @@ class Rows:
         return cls(source, leaves, shape, _shapes(source.batch.primals), one_pass, axis_name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle holds: not the norms, which belong to a trace."""
-        return {name: x for name, x in self.__dict__.items() if name != "_norms"}
+        """What a pickle holds: not what belongs to a trace, norms and rows that share them."""
+        return {name: x for name, x in self.__dict__.items() if name not in ("_norms", "_before")}
 
     @property
     def params(self) -> PyTree:
@@ -121,15 +121,23 @@ class Rows:
     def clipped(self, clip: Clip) -> "Rows":
         """The rows clipped: at once where that is free or norms are there, else in each product."""
         rows = self._settled()
-        waits = rows.leaves is None and rows.one_pass and rows._norms_in_this_trace() is None
-        return replace(rows, clip=clip) if waits else rows._clipped_now(clip)
+        if rows.leaves is not None or not rows.one_pass or rows._norms_in_this_trace() is not None:
+            return rows._clipped_now(clip)
+        waiting = replace(rows, clip=clip)
+        waiting.__dict__["_before"] = rows
+        return waiting
+
+    @property
+    def _unclipped(self) -> "Rows":
+        """The rows before the clip that waits, which may know their norms."""
+        return self.__dict__.get("_before") or replace(self, clip=None)
 
     def _settled(self) -> "Rows":
         """The same with no clip that waits."""
-        return self if self.clip is None else replace(self, clip=None)._clipped_now(self.clip)
+        return self if self.clip is None else self._unclipped._clipped_now(self.clip)
 
     def _clipped_now(self, clip: Clip) -> "Rows":
-        clipped = clip.with_norms(self._matrix, self.norms)
+        clipped = clip(self._matrix, self.norms)
         return self._weighted(clipped, alike=len(clip.members) == 1)
 
     def _weighted(self, matrix: Matrix, *, alike: bool) -> "Rows":
@@ -159,7 +167,7 @@ class Rows:
         self._require_one()
         if self.leaves is not None:
             return fun(self._matrix)
-        return self.source.map(lambda m: fun(self._clip(m)), self.weights, self.valid, route)
+        return self.source.map(lambda m: fun(self._clip(m)[0]), self.weights, self.valid, route)
 
     def stacked(self) -> tuple[jax.Array, ...]:
         """The rows as arrays, one for each leaf."""
@@ -168,17 +176,18 @@ class Rows:
         out = tuple(PartitionSpec(*lead, *without(layout(x), names)) for x in self.primals)
         return self.map(lambda matrix: tuple(matrix.rows()), out=out)
 
-    def _clip(self, matrix: Matrix) -> Matrix:
-        """Some of the rows, clipped if a clip waits."""
+    def _clip(self, matrix: Matrix) -> tuple[Matrix, tuple[Norms, ...] | None]:
+        """Some of the rows, clipped if a clip waits, and the norms that this took."""
         if self.clip is None:
-            return matrix
+            return matrix, None
 
         def factors(matrix: Matrix, clip: Clip) -> Any:
-            clipped = clip(matrix)
-            return clipped.weights, clipped.valid
+            parts = tuple(matrix.leaf_norms())
+            clipped = clip(matrix, partial(combined, parts))
+            return clipped.weights, clipped.valid, parts
 
-        weights, valid = in_auto(factors, self.layout)(matrix, self.clip)
-        return replace(matrix, weights=weights, valid=valid)
+        weights, valid, parts = in_auto(factors, self.layout)(matrix, self.clip)
+        return replace(matrix, weights=weights, valid=valid), parts
 
     def fold(
         self,
@@ -191,14 +200,16 @@ class Rows:
         own = in_auto(fun, [layout(x) for x in self.primals])
         if self.leaves is not None:
             return sum_over(own(self._matrix, extra), self.axis_name)
+        before = self.__dict__.get("_before") if self.weights is None else None
+
+        def of_chunk(matrix: Matrix, extra: Any) -> tuple[list[jax.Array], Any]:
+            clipped, parts = self._clip(matrix)
+            return own(clipped, extra), None if before is None else parts
+
         init = [zeros(x, x.shape, dtype(carried_dtype(x.dtype))) for x in self.primals]
-        sums = self.source.fold(
-            lambda matrix, extra: own(self._clip(matrix), extra),
-            init,
-            self.weights,
-            self.valid,
-            extra,
-        )
+        sums, parts = self.source.fold(of_chunk, init, self.weights, self.valid, extra)
+        if before is not None:
+            before._remember_norms(parts)
         return sum_over(sums, self.axis_name)
 
     def sum(self, c: jax.Array | None) -> PyTree:
@@ -228,13 +239,17 @@ class Rows:
         if kept is None:
             rows = self._settled()
             parts = rows.map(lambda matrix: tuple(matrix.leaf_norms()), route="norms")
-            kept = parts, {}
-            self.__dict__["_norms"] = (trace_state(), kept)
+            kept = self._remember_norms(parts)
         parts, found = kept
         key = frozenset(range(len(self.primals)) if leaves is None else leaves)
         if key not in found:
             found[key] = combined(parts, key)
         return found[key]
+
+    def _remember_norms(self, parts: tuple[Norms, ...]) -> Any:
+        kept = parts, {}
+        self.__dict__["_norms"] = (trace_state(), kept)
+        return kept
 
     def _norms_in_this_trace(self) -> tuple[tuple[Norms, ...], dict[Any, jax.Array]] | None:
         made_in, kept = self.__dict__.get("_norms", (None, None))

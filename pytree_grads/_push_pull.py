@@ -50,13 +50,15 @@ def pull_chunks(apply: Apply, batch: Batch, chunk_size: int, cotangents: PyTree)
     leaves, treedef = jax.tree.flatten(batch.primals)
     start = [zeros(x, x.shape, _tree.carried_dtype(x.dtype)) for x in leaves]
 
-    def step(totals: list[jax.Array], chunk: Batch, place: Place) -> list[jax.Array]:
+    def step(totals: list[jax.Array], chunk: Batch, place: Place) -> tuple[list[jax.Array], None]:
         _, pull, _ = vjp(apply, chunk)
         grads = pull(jax.tree.map(place.cut, cotangents))
         wide = jax.tree.leaves(_tree.carry(grads))
-        return [_add_at(place, *args) for args in zip(totals, wide, batch.primal_axes, strict=True)]
+        triples = zip(totals, wide, batch.primal_axes, strict=True)
+        return [_add_at(place, *args) for args in triples], None
 
-    return jax.tree.unflatten(treedef, fold_chunks(step, start, batch, chunk_size))
+    total, _ = fold_chunks(step, start, batch, chunk_size)
+    return jax.tree.unflatten(treedef, total)
 
 
 def _add_at(place: Place, total: jax.Array, part: jax.Array, axis: int | None) -> jax.Array:

@@ -62,22 +62,23 @@ class Source:
 
     def fold(
         self,
-        fun: Callable[[Matrix, Any], list[jax.Array]],
+        fun: Callable[[Matrix, Any], tuple[list[jax.Array], PyTree]],
         init: list[jax.Array],
         weights: Any,
         valid: Any,
         extra: Any,
-    ) -> list[jax.Array]:
-        """The sum of `fun(matrix, extra)` over the chunks; `extra` holds arrays of N rows.
+    ) -> tuple[list[jax.Array], PyTree]:
+        """`sums, numbers = fun(matrix, extra)` of each chunk: added up, and put together.
 
-        Rows that have weights have had a pass before, for their norms: this one shares nothing.
+        `extra` and the numbers are trees of arrays of a row each. Rows that have weights have had
+        a pass before, for their norms: this one shares nothing with it, and gives no numbers.
         """
 
         def step(carry: Any, chunk: Batch, place: Place) -> Any:
             rows = jax.tree.map(place.cut, (weights, valid, extra))
             own_weights, own_valid, own_extra = rows
-            matrix = self.matrix(chunk, own_weights, own_valid)
-            return jax.tree.map(jnp.add, carry, fun(matrix, own_extra))
+            sums, numbers = fun(self.matrix(chunk, own_weights, own_valid), own_extra)
+            return jax.tree.map(jnp.add, carry, sums), numbers
 
         batch = self.batch.localized()
         return fold_chunks(step, init, batch, self.chunk_size, alone=weights is not None)
@@ -92,10 +93,10 @@ class Source:
                 lambda primals: self._values(chunk.with_primals(primals)), chunk.primals
             )
             (sums,) = vjp(placed_like(own.astype(values.dtype), values))
-            return jax.tree.map(jnp.add, carry, placed_like(jax.tree.leaves(sums), primals))
+            return jax.tree.map(jnp.add, carry, placed_like(jax.tree.leaves(sums), primals)), None
 
         init = [zeros(x, x.shape) for x in primals]
-        return fold_chunks(step, init, self.batch.localized(), self.chunk_size, alone=alone)
+        return fold_chunks(step, init, self.batch.localized(), self.chunk_size, alone=alone)[0]
 
     def _values(self, batch: Batch) -> jax.Array:
         def one(args: Any, kwargs: Any) -> Any:

@@ -61,13 +61,16 @@ def test_every_row_is_folded_once(chunk_size):
         assert tree_allclose(mapped, rows)
 
     def step(total, chunk, place):
-        return {
-            "sum": total["sum"] + jnp.sum(chunk.vmap(call)),
+        own = chunk.vmap(call)
+        total = {
+            "sum": total["sum"] + jnp.sum(own),
             "seen": place.put(total["seen"], place.cut(total["seen"]) + 1),
         }
+        return total, own
 
     init = {"sum": jnp.zeros(()), "seen": jnp.zeros(N, jnp.int32)}
-    total = _batch.fold_chunks(step, init, batch, chunk_size)
+    total, folded = _batch.fold_chunks(step, init, batch, chunk_size)
+    assert tree_allclose(folded, rows)
     assert tree_allclose(total, {"sum": jnp.sum(rows), "seen": jnp.ones(N, jnp.int32)})
 
 

@@ -54,7 +54,8 @@ def products(fun, settings):
             lambda n: jnp.linspace(-1, 2, n.size, dtype=n.dtype).reshape(n.shape), new().norms()
         )
         groups = jax.tree.map(lambda p: 0.1, params)
-        known = new()
+        known, after, scaled = new(), new(), new().scale(weights)
+        clipped = after.clip(0.2)
         return {
             "sum": new().clip(0.2).sum(),
             "mean": new().clip(0.2, nan_safe=True).mean(),
@@ -68,6 +69,8 @@ def products(fun, settings):
             "gram": new().clip(0.2).gram(),
             "rows": new().clip(0.2).to_rows(),
             "norms first": (known.norms(), known.clip(0.2).sum()),
+            "norms after": (clipped.sum(), after.norms(), clipped.norms(), after.clip(0.1).sum()),
+            "of scaled rows": (scaled.clip(0.2).sum(), scaled.norms()),
         }
 
     return jax.jit(of)
@@ -86,12 +89,13 @@ def test_every_mode_gives_the_same_products(name):
 
 
 def test_a_clip_that_waits_is_one_pass_over_the_chunks():
-    """Then the program has one loop, and otherwise two: norms first, then a weighted sum."""
+    """Norms come out of it as well. Else there are two loops: norms, then a weighted sum."""
     params, x = [jnp.ones((7, 6)), jnp.ones((6, 4))], jnp.ones((6, 7))
 
     def loops(settings):
         def clipped(params, x):
-            return jacobian(dense, **settings)(params, x).clip(0.2).sum()
+            J = jacobian(dense, **settings)(params, x)
+            return J.clip(0.2).sum(), J.norms()
 
         return str(jax.make_jaxpr(clipped)(params, x)).count("scan[")
 
@@ -122,3 +126,10 @@ def test_norms_of_a_row_that_leaves_its_trace_are_made_anew():
     J = jacobian(dense)([jnp.ones((7, 6)), jnp.ones((6, 4))], jnp.ones((6, 7)))
     _, inside = jax.lax.scan(lambda c, i: (c, J.norms() * i), 0.0, jnp.arange(2.0))
     assert tree_allclose(inside[1], J.norms())
+
+
+def test_norms_that_a_clipped_sum_has_taken_do_not_leave_its_trace():
+    J = jacobian(dense, chunk_size=2)([jnp.ones((7, 6)), jnp.ones((6, 4))], jnp.ones((6, 7)))
+    sums = jax.jit(lambda s: jax.tree.map(lambda x: s * x, J.clip(0.2).sum()))(2.0)
+    assert tree_allclose(sums, jax.tree.map(lambda x: 2 * x, J.clip(0.2).sum()))
+    assert J.norms().shape == (6,)
