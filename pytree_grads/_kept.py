@@ -15,7 +15,7 @@ from ._clip import Clip
 from ._compat import trace_state
 from ._factored._leaves import Leaf
 from ._factored._matrix import Matrix, product
-from ._factored._norm_parts import Norms, combined
+from ._factored._norm_parts import Norms, as_numbers, combined
 from ._factored._plan import Route
 from ._sharding import AxisName, device_count, in_auto, layout, sum_over, without, zeros
 from ._source import Source
@@ -176,18 +176,18 @@ class Rows:
         out = tuple(PartitionSpec(*lead, *without(layout(x), names)) for x in self.primals)
         return self.map(lambda matrix: tuple(matrix.rows()), out=out)
 
-    def _clip(self, matrix: Matrix) -> tuple[Matrix, tuple[Norms, ...] | None]:
+    def _clip(self, matrix: Matrix) -> tuple[Matrix, tuple[Norms, ...]]:
         """Some of the rows, clipped if a clip waits, and the norms that this took."""
         if self.clip is None:
-            return matrix, None
+            return matrix, ()
 
         def factors(matrix: Matrix, clip: Clip) -> Any:
             parts = tuple(matrix.leaf_norms())
             clipped = clip(matrix, partial(combined, parts))
-            return clipped.weights, clipped.valid, parts
+            return clipped.weights, clipped.valid, (as_numbers(parts),)
 
-        weights, valid, parts = in_auto(factors, self.layout)(matrix, self.clip)
-        return replace(matrix, weights=weights, valid=valid), parts
+        weights, valid, norms = in_auto(factors, self.layout)(matrix, self.clip)
+        return replace(matrix, weights=weights, valid=valid), norms
 
     def fold(
         self,
@@ -203,13 +203,13 @@ class Rows:
         before = self.__dict__.get("_before") if self.weights is None else None
 
         def of_chunk(matrix: Matrix, extra: Any) -> tuple[list[jax.Array], Any]:
-            clipped, parts = self._clip(matrix)
-            return own(clipped, extra), None if before is None else parts
+            clipped, norms = self._clip(matrix)
+            return own(clipped, extra), None if before is None else norms
 
         init = [zeros(x, x.shape, dtype(carried_dtype(x.dtype))) for x in self.primals]
-        sums, parts = self.source.fold(of_chunk, init, self.weights, self.valid, extra)
+        sums, norms = self.source.fold(of_chunk, init, self.weights, self.valid, extra)
         if before is not None:
-            before._remember_norms(parts)
+            before._remember_norms(norms)
         return sum_over(sums, self.axis_name)
 
     def sum(self, c: jax.Array | None) -> PyTree:

@@ -103,6 +103,20 @@ def test_a_clip_that_waits_is_one_pass_over_the_chunks():
     assert loops({"chunk_size": 2, "recompute": True}) == 2
 
 
+def test_the_rest_of_a_batch_may_have_norms_in_other_parts():
+    """Many small vectors of one form are worked on as one: here in the last chunk alone."""
+
+    def fun(params, x):
+        return sum(jnp.sum(jnp.sin(b) * x * i) for i, b in enumerate(params["b"], 1)) + params["s"]
+
+    params = {"b": [normal(i, 30) for i in range(5)], "s": jnp.ones(())}
+    x = normal(9, 150, 30)
+    J = jacobian(fun, chunk_size=100)(params, x)
+    whole = jacobian(fun)(params, x)
+    assert tree_allclose(J.clip(0.2).sum(), whole.clip(0.2).sum())
+    assert tree_allclose(J.norms(), whole.norms())
+
+
 def clipped_backwards(w, x):
     return jnp.sum(clips_cotangent(0.1)(jnp.tanh(x @ w)) ** 2)
 

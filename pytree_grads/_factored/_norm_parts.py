@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .._tree import common_dtype
@@ -110,6 +111,21 @@ def combined(norms: Sequence[Norms], leaves: Collection[int] | None = None) -> j
         squares = [lax.square(times_rows_twice(x, scale, 0)) for x in lengths]
         lengths = [_unscaled(reduce(lax.add, squares), scale)]
     return lax.convert_element_type(lengths[0], found)
+
+
+def as_numbers(norms: Sequence[Norms]) -> Norms:
+    """The same as a number for each row and leaf: of one form, however many rows there are."""
+    dtype = common_dtype(*(x.dtype for x in jax.tree.leaves(norms)))
+    found = common_dtype(*(x.dtype for x in norms))
+    values = [x.value(dtype) for x in norms]
+    leaves = [i for x in norms for i in x.leaves]
+    columns = lax.concatenate(values, values[0].ndim - 1)[..., np.argsort(leaves)]
+    return Norms(
+        weights=(lax.convert_element_type(columns, found),),
+        leaves=tuple(sorted(leaves)),
+        factors=(1.0,) * len(leaves),
+        errors=((0.0, 0.0),) * len(leaves),
+    )
 
 
 def _of_all_leaves(lengths: jax.Array) -> jax.Array:
