@@ -1,5 +1,7 @@
 """``Batch`` and its chunks, on which rows, the engine and the chain rule stand."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,16 @@ def test_every_row_is_folded_once(chunk_size):
     total, folded = _batch.fold_chunks(step, init, batch, chunk_size)
     assert tree_allclose(folded, rows)
     assert tree_allclose(total, {"sum": jnp.sum(rows), "seen": jnp.ones(N, jnp.int32)})
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_rows_of_chunks_are_joined_in_their_order(devices):
+    for total, size in itertools.product([4, 12, 20], [1, 2, 3, 4, 6, 8, 12]):
+        chunks = Chunks.of(total, min(size, total), devices)
+        starts, rest = chunks.apart
+        rows = jnp.arange(2 * total).reshape(total, 2)
+        full = jnp.stack([Place(chunks, start).cut(rows) for start in starts])
+        assert tree_allclose(chunks.joined(full, *([rest.cut(rows)] if rest else [])), rows)
 
 
 def test_parameters_that_differ_by_example():
