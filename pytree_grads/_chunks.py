@@ -87,9 +87,10 @@ class Chunks:
         >>> Chunks.of(7, 3).joined(np.array([[0, 1, 2], [3, 4, 5]]), np.array([6])).tolist()
         [0, 1, 2, 3, 4, 5, 6]
         """
-        entries = full.shape[2:]
-        grouped = full.reshape(len(full), self.groups, self.width, *entries).swapaxes(0, 1)
-        parts = [x.reshape(self.groups, -1, *entries) for x in (grouped, *rest)]
+        count, groups, entries = len(full), self.groups, full.shape[2:]
+        grouped = full.reshape(count, groups, self.width, *entries).swapaxes(0, 1)
+        parts = [grouped.reshape(groups, count * self.width, *entries)]
+        parts += [x.reshape(groups, len(x) // groups, *entries) for x in rest]
         return jnp.concatenate(parts, axis=1).reshape(self.total, *entries)
 
 

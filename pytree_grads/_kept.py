@@ -1,7 +1,7 @@
 """The rows of J, kept as factors or made again for each product, with a weight for each row."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -60,9 +60,16 @@ class Rows:
         """The rows of one J."""
         return cls(source, leaves, shape, _shapes(source.batch.primals), one_pass, axis_name)
 
+    def __post_init__(self) -> None:
+        self.__dict__["_made_in"] = trace_state()
+
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle holds: not what belongs to a trace, norms and rows that share them."""
-        return {name: x for name, x in self.__dict__.items() if name not in ("_norms", "_before")}
+        """What a pickle holds: the fields, and nothing that belongs to a trace."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @property
     def params(self) -> PyTree:
@@ -200,6 +207,7 @@ class Rows:
         own = in_auto(fun, [layout(x) for x in self.primals])
         if self.leaves is not None:
             return sum_over(own(self._matrix, extra), self.axis_name)
+        # Rows that had weights before the clip take a pass that gives no norms; see `Source.fold`.
         before = self.__dict__.get("_before") if self.weights is None else None
 
         def of_chunk(matrix: Matrix, extra: Any) -> tuple[list[jax.Array], Any]:
@@ -248,12 +256,13 @@ class Rows:
 
     def _remember_norms(self, parts: tuple[Norms, ...]) -> Any:
         kept = parts, {}
-        self.__dict__["_norms"] = (trace_state(), kept)
+        if trace_state() == self.__dict__["_made_in"]:  # else tracers would outlive their trace
+            self.__dict__["_norms"] = kept
         return kept
 
     def _norms_in_this_trace(self) -> tuple[tuple[Norms, ...], dict[Any, jax.Array]] | None:
-        made_in, kept = self.__dict__.get("_norms", (None, None))
-        return kept if made_in == trace_state() else None
+        is_here = trace_state() == self.__dict__["_made_in"]
+        return self.__dict__.get("_norms") if is_here else None
 
 
 def _shapes(tree: PyTree) -> tuple[tuple[int, ...], ...]:

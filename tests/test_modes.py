@@ -117,6 +117,15 @@ def test_the_rest_of_a_batch_may_have_norms_in_other_parts():
     assert tree_allclose(J.norms(), whole.norms())
 
 
+@pytest.mark.parametrize("n", [0, 3, 6, 7])
+@pytest.mark.parametrize("outputs", [0, 2])
+def test_norms_after_a_clipped_sum_of_several_outputs(n, outputs):
+    w, x = normal(10, 4, outputs), normal(11, n, 4)
+    J, whole = (jacobian(lambda w, x: x @ w, chunk_size=k)(w, x) for k in (3, None))
+    assert tree_allclose(J.clip(0.2).sum(), whole.clip(0.2).sum())
+    assert tree_allclose(J.norms(), whole.norms())
+
+
 def clipped_backwards(w, x):
     return jnp.sum(clips_cotangent(0.1)(jnp.tanh(x @ w)) ** 2)
 
@@ -144,6 +153,8 @@ def test_norms_of_a_row_that_leaves_its_trace_are_made_anew():
 
 def test_norms_that_a_clipped_sum_has_taken_do_not_leave_its_trace():
     J = jacobian(dense, chunk_size=2)([jnp.ones((7, 6)), jnp.ones((6, 4))], jnp.ones((6, 7)))
-    sums = jax.jit(lambda s: jax.tree.map(lambda x: s * x, J.clip(0.2).sum()))(2.0)
+    with jax.check_tracer_leaks():
+        sums = jax.jit(lambda s: jax.tree.map(lambda x: s * x, J.clip(0.2).sum()))(2.0)
+        assert jax.jit(lambda s: s * J.norms())(2.0).shape == (6,)
     assert tree_allclose(sums, jax.tree.map(lambda x: 2 * x, J.clip(0.2).sum()))
     assert J.norms().shape == (6,)

@@ -207,3 +207,23 @@ def test_powers_are_exact_and_bring_every_float_near_one(dtype, x64):
     assert np.all((near >= 1) & (near < 4))
     assert np.all(np.isfinite(1 / scales / scales))
     assert np.isinf(1 / power(jnp.asarray(np.inf, dtype)) ** 2)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_leaves_of_two_dtypes_whose_factors_are_of_both(x64, chunk_size):
+    """A wide weight between narrow ones: the factors of a leaf are then of different widths."""
+
+    def fun(p, x):
+        return (jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]) ** 2
+
+    params = {"w": jnp.ones((5, 4)), "b": jnp.ones(4, "float32"), "v": jnp.ones(4, "float32")}
+    x = jnp.linspace(-1, 1, 35, dtype="float32").reshape(7, 5)
+    with jax.numpy_dtype_promotion("standard"):
+        rows = jax.vmap(jax.grad(fun), (None, 0))(params, x)
+        J = jacobian(fun, chunk_size=chunk_size)(params, x)
+        sums, norms = J.clip(1.5).sum(), J.norms()
+    flat = np.concatenate([np.float64(r).reshape(7, -1) for r in jax.tree.leaves(rows)], 1)
+    want = np.linalg.norm(flat, axis=1)
+    np.testing.assert_allclose(norms, want, rtol=1e-6)
+    factors = np.minimum(1, 1.5 / want)
+    np.testing.assert_allclose(sums["w"], np.tensordot(factors, rows["w"], 1), rtol=1e-5)

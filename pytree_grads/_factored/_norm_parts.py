@@ -77,7 +77,8 @@ class Norms:
     def value(self, dtype: Any) -> jax.Array:
         """The norms."""
         cast = partial(lax.convert_element_type, new_dtype=dtype)
-        scales = [cast(x) for x in (*self.roots, *map(power, self.sizes))]
+        roots = [cast(x) for x in self.roots]
+        scales = [*roots, *(cast(power(x)) for x in self.sizes)]
         parts = [reduce(lax.mul, [lax.integer_pow(x, -1) for x in scales])] if scales else []
         if self.squares:
             square = reduce(lax.mul, map(cast, self.squares))
@@ -86,8 +87,8 @@ class Norms:
                 square = not_too_small(square, lax.add(lax.mul(absolute, relative), least))
             # Between the two of its factors, for their square alone may be too small or too large.
             parts = [*parts, safe_sqrt(square), *parts]
-        if self.roots:
-            least = reduce(lax.min, self.roots)
+        if roots:
+            least = reduce(lax.min, roots)
             infinity = lax.full_like(parts[0], float("inf"))
             is_infinite = lax.eq(least, lax.full_like(least, 0))
             parts = [lax.select(is_infinite, infinity, reduce(lax.mul, parts))]
