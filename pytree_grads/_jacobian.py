@@ -231,8 +231,8 @@ class Jacobian:
             or not one number; ``max_norm`` is no prefix of the parameters.
 
         With ``chunk_size=k``, a clip waits for the product that follows, and ``clip(...).sum()`` is
-        one pass over the chunks, unless norms were asked for before; then those of J itself are
-        known as well.
+        one pass over the chunks, unless norms were asked for before. It leaves the norms of J, so
+        that ``J.norms()`` takes no other.
 
         Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, Algorithm 1.
         """

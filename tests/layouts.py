@@ -105,8 +105,10 @@ def products(settings, loss, features, params, batch, axis_name):
 
     c = batch[1]
     outputs, J = value_and_jacobian(loss, axis_name=axis_name, **settings)(params, *batch)
+    after = new()
+    sums = {"weighted": new().weighted_sum(c), "clipped": after.clip(0.5).sum()}
     numbers = {"outputs": outputs, "norms": J.norms(), "directional": J @ params}
-    sums = {"weighted": new().weighted_sum(c), "clipped": new().clip(0.5).sum()}
+    numbers["norms after"] = after.norms()
     if "recompute" not in settings:
         sums["squares"] = new().square_sum(c)
     if not settings:

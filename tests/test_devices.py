@@ -19,14 +19,8 @@ def expected(call):
     return one_device(CALLS[call])
 
 
-# Chunks of an even number are tried where the batch lies, those of an uneven one everywhere.
-EVEN = ("in chunks", "chain rule in chunks", "curvature in chunks")
-
-
-@pytest.mark.parametrize(
-    "layout, call",
-    [(x, y) for x in LAYOUTS for y in CALLS if "replicated" in x or y not in EVEN],
-)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_devices_give_what_one_gives(layout, call):
     with jax.enable_x64(True):
         numbers, sums = LAYOUTS[layout].run(CALLS[call])
