@@ -88,7 +88,7 @@ def measure(
         if program.temp_bytes > cap:
             notes[name] = human_bytes(program.temp_bytes)
             continue
-        if program.temp_bytes > LARGE and (least := _estimate(ways[name], problem)) > LONG:
+        if program.temp_bytes > max(LARGE, cap / 8) and (least := _estimate(ways[name], problem)) > LONG:
             notes[name] = f"> {shown(least / once)}"
             continue
         result, run[name] = timed(program)
@@ -98,13 +98,15 @@ def measure(
         del result
     cases = {name: (programs[name], run[name]) for name in run}
     base_seconds, times = multiples(base, cases, rounds, seconds)
+    cached = jax.config.jax_compilation_cache_dir is not None
 
     def figure(name: str, program: Program) -> Figure:
         return Figure(
             times.get(name),
             _quotient(program.temp_bytes, base.temp_bytes),
             _quotient(program.flops, base.flops),
-            program.build_seconds / base.build_seconds,
+            # with a cache, how long programs take to come out of it says nothing
+            float("nan") if cached else program.build_seconds / base.build_seconds,
             program.temp_bytes,
             notes.get(name, ""),
         )

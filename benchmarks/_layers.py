@@ -37,6 +37,10 @@ class Problem:
         """The problem of the first examples."""
         return replace(self, batch=tuple(x[:size] for x in self.batch))
 
+    def repeated(self, times: int) -> Problem:
+        """The problem with every example as many times, one after another."""
+        return replace(self, batch=tuple(jnp.repeat(x, times, axis=0) for x in self.batch))
+
     @property
     def parameters(self) -> int:
         return sum(x.size for x in jax.tree.leaves(self.params))

@@ -5,8 +5,9 @@ Nothing here is written for the package: the losses are plain `jax.numpy`, scans
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -72,6 +73,13 @@ class Model:
     def __call__(self) -> Problem:
         """The same problem at every run."""
         return self.build(Draw(self.family))
+
+    def repeated(self, times: int) -> Model:
+        """The model with every example as many times."""
+        if times == 1:
+            return self
+        name = re.sub(r"(?<=N=)\d+", lambda size: str(times * int(size[0])), self.name)
+        return replace(self, name=name, build=lambda draw: self.build(draw).repeated(times))
 
 
 def _model(name: str, build: Callable[..., Problem], *shape: Any, quick: bool = False, **options):

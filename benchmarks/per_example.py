@@ -320,6 +320,7 @@ def parse() -> argparse.Namespace:
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--only", nargs="+", default=[], help="models whose name contains one of these words")
     add("--quick", action="store_true", help="three models, to see that everything runs")
+    add("--times", type=int, default=1, help="as many examples, for larger devices")
     add("--products", nargs="+", choices=PRODUCTS, default=list(PRODUCTS))
     add("--peers", action=switch, default=True)
     add("--routes", action=switch, default=True)
@@ -337,7 +338,7 @@ def main() -> None:
     log_progress(versions())
     results: dict[str, list[Entry]] = {product: [] for product in options.products}
     began = time.perf_counter()
-    for model in MODELS:
+    for model in (model.repeated(options.times) for model in MODELS):
         wanted = any(word.lower() in model.name.lower() for word in options.only)
         if (options.only and not wanted) or (options.quick and not model.quick):
             continue
