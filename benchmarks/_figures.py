@@ -88,7 +88,10 @@ def measure(
         if program.temp_bytes > cap:
             notes[name] = human_bytes(program.temp_bytes)
             continue
-        if program.temp_bytes > max(LARGE, cap / 8) and (least := _estimate(ways[name], problem)) > LONG:
+        if (
+            program.temp_bytes > max(LARGE, cap / 8)
+            and (least := _estimate(ways[name], problem)) > LONG
+        ):
             notes[name] = f"> {shown(least / once)}"
             continue
         result, run[name] = timed(program)

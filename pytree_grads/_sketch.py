@@ -3,13 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from ._factored._leaves import ENTRIES_AT_ONCE, Leaf
+from ._factored import _costs
+from ._factored._leaves import Leaf
 from ._factored._matrix import Matrix
 
 
 def project(matrix: Matrix, key: jax.Array, dim: int) -> jax.Array:
     """Rows times a matrix of ±1/√dim: shape (*rows, dim)."""
-    at_once = max(1, ENTRIES_AT_ONCE // max(1, sum(_size(leaf.shape) for leaf in matrix.leaves)))
+    entries = sum(_size(leaf.shape) for leaf in matrix.leaves)
+    at_once = max(1, _costs.ENTRIES_AT_ONCE // max(1, entries))
     scale = jnp.asarray(dim, matrix.dtype) ** -0.5
 
     def column(j: jax.Array) -> jax.Array:

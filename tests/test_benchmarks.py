@@ -7,15 +7,22 @@ from types import SimpleNamespace
 
 import pytest
 
+from pytree_grads._factored import _costs
+
 
 @pytest.fixture
-def per_example(monkeypatch):
+def per_example(benchmarks):
+    import per_example
+
+    return per_example
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
     before = set(sys.modules)
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
     monkeypatch.syspath_prepend(str(folder))
-    import per_example
-
-    yield per_example
+    yield
     for name in set(sys.modules) - before:
         if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
             del sys.modules[name]
@@ -48,3 +55,15 @@ def test_peers_of_jax_alone_are_shown_alone(per_example):
     assert table.startswith("| model")
     assert "÷ best peer" in table
     assert "÷ best peer" not in per_example.product_table([entry(per_example, "a", auto=1.0)])
+
+
+def test_every_number_that_the_package_chooses_by_is_timed_on_both_sides(benchmarks):
+    import constants
+
+    names = {name for name in vars(_costs) if name.isupper()}
+    taken: dict[str, set[bool]] = {}
+    for case in constants.cases():
+        taken.setdefault(case.name, set()).add(case.is_above)
+    # Those that no time depends on are limits to the size of a program.
+    assert names - taken.keys() == {"MOST_SUMMANDS", "MOST_OFFSETS"}
+    assert all(sides == {True, False} for sides in taken.values())

@@ -11,7 +11,7 @@ from routes import factors_kept, is_dense, is_matrix, leaves_of
 from rows import PRODUCTS, Given, Rows, assert_close, expected, products
 
 from pytree_grads import jacobian
-from pytree_grads._factored import _norm_parts, _norms, _products
+from pytree_grads._factored import _costs, _products
 
 DOUBLE, SINGLE = 1e-12, 1e-5
 # JAX's own attention rounds to float32 on the way, also in float64.
@@ -101,18 +101,17 @@ def test_products_of_recomputed_rows(name, factored, x64):
 @pytest.mark.parametrize("name", LOOPED)
 def test_all_products_in_blocks_of_rows(name, factored, x64, monkeypatch):
     """Where rows are materialised, few are at a time: here no more than two or three."""
-    monkeypatch.setattr("pytree_grads._factored._leaves.ENTRIES_AT_ONCE", 60)
-    monkeypatch.setattr(_products, "ENTRIES_AT_ONCE", 60)
+    monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", 60)
     compare(MODELS[name], tuple(PRODUCTS))
 
 
 @pytest.fixture
 def all_is_large(monkeypatch):
     """What is done one block or one loop at a time where it is large is always done so."""
-    monkeypatch.setattr(_norms, "FEW", 0)
-    monkeypatch.setattr(_norm_parts, "FEW_PARTS", 0)
-    monkeypatch.setattr(_norms, "LARGE_BLOCK", 1)
-    monkeypatch.setattr(_products, "LARGE", 1)
+    for name in ("FEW", "FEW_PARTS"):
+        monkeypatch.setattr(_costs, name, 0)
+    for name in ("LARGE_BLOCK", "LARGE_SUM", "LARGE_PRODUCT", "LARGE_NARROW"):
+        monkeypatch.setattr(_costs, name, 1)
 
 
 @pytest.mark.parametrize("name", [*LOOPED, "scan_over_layers_with_tables", "ensemble"])

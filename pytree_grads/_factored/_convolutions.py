@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from . import _costs
 from ._graph import Equation
 from ._layout import Frame
 from ._tails import Reshape, Shape, Tail, Transpose
@@ -74,9 +75,6 @@ class WindowLayout:
         return prod(self.left_shape) + prod(self.right_shape)
 
 
-MOST_OFFSETS = 16  # for each position of the cotangent
-
-
 def window_layout(equation: Equation) -> tuple[WindowLayout, Tail] | None:
     """The windows of a convolution that makes the gradient of a kernel, and its tail."""
     params = equation.params
@@ -85,7 +83,7 @@ def window_layout(equation: Equation) -> tuple[WindowLayout, Tail] | None:
     out = tuple(equation.outputs[0].aval.shape)
     offsets = tuple(out[i] for i in numbers.out_spec[2:])
     steps = tuple(right[i] for i in numbers.rhs_spec[2:])
-    if params["feature_group_count"] > 1 or prod(offsets) > MOST_OFFSETS * prod(steps):
+    if params["feature_group_count"] > 1 or prod(offsets) > _costs.MOST_OFFSETS * prod(steps):
         return None
     if not prod(out) or not prod(left) or not prod(right):
         return None

@@ -11,12 +11,10 @@ import jax.numpy as jnp
 
 from .._sharding import take as neighbours
 from .._tree import carried_dtype
-from . import _terms
+from . import _costs, _terms
 from ._tails import Shape, Tail, apply, disjoint, isometric, transposed
 from ._terms import Dense, Term
 from ._windows import Windows
-
-ENTRIES_AT_ONCE = 1 << 22  # of materialised rows, in loops that materialise some rows at a time
 
 
 @partial(
@@ -137,7 +135,7 @@ def over_rows(
         axes = [piece.in_axes(level) for piece in leaf.pieces], *own
         size = leaf.size if level == 1 else leaf.outputs
         if level == 1 and materializes:
-            at_once = ENTRIES_AT_ONCE // max(1, prod(leaf.shape) * (leaf.outputs or 1))
+            at_once = _costs.ENTRIES_AT_ONCE // max(1, prod(leaf.shape) * (leaf.outputs or 1))
             fun = _some_at_once(fun, axes, leaf.size, max(1, at_once))
         else:
             fun = jax.vmap(fun, in_axes=axes, axis_size=size)

@@ -20,9 +20,8 @@ import numpy as np
 from jax import lax
 
 from .._tree import common_dtype
+from . import _costs
 from ._dot import times_rows_twice
-
-FEW_PARTS = 16  # norms of so many are one loop; one of more takes XLA on CPUs long to compile
 
 
 @partial(
@@ -104,7 +103,7 @@ def combined(norms: Sequence[Norms], leaves: Collection[int] | None = None) -> j
         norms = [x.of(leaves) for x in norms if not set(x.leaves).isdisjoint(leaves)]
     dtype = common_dtype(*(x.dtype for x in jax.tree.leaves(norms)))
     found = common_dtype(*(x.dtype for x in norms))
-    if len(norms) > FEW_PARTS:
+    if len(norms) > _costs.FEW_PARTS:
         norms = [_joined(norms, dtype)]
     lengths = [_of_all_leaves(x.value(dtype)) for x in norms]
     if len(lengths) > 1:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._tree import carried_dtype, common_dtype
+from . import _costs
 from ._dot import times_rows_twice
 from ._leaves import Leaf, Piece, inner, materializes, over_rows, row, squeezed, times
 from ._norm_parts import Norms, combined, power, safe_sqrt
@@ -31,11 +32,6 @@ from ._terms import (
     scaled,
 )
 from ._windows import Windows
-
-FEW = 1 << 19  # entries of factors: the roots of so many take little time
-SMALL = 1 << 11  # entries of factors: to copy so many costs less than to compile loops for them
-MANY = 4  # leaves of one form
-LARGE_BLOCK = 1 << 13  # entries of factors: enough work to make the turns of a loop cheap
 
 
 def norm(term: Term) -> jax.Array:
@@ -117,13 +113,13 @@ def leaf_norms(leaves: Sequence[Leaf]) -> list[Norms]:
     vectors = [_vectors(leaf) for leaf in leaves]
     groups: dict[Any, list[int]] = {}
     for i, (leaf, own) in enumerate(zip(leaves, vectors, strict=True)):
-        is_small = own and all(x.value.size <= SMALL for x in own)
+        is_small = own and all(x.value.size <= _costs.SMALL for x in own)
         form = (leaf.real, *(x.form for x in own)) if is_small else i
         groups.setdefault(form, []).append(i)
     found = []
     for group in groups.values():
         # Of few, a weight and its bias may rather have a vector in common.
-        for part in [group] if len(group) >= MANY else [[i] for i in group]:
+        for part in [group] if len(group) >= _costs.MANY else [[i] for i in group]:
             own = [leaves[i] for i in part]
             factors = [vectors[i] for i in part]
             norms = _of_vectors(own, factors) if factors[0] else _of_terms(*own)
@@ -161,7 +157,7 @@ def _of_vectors(leaves: Sequence[Leaf], factors: Sequence[Sequence[_Factor]]) ->
     squares, roots, sizes = [], [], []
     for alike in zip(*factors, strict=True):
         x = _stacked(alike)
-        if x.value.size < FEW:
+        if x.value.size < _costs.FEW:
             scale = _root(x.value, x.others)
             roots.append(aligned(scale))
         else:
@@ -301,7 +297,7 @@ def _squared_sum(
 def _has_large_blocks(term: Term) -> bool:
     if isinstance(term, Dense | Windows) or pair_count(term) <= 1 or term.right.shape[0] <= 1:
         return False
-    return sum(x.size for x in jax.tree.leaves(term)) // term.right.shape[0] >= LARGE_BLOCK
+    return sum(x.size for x in jax.tree.leaves(term)) // term.right.shape[0] >= _costs.LARGE_BLOCK
 
 
 def mass(term: Term) -> jax.Array:

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 from jax.extend.core import primitives as p
 
+from . import _costs
 from ._convolutions import WindowLayout, window_layout
 from ._graph import Atom, Equation, Value
 from ._layout import DotLayout, ScatterLayout, dot_layout, line_layout, scatter_layout
@@ -29,13 +30,6 @@ from ._tails import (
     read_steps,
     simplified,
 )
-
-# The factors of a convolution are worth their place only if they are that many times smaller than
-# its row: each product then goes through all windows again, which costs as much as the row.
-DEARER = 4
-
-# Sums of sums of one value double its summands each time.
-MOST_SUMMANDS = 512
 
 Route: TypeAlias = Literal["auto", "factored", "rows", "norms"]
 
@@ -174,7 +168,7 @@ def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> tuple[Piece
     )
     sites = [piece.site for piece in pieces]
     own = [site for site in sites if not (isinstance(site, AtValue) and site.value not in varying)]
-    kept = sum(site.size * (DEARER if _is_convolution(site) else 1) for site in own)
+    kept = sum(site.size * (_costs.DEARER if _is_convolution(site) else 1) for site in own)
     if route != "factored" and kept >= max(1, prod(leaf.aval.shape)):
         stops = dict.fromkeys(piece.reason for piece in pieces)
         reason = ", ".join(stops) if all(stops) else "factors are larger than the row"
@@ -245,7 +239,7 @@ def decompose(value: Atom) -> tuple[Piece, ...]:
         count += 1
 
     while todo:
-        if count > MOST_SUMMANDS:
+        if count > _costs.MOST_SUMMANDS:
             return (Piece(AtValue(value)),)
         atom, tail, factor = todo.pop()
         equation = atom.producer if isinstance(atom, Value) else None

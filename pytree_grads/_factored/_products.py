@@ -12,10 +12,9 @@ from jax import lax
 
 from .._chunks import chunk_starts
 from .._tree import carried_dtype
-from . import _terms
+from . import _costs, _terms
 from ._dot import dot, times_rows
 from ._leaves import (
-    ENTRIES_AT_ONCE,
     Leaf,
     Piece,
     inner,
@@ -87,7 +86,7 @@ def _gram_of_rows(leaf: Leaf, other: Leaf) -> jax.Array:
 
     def against(block: Leaf) -> jax.Array:  # (*block.rows, *other.rows)
         mine = rows(block, carried=True).reshape(-1, size).conj()
-        if other.size * (other.outputs or 1) * size <= ENTRIES_AT_ONCE:
+        if other.size * (other.outputs or 1) * size <= _costs.ENTRIES_AT_ONCE:
             theirs = rows(other, carried=True).reshape(-1, size)
             products = dot("ip,jp->ij", mine, theirs)
         else:
@@ -116,7 +115,7 @@ def _over_blocks(
     `fresh` is False for the rows of the last block that the block before it has had already.
     """
     per_example = max(1, prod(leaf.shape) * (leaf.outputs or 1))
-    at_once = max(1, min(leaf.size, ENTRIES_AT_ONCE // per_example))
+    at_once = max(1, min(leaf.size, _costs.ENTRIES_AT_ONCE // per_example))
     if at_once >= leaf.size:
         return step(init, leaf, jnp.asarray(0), jnp.ones(leaf.size, bool))
     starts = chunk_starts(leaf.size, at_once)
@@ -225,7 +224,7 @@ def _contract(weights: jax.Array | None, x: jax.Array, *, axis: int) -> jax.Arra
     dtype = carried_dtype(x.dtype)
     if weights is None:
         return lax.reduce_sum(lax.convert_element_type(x, dtype), (axis,))
-    if x.size < LARGE:  # XLA on CPUs takes longer to compile a product with a vector
+    if x.size < _costs.LARGE_PRODUCT:  # XLA on CPUs takes longer to compile a product with a vector
         return lax.reduce_sum(_weighted(weights, x, axis), (axis,))
     return jnp.tensordot(weights.astype(dtype), x.astype(dtype), axes=((0,), (axis,)))
 
@@ -238,7 +237,7 @@ def _contract_term(
         case Dense(value):
             return _contract(weights, value, axis=axis)
         case Outer(left, right, precision):
-            if left.shape[0] > 1 and left[0].size + right[0].size >= LARGE:
+            if left.shape[0] > 1 and left[0].size + right[0].size >= _costs.LARGE_SUM:
 
                 def block(sides: tuple[jax.Array, jax.Array]) -> jax.Array:
                     return _contract_outer(sides[0][None], sides[1][None], weights, precision)[0]
@@ -251,17 +250,12 @@ def _contract_term(
             return term.summed()
 
 
-SHARED = 8  # how much longer the vectors may be that are scaled for a bias too
-LARGE = 1 << 20  # entries of a block's factors: enough work to make the turns of a loop cheap
-NARROW = 64  # XLA on CPUs is up to six times as fast if so few are the lines, not the columns
-
-
 def _contract_outer(
     left: jax.Array, right: jax.Array, weights: jax.Array | None, precision: Any
 ) -> jax.Array:
     """The sum over rows and pairs: (B, N, T, m) and (B, N, T, n) to (B, m, n)."""
     # Of vectors, the right ones: a bias adds up the same.
-    shorter = left.shape[-1] * (SHARED if left.shape[2] == 1 else 1) < right.shape[-1]
+    shorter = left.shape[-1] * (_costs.SHARED if left.shape[2] == 1 else 1) < right.shape[-1]
     if weights is not None and shorter:
         left = _weighted(weights, left, 1)
     elif weights is not None:
@@ -272,7 +266,7 @@ def _contract_outer(
     if blocks != 1:
         return dot("bzm,bzn->bmn", left, right, precision=precision)
     m, n = left.shape[-1], right.shape[-1]
-    if n <= min(NARROW, m // 2) and left.size * n >= LARGE:
+    if n <= min(_costs.NARROW, m // 2) and left.size * n >= _costs.LARGE_NARROW:
         lines = dot(
             "zn,zm->nm", lax.squeeze(right, (0,)), lax.squeeze(left, (0,)), precision=precision
         )

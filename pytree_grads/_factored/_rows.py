@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from .._batch import Batch
 from .._checks import describe
 from .._sharding import placed_like
-from . import _execute, _graph, _plan, _terms
+from . import _costs, _execute, _graph, _plan, _terms
 from ._leaves import Leaf, Piece
 from ._terms import Term
 
@@ -120,9 +120,6 @@ def _leaf(
     return Leaf(_joined(found), shape, primal.dtype, size, outputs)
 
 
-APART = 4  # pieces of one form that stay apart: joining copies them, but products take pairs
-
-
 def _joined(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
     """The same with many pieces of one form as one: a weight that is used in an unrolled loop."""
     forms: dict[Any, list[Piece]] = {}
@@ -131,7 +128,7 @@ def _joined(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
         forms.setdefault((x.shape, x.tail, x.factor, x.levels, alike), []).append(x)
     found: list[Piece] = []
     for group in forms.values():
-        many = len(group) > APART
+        many = len(group) > _costs.APART
         found += [replace(group[0], term=_terms.joined([x.term for x in group]))] if many else group
     return tuple(found)
 

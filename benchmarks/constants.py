@@ -1,0 +1,216 @@
+"""Time both sides of each number in `pytree_grads/_factored/_costs.py`, on the device at hand.
+
+    python benchmarks/constants.py [--only FEW NARROW ...] [--seconds 2]
+
+A row of the table is a small model in which one number decides between two ways. `below` is what is
+done where the size is less than the number, `above` what is done otherwise; quotients are those of
+the way above by the way below, measured in the same run, so a number is well placed where they fall
+under 1. What the package does is marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from _figures import log_progress
+from _images import conv
+from _layers import Draw, Problem, dense
+from _measure import (
+    Program,
+    compile_program,
+    environment,
+    human_seconds,
+    interleaved,
+    markdown_table,
+)
+from _ways import ours
+
+from pytree_grads._factored import _costs
+
+HUGE = 1 << 60
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in which a number of `_costs` decides, of a size that is compared with it."""
+
+    name: str
+    size: int
+    problem: Problem
+    product: str
+    below: int = HUGE  # the number with which the way of smaller sizes is taken
+    above: int = 0
+
+    @property
+    def is_above(self) -> bool:
+        """Which way the package takes."""
+        limit = getattr(_costs, self.name)
+        return self.size > limit if self.name in LAST else self.size >= limit
+
+
+# The last sizes below; all others are the first above.
+LAST = ("DEARER", "ENTRIES_AT_ONCE", "FEW_PARTS", "SMALL", "APART", "NARROW", "SHARED")
+
+
+@contextmanager
+def changed(name: str, value: int) -> Iterator[None]:
+    """Another number in the place of one of `_costs`."""
+    own = getattr(_costs, name)
+    setattr(_costs, name, value)
+    try:
+        yield
+    finally:
+        setattr(_costs, name, own)
+
+
+def compiled(case: Case, value: int) -> Program:
+    with changed(case.name, value):
+        return compile_program(ours(case.problem, case.product), *case.problem.args, repeats=3)
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+
+
+def layer(n: int, m: int, k: int) -> Problem:
+    """One dense layer of m inputs and k outputs, and its bias."""
+    draw = Draw("layer")
+
+    def fun(p, x):
+        return jnp.sum(jnp.tanh(dense(p, x)))
+
+    return Problem(fun, draw.dense(m, k), (draw(n, m),))
+
+
+def stacked_layers(n: int, tokens: int, d: int, layers: int = 8) -> Problem:
+    """The same in a scan over layers, on sequences."""
+    draw = Draw("stacked layers")
+
+    def fun(p, x):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p)
+        return jnp.sum(x**2)
+
+    weights = jnp.stack([draw.weight(d, d) for _ in range(layers)])
+    return Problem(fun, weights, (draw(n, tokens, d),))
+
+
+def many_layers(n: int, layers: int, d: int) -> Problem:
+    draw = Draw("many layers")
+
+    def fun(p, x):
+        for own in p:
+            x = jnp.tanh(dense(own, x))
+        return jnp.sum(x)
+
+    return Problem(fun, [draw.dense(d, d) for _ in range(layers)], (draw(n, d),))
+
+
+def uses(n: int, times: int, d: int) -> Problem:
+    """One weight, several times."""
+    draw = Draw("uses")
+
+    def fun(w, x):
+        for _ in range(times):
+            x = jnp.tanh(x @ w)
+        return jnp.sum(x)
+
+    return Problem(fun, draw.weight(d, d), (draw(n, d),))
+
+
+def scales(n: int, d: int) -> Problem:
+    """Rows as they are: those of a scale."""
+    draw = Draw("scales")
+    return Problem(lambda p, x: jnp.sum(jnp.tanh(p * x)), draw(d), (draw(n, d),))
+
+
+def convolution(n: int, pixels: int, channels: int, kernel: int = 3) -> Problem:
+    draw = Draw("convolution")
+
+    def fun(w, x):
+        return jnp.sum(conv(x, w) ** 2)
+
+    weight = draw.weight(kernel, kernel, channels, channels)
+    return Problem(fun, weight, (draw(n, pixels, pixels, channels),))
+
+
+def cases() -> Iterator[Case]:
+    """From a quarter of the number, or less, to four times it, or more."""
+    for pixels, channels in ((16, 16), (8, 32), (8, 64), (4, 64), (2, 64)):
+        problem = convolution(16, pixels, channels)
+        yield Case("DEARER", 9 * channels // (2 * pixels**2), problem, "clipped")
+    for n in (8, 32, 128):
+        parts = _costs.ENTRIES_AT_ONCE
+        yield Case("ENTRIES_AT_ONCE", n * 512**2, uses(n, 3, 512), "square", above=parts)
+    for layers in (4, 8, 16, 32):
+        yield Case("FEW_PARTS", 2 * layers, many_layers(64, layers, 64), "clipped")
+    for layers in (2, 4, 8, 16):
+        yield Case("MANY", layers, many_layers(32, layers, 8), "clipped")
+    for d in (8, 32, 128):
+        yield Case("SMALL", 32 * d, many_layers(32, 12, d), "clipped", above=-1)
+    for times in (2, 4, 8, 16):
+        yield Case("APART", times, uses(64, times, 128), "clipped")
+    for d in (1 << 10, 1 << 12, 1 << 14, 1 << 16):
+        yield Case("FEW", 128 * d, scales(128, d), "clipped")
+    for tokens, d in ((8, 32), (32, 64), (64, 128), (128, 256), (256, 512)):
+        yield Case("LARGE_BLOCK", 2 * tokens * d, stacked_layers(16, tokens, d), "clipped")
+    for tokens, d in ((8, 64), (32, 128), (64, 256), (128, 512)):
+        yield Case("LARGE_SUM", 2 * 32 * tokens * d, stacked_layers(32, tokens, d), "weighted")
+    for d in (1 << 10, 1 << 13, 1 << 16):
+        yield Case("LARGE_PRODUCT", 128 * d, scales(128, d), "weighted")
+    for columns in (8, 32, 64, 128, 256):
+        yield Case("NARROW", columns, layer(512, 1024, columns), "weighted")
+    for n in (32, 128, 512):
+        yield Case("LARGE_NARROW", n * 1024 * 8, layer(n, 1024, 8), "weighted")
+    for columns in (256, 1024, 2048, 4096):
+        yield Case("SHARED", columns // 256, layer(1024, 256, columns), "weighted")
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def row(case: Case, seconds: float) -> list[str]:
+    below, above = (compiled(case, value) for value in (case.below, case.above))
+    ways: dict[str, Callable[[], Any]] = {"below": below, "above": above}
+    timing = interleaved(ways, seconds=seconds, rounds=5)
+    quotients = [
+        timing["above"].over(timing["below"]),
+        (above.temp_bytes + 1) / (below.temp_bytes + 1),
+        above.build_seconds / below.build_seconds,
+    ]
+    return [
+        case.name,
+        f"{getattr(_costs, case.name):,}",
+        f"{case.size:,}",
+        "above" if case.is_above else "below",
+        human_seconds(timing["below"].median),
+        *(f"{x:.2f}" for x in quotients),
+    ]
+
+
+HEADER = ["number", "value", "size", "taken", "below", "time", "memory", "compile"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print what it ran on and the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[], help="numbers of these names")
+    parser.add_argument("--seconds", type=float, default=2.0, help="a row (%(default)s)")
+    options = parser.parse_args(argv)
+    rows = []
+    for case in cases():
+        if options.only and case.name not in options.only:
+            continue
+        rows.append(row(case, options.seconds))
+        log_progress(" ".join(rows[-1]))
+    print(f"{environment()}.\n")
+    print(markdown_table(HEADER, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The numbers on which the choice between ways of computing one thing rests, all in one place.
+
+No number changes a result beyond rounding. `benchmarks/constants.py` times the ways on both sides
+of each, on whatever device there is, and `benchmarks/README.md` has its tables.
+"""
+
+# --------------------------------------------------------------------------------------------------
+# Factors or rows
+
+# The factors of a convolution are worth their place only if they are that many times smaller than
+# its row: each product then goes through all windows again, which costs as much as the row.
+DEARER = 4
+
+# Offsets of a kernel for each position of its cotangent, up to which windows are a term; each
+# offset is an operation of its own in the program.
+MOST_OFFSETS = 16
+
+# Entries of materialised rows in loops that materialise some rows at a time: 16 MiB of float32,
+# enough work for a turn of a loop, and little beside a backward pass.
+ENTRIES_AT_ONCE = 1 << 22
+
+# --------------------------------------------------------------------------------------------------
+# Size of the program
+
+# Summands of a leaf, at most: sums of sums of one value double them each time.
+MOST_SUMMANDS = 512
+
+# Pieces of one form that stay apart: joining copies them, but products take pairs of pieces.
+APART = 4
+
+# Norms of that many leaves at most are put together in one elementwise loop; one of more takes XLA
+# on CPUs long to compile.
+FEW_PARTS = 16
+
+# Vectors of leaves of one form whose norms are taken as one array: from that many leaves on, of
+# that many entries at most. To copy them then costs less than to compile loops for them.
+MANY = 4
+SMALL = 1 << 11
+
+# --------------------------------------------------------------------------------------------------
+# Time
+
+# Entries of a factor from which on its rows are scaled by a power of two of their maximum, made in
+# a loop of its own; below, by the least inverse root: one loop, but a root for each entry.
+FEW = 1 << 19
+
+# Entries of the factors of one of several blocks (steps of a scan) from which on blocks are worked
+# on one after the other, for what is made on the way need not be held for all at once: for norms,
+# and for sums.
+LARGE_BLOCK = 1 << 13
+LARGE_SUM = 1 << 20
+
+# Entries from which on the weighted sum of vectors is a product of a matrix and a vector, which XLA
+# on CPUs takes longer to compile.
+LARGE_PRODUCT = 1 << 20
+
+# A sum over rows weights the shorter of two vectors, but the right one, as its bias does, unless
+# that is more than so many times as long.
+SHARED = 8
+
+# Columns of a weight up to which its sum over rows is multiplied the other way round: XLA on CPUs
+# is up to six times as fast if so few are the lines, not the columns. From so many
+# multiplications on.
+NARROW = 64
+LARGE_NARROW = 1 << 20
