@@ -58,8 +58,10 @@ class Timing:
 def compile_program(fun: Callable[..., Any], *args: Any, repeats: int = 1) -> Program:
     """Trace and compile `fun` for `args`, from empty caches.
 
-    Times are medians of `repeats`, or of fewer where these would take more than three seconds.
+    Times are medians of `repeats`, or of fewer where these would take more than three seconds. They
+    say nothing where a cache on disk (`JAX_COMPILATION_CACHE_DIR`) is in use.
     """
+    repeats = 1 if jax.config.jax_compilation_cache_dir else repeats
     started = time.perf_counter()
     trace, build = [], []
     for _ in range(repeats):

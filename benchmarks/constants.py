@@ -206,8 +206,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in cases():
         if options.only and case.name not in options.only:
             continue
-        rows.append(row(case, options.seconds))
-        log_progress(" ".join(rows[-1]))
+        try:
+            rows.append(row(case, options.seconds))
+            log_progress(" ".join(rows[-1]))
+        except Exception as error:  # a table with a gap is better than none
+            log_progress(f"{case.name} {case.size}: {type(error).__name__}: {str(error)[:300]}")
     print(f"{environment()}.\n")
     print(markdown_table(HEADER, rows))
 

@@ -1,7 +1,8 @@
 """Time products with J, the matrix of per-example gradients, against the ordinary gradient.
 
     python benchmarks/per_example.py [--only NAME ...] [--quick] [--products clipped gram ...]
-        [--no-peers] [--no-routes] [--depths [N ...]] [--repeats 5] [--write benchmarks/README.md]
+        [--peers [NAME ...]] [--no-routes] [--depths [N ...]] [--repeats 5] [--times 1]
+        [--write benchmarks/README.md]
 
 Prints Markdown, and tells what it does meanwhile on the standard error. The ordinary gradient is
 `jax.grad` of the sum of the losses of the batch, which is mapped over with `jax.vmap`; all else is
@@ -97,7 +98,7 @@ def run(model: Model, options: argparse.Namespace) -> dict[str, Entry]:
         if options.routes:
             names += [x for x in ROUTES if product == "clipped" or x == "factored"]
         if options.peers:
-            names += peers_with(product, problem.size)
+            names += [x for x in peers_with(product, problem.size) if x in options.peers]
         ways = {name: partial((ROUTES | PEERS)[name], product=product) for name in names}
         seconds, figures = measure(
             problem,
@@ -108,7 +109,7 @@ def run(model: Model, options: argparse.Namespace) -> dict[str, Entry]:
             cap=options.memory_cap * 2**30,
             careful=("auto",),
         )
-        if options.peers:
+        if "torch" in options.peers:
             figures |= torch_figures(model, problem, product, options)
         entries[product] = Entry(model, problem, base, seconds, figures)
         told = ", ".join(f"{name} {figure}" for name, figure in figures.items())
@@ -322,7 +323,8 @@ def parse() -> argparse.Namespace:
     add("--quick", action="store_true", help="three models, to see that everything runs")
     add("--times", type=int, default=1, help="as many examples, for larger devices")
     add("--products", nargs="+", choices=PRODUCTS, default=list(PRODUCTS))
-    add("--peers", action=switch, default=True)
+    peers = [*PEERS, "torch"]
+    add("--peers", nargs="*", choices=peers, default=peers, help="none to skip")
     add("--routes", action=switch, default=True)
     add("--depths", nargs="*", type=int, default=[10, 100, 1000], help="layers; none to skip")
     add("--repeats", type=int, default=5, help="rounds of timing")
@@ -338,7 +340,7 @@ def main() -> None:
     log_progress(versions())
     results: dict[str, list[Entry]] = {product: [] for product in options.products}
     began = time.perf_counter()
-    for model in (model.repeated(options.times) for model in MODELS):
+    for model in MODELS:
         wanted = any(word.lower() in model.name.lower() for word in options.only)
         if (options.only and not wanted) or (options.quick and not model.quick):
             continue
@@ -346,6 +348,7 @@ def main() -> None:
             log_progress(f"{model.name}: left out")
             continue
         start = time.perf_counter()
+        model = model.repeated(options.times)
         log_progress(model.name)
         try:
             for product, entry in run(model, options).items():
