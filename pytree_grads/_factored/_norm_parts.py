@@ -75,6 +75,13 @@ class Norms:
 
     def value(self, dtype: Any) -> jax.Array:
         """The norms."""
+        arrays = jax.tree.leaves(self)
+        if arrays[0].shape[-1] == 1:  # an axis less: to compile, and for XLA's fusions on GPUs
+            one = jax.tree.map(lambda x: lax.squeeze(x, (x.ndim - 1,)), self)
+            return lax.expand_dims(one._value(dtype), (arrays[0].ndim - 1,))
+        return self._value(dtype)
+
+    def _value(self, dtype: Any) -> jax.Array:
         cast = partial(lax.convert_element_type, new_dtype=dtype)
         roots = [cast(x) for x in self.roots]
         scales = [*roots, *(cast(power(x)) for x in self.sizes)]
@@ -181,6 +188,8 @@ def _joined(norms: Sequence[Norms], dtype: Any) -> Norms:
 
 def _of_leaves(numbers: Sequence[float], like: jax.Array) -> jax.Array:
     """A number for each leaf, for all rows."""
+    if len(numbers) == 1:
+        return lax.full_like(like, numbers[0])
     return jnp.broadcast_to(jnp.asarray(numbers, like.dtype), like.shape)
 
 
