@@ -110,7 +110,7 @@ def all_is_large(monkeypatch):
     """What is done one block or one loop at a time where it is large is always done so."""
     for name in ("FEW", "FEW_PARTS"):
         monkeypatch.setattr(_costs, name, 0)
-    for name in ("LARGE_BLOCK", "LARGE_SUM", "LARGE_PRODUCT", "LARGE_NARROW"):
+    for name in ("LARGE_BLOCK", "LARGE_PRODUCT", "LARGE_NARROW"):
         monkeypatch.setattr(_costs, name, 1)
 
 

@@ -26,7 +26,7 @@ ENTRIES_AT_ONCE = 1 << 22
 MOST_SUMMANDS = 512
 
 # Pieces of one form that stay apart: joining copies them, but products take pairs of pieces.
-APART = 4
+APART = 3
 
 # Norms of that many leaves at most are put together in one elementwise loop; one of more takes XLA
 # on CPUs long to compile.
@@ -45,10 +45,8 @@ SMALL = 1 << 11
 FEW = 1 << 19
 
 # Entries of the factors of one of several blocks (steps of a scan) from which on blocks are worked
-# on one after the other, for what is made on the way need not be held for all at once: for norms,
-# and for sums.
+# on one after the other for norms: what is made on the way need not be held for all at once.
 LARGE_BLOCK = 1 << 13
-LARGE_SUM = 1 << 20
 
 # Entries from which on the weighted sum of vectors is a product of a matrix and a vector, which XLA
 # on CPUs takes longer to compile.
@@ -61,5 +59,5 @@ SHARED = 8
 # Columns of a weight up to which its sum over rows is multiplied the other way round: XLA on CPUs
 # is up to six times as fast if so few are the lines, not the columns. From so many
 # multiplications on.
-NARROW = 64
-LARGE_NARROW = 1 << 20
+NARROW = 128
+LARGE_NARROW = 1 << 17

@@ -237,12 +237,6 @@ def _contract_term(
         case Dense(value):
             return _contract(weights, value, axis=axis)
         case Outer(left, right, precision):
-            if left.shape[0] > 1 and left[0].size + right[0].size >= _costs.LARGE_SUM:
-
-                def block(sides: tuple[jax.Array, jax.Array]) -> jax.Array:
-                    return _contract_outer(sides[0][None], sides[1][None], weights, precision)[0]
-
-                return jax.lax.map(block, (left, right))
             return _contract_outer(left, right, weights, precision)
         case Windows(left, right):
             if weights is not None:
