@@ -87,7 +87,7 @@ class TestManySmallVectors:
         assert tree_allclose(sums, jax.tree.map(lambda r: np.sum(r, axis=0), want))
 
     def test_they_are_worked_on_as_one(self, mode):
-        """One largest entry and one sum of squares for the scales and the biases of all layers."""
+        """Two sums of squares for the scales and for the biases of all layers."""
         params, x = problem()
 
         def roots(params):

@@ -40,10 +40,6 @@ SMALL = 1 << 11
 # --------------------------------------------------------------------------------------------------
 # Time
 
-# Entries of a factor from which on its rows are scaled by a power of two of their maximum, made in
-# a loop of its own; below, by the least inverse root: one loop, but a root for each entry.
-FEW = 1 << 19
-
 # Entries of the factors of one of several blocks (steps of a scan) from which on blocks are worked
 # on one after the other for norms: what is made on the way need not be held for all at once.
 LARGE_BLOCK = 1 << 13

@@ -83,8 +83,7 @@ class Norms:
 
     def _value(self, dtype: Any) -> jax.Array:
         cast = partial(lax.convert_element_type, new_dtype=dtype)
-        roots = [cast(x) for x in self.roots]
-        scales = [*roots, *(cast(power(x)) for x in self.sizes)]
+        scales = [*map(cast, self.roots), *(cast(power(x)) for x in self.sizes)]
         parts = [reduce(lax.mul, [lax.integer_pow(x, -1) for x in scales])] if scales else []
         if self.squares:
             square = reduce(lax.mul, map(cast, self.squares))
@@ -93,11 +92,6 @@ class Norms:
                 square = not_too_small(square, lax.add(lax.mul(absolute, relative), least))
             # Between the two of its factors, for their square alone may be too small or too large.
             parts = [*parts, safe_sqrt(square), *parts]
-        if roots:
-            least = reduce(lax.min, roots)
-            infinity = lax.full_like(parts[0], float("inf"))
-            is_infinite = lax.eq(least, lax.full_like(least, 0))
-            parts = [lax.select(is_infinite, infinity, reduce(lax.mul, parts))]
         value = reduce(lax.mul, [*parts, *map(cast, self.weights)])
         if any(x != 1 for x in self.factors):
             value = lax.mul(value, _of_leaves(self.factors, value))
@@ -209,6 +203,17 @@ def power(size: jax.Array) -> jax.Array:
     negated = lax.sub(lax.full_like(bits, 3 * (limits.maxexp - 1) + 1), exponents)
     halves = lax.shift_right_arithmetic(negated, one)
     return lax.bitcast_convert_type(lax.shift_left(halves, shift), size.dtype)
+
+
+def root_of(square: jax.Array) -> jax.Array:
+    """About 1 / the root of a norm, from its square.
+
+    A square that is out of range is taken for the end of the range. That brings every norm whose
+    square is out of it into it, and the square of every entry that is a normal number.
+    """
+    limits = jnp.finfo(square.dtype)
+    least, most = (lax.full((), float(x), square.dtype) for x in (limits.tiny, limits.max))
+    return lax.rsqrt(lax.sqrt(lax.clamp(least, square, most)))
 
 
 def not_too_small(square: jax.Array, rounding: jax.Array) -> jax.Array:

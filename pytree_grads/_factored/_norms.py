@@ -1,12 +1,13 @@
 """Norms of the rows of leaves, from their factors, without overflow or underflow on the way.
 
-Factors are divided by about their largest entry in a row before they are squared, and the norms of
-leaves by the largest of them before theirs are added up; see `_norm_parts`.
+Factors are divided by about their norm, or by their largest entry in a row, before they are
+squared, and the norms of leaves by the largest of them before theirs are added up; see
+`_norm_parts`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from math import prod
 from typing import Any
 
@@ -18,7 +19,7 @@ from .._tree import carried_dtype, common_dtype
 from . import _costs
 from ._dot import times_rows_twice
 from ._leaves import Leaf, Piece, inner, materializes, over_rows, row, squeezed, times
-from ._norm_parts import Norms, combined, power, safe_sqrt
+from ._norm_parts import Norms, combined, power, root_of, safe_sqrt
 from ._tails import isometric
 from ._terms import (
     Dense,
@@ -44,27 +45,12 @@ def norm(term: Term) -> jax.Array:
 
 def _size(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     """The largest absolute value over some axes, or the smallest normal number."""
-    x = _magnitude(x)
-    return _reduced(x, axes, lax.max, float(jnp.finfo(x.dtype).tiny))
-
-
-def _root(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """1 / the root of the size: one loop in place of two, which is slower for large arrays."""
-    x = _magnitude(x)
-    return _reduced(lax.rsqrt(x), axes, lax.min, float(jnp.finfo(x.dtype).tiny) ** -0.5)
-
-
-def _reduced(x: jax.Array, axes: Sequence[int], fun: Callable[..., Any], start: float) -> jax.Array:
-    """A reduction with a start that is no loop of its own."""
-    first = jnp.asarray(start, x.dtype)
-    if prod(x.shape[i] for i in axes) == 1:  # XLA drops the start then
-        return fun(lax.squeeze(x, axes), first)
-    return lax.reduce(x, first, fun, tuple(axes))
-
-
-def _magnitude(x: jax.Array) -> jax.Array:
     dtype = jnp.finfo(carried_dtype(x.dtype)).dtype
-    return lax.convert_element_type(lax.abs(lax.stop_gradient(x)), dtype)
+    x = lax.convert_element_type(lax.abs(lax.stop_gradient(x)), dtype)
+    least = jnp.asarray(jnp.finfo(dtype).tiny, dtype)
+    if prod(x.shape[i] for i in axes) == 1:  # XLA drops the start of the reduction then
+        return lax.max(lax.squeeze(x, axes), least)
+    return lax.reduce(x, least, lax.max, tuple(axes))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,11 +79,22 @@ class _Factor:
         rows = range(self.first, self.first + self.level)
         return tuple(i for i in range(self.value.ndim) if i not in rows)
 
-    def square(self, scale: jax.Array) -> jax.Array:
-        """The sum of squares of each row, whose entries are multiplied twice by its number."""
-        small = times_rows_twice(self.value, scale, self.first)
-        small = lax.abs(small) if jnp.iscomplexobj(small) else small
-        return lax.reduce_sum(lax.square(small), self.others)
+    @cached_property
+    def scale(self) -> jax.Array:
+        """What rows are multiplied with, twice, before they are squared.
+
+        It comes from plain squares: XLA on CPUs adds these up twice as fast as it finds the largest
+        entries.
+        """
+        return root_of(self._squared(lax.stop_gradient(self.value)))
+
+    @property
+    def square(self) -> jax.Array:
+        """The sum of squares of each row, whose entries are multiplied twice by its scale."""
+        return self._squared(times_rows_twice(self.value, self.scale, self.first))
+
+    def _squared(self, x: jax.Array) -> jax.Array:
+        return lax.reduce_sum(lax.square(lax.abs(x) if jnp.iscomplexobj(x) else x), self.others)
 
 
 def _stacked(factors: Sequence[_Factor]) -> _Factor:
@@ -154,21 +151,11 @@ def _of_vectors(leaves: Sequence[Leaf], factors: Sequence[Sequence[_Factor]]) ->
     def aligned(x: jax.Array) -> jax.Array:
         return _aligned(_column(x) if len(leaves) == 1 else x, leaves[0])
 
-    squares, roots, sizes = [], [], []
-    for alike in zip(*factors, strict=True):
-        x = _stacked(alike)
-        if x.value.size < _costs.FEW:
-            scale = _root(x.value, x.others)
-            roots.append(aligned(scale))
-        else:
-            size = _size(x.value, x.others)
-            scale = power(size)
-            sizes.append(aligned(size))
-        squares.append(aligned(lax.convert_element_type(x.square(scale), leaves[0].real)))
+    alike = [_stacked(x) for x in zip(*factors, strict=True)]
+    squares = (lax.convert_element_type(x.square, leaves[0].real) for x in alike)
     return Norms(
-        tuple(squares),
-        tuple(roots),
-        tuple(sizes),
+        squares=tuple(map(aligned, squares)),
+        roots=tuple(aligned(x.scale) for x in alike),
         factors=tuple(abs(leaf.pieces[0].factor) for leaf in leaves),
         errors=((0.0, 0.0),) * len(leaves),
     )
