@@ -42,12 +42,11 @@ def total(rows, where):
 
 class TestRowsThatAreNotFinite:
     @modes
-    @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-    def test_they_stay_alone_and_can_be_left_out(self, mode, bad):
+    def test_they_stay_alone_and_can_be_left_out(self, mode):
         params, x, tokens = problem()
         rows = stacked(params, x, tokens)
-        x = x.at[3, 0, 2].set(bad)
-        good = np.array([0, 1, 2, 4])
+        x = x.at[1, 0, 2].set(jnp.inf).at[3, 0, 2].set(jnp.nan)
+        good, bad = np.array([0, 2, 4]), np.array([1, 3])
 
         @jax.jit
         def of(params, x, tokens):
@@ -61,9 +60,9 @@ class TestRowsThatAreNotFinite:
         flat = np.concatenate([np.reshape(r, (N, -1)) for r in jax.tree.leaves(rows)], axis=1)
         expected = np.linalg.norm(flat, axis=1)
         np.testing.assert_allclose(norms[good], expected[good], rtol=1e-5)
-        assert not np.isfinite(norms[3])
+        assert not np.any(np.isfinite(norms[bad]))
         np.testing.assert_allclose(safe[good], np.minimum(expected, 0.9)[good], rtol=1e-5)
-        flat[3] = 0
+        flat[bad] = 0
         np.testing.assert_allclose(gram, flat @ flat.T, atol=1e-5 * expected.max() ** 2)
         direction = np.concatenate([np.ravel(p) for p in jax.tree.leaves(params)])
         np.testing.assert_allclose(slopes, flat @ direction, atol=1e-5 * np.abs(slopes).max())
@@ -71,7 +70,7 @@ class TestRowsThatAreNotFinite:
         assert tree_allclose(sums[1], total(rows, good))
         assert tree_allclose(sums[2], total(jax.tree.map(jnp.square, rows), good))
         assert not np.all(np.isfinite(sums[3]["w"]))
-        assert all(np.all(leaf[3] == 0) for leaf in jax.tree.leaves(clipped))
+        assert all(np.all(leaf[bad] == 0) for leaf in jax.tree.leaves(clipped))
 
     @pytest.mark.parametrize("chunk_size", [None, 2, 3])
     def test_an_infinite_row_makes_an_infinite_sum(self, chunk_size):
