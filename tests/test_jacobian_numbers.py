@@ -159,6 +159,23 @@ class TestSizes:
         assert tree_allclose(norms, jnp.array([np.sqrt(36 * 4 + 4 + 36), jnp.inf, jnp.nan]))
 
     @modes
+    @pytest.mark.parametrize("width", [20, 500])
+    def test_factors_whose_norms_are_no_numbers(self, mode, width):
+        """A row may be ordinary though the norm of one of its factors is beyond the range."""
+        left = jnp.array([1e38, 1e-37, 1e38, 0.0, 2e19, 1e-37, 1.0])
+        right = jnp.array([1e-37, 1e38, 0.0, 1e38, 1e-37, 2e19, 2.0])
+
+        @jax.jit
+        def of(x, y):
+            J = jacobian(lambda p, x, y: jnp.sum((x @ p) * y), **mode)(jnp.ones((width, 30)), x, y)
+            return J.norms()
+
+        norms = of(jnp.outer(left, jnp.ones(width)), jnp.outer(right, jnp.ones(30)))
+        size = np.sqrt(width * 30)
+        want = np.asarray(left, float) * np.asarray(right, float) * size
+        np.testing.assert_allclose(norms, want, rtol=1e-5)
+
+    @modes
     @pytest.mark.parametrize("steps", [1, 2])
     def test_norms_at_the_end_of_the_range(self, mode, steps):
         """What is no number of float32 any more is infinite, and never a row left as it is."""

@@ -86,12 +86,13 @@ class Norms:
         scales = [*map(cast, self.roots), *(cast(power(x)) for x in self.sizes)]
         parts = [reduce(lax.mul, [lax.integer_pow(x, -1) for x in scales])] if scales else []
         if self.squares:
-            square = reduce(lax.mul, map(cast, self.squares))
+            square, *others = map(cast, self.squares)
             for absolute in map(cast, self.absolute):
                 relative, least = (_of_leaves(x, square) for x in zip(*self.errors, strict=True))
                 square = not_too_small(square, lax.add(lax.mul(absolute, relative), least))
-            # Between the two of its factors, for their square alone may be too small or too large.
-            parts = [*parts, safe_sqrt(square), *parts]
+            # Between the two of its factors, for their square alone may be too small or too large,
+            # and so may the product of the squares.
+            parts = [*parts, *map(safe_sqrt, [square, *others]), *parts]
         value = reduce(lax.mul, [*parts, *map(cast, self.weights)])
         if any(x != 1 for x in self.factors):
             value = lax.mul(value, _of_leaves(self.factors, value))
@@ -208,12 +209,15 @@ def power(size: jax.Array) -> jax.Array:
 def root_of(square: jax.Array) -> jax.Array:
     """About 1 / the root of a norm, from its square.
 
-    A square that is out of range is taken for the end of the range. That brings every norm whose
-    square is out of it into it, and the square of every entry that is a normal number.
+    A square that is too small is taken for the smallest: the square of every entry that is a normal
+    number is in range then. One that is too large is that of a norm which may be no number itself,
+    for it adds up many entries, though the other factor may make the norm of the row one.
     """
     limits = jnp.finfo(square.dtype)
     least, most = (lax.full((), float(x), square.dtype) for x in (limits.tiny, limits.max))
-    return lax.rsqrt(lax.sqrt(lax.clamp(least, square, most)))
+    root = lax.rsqrt(lax.sqrt(lax.clamp(least, square, most)))
+    is_large = lax.gt(square, lax.full_like(square, limits.max))
+    return lax.select(is_large, lax.full_like(root, float(limits.max) ** -0.25 * 2.0**-10), root)
 
 
 def not_too_small(square: jax.Array, rounding: jax.Array) -> jax.Array:
