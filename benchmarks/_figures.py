@@ -96,7 +96,7 @@ def measure(
             continue
         result, run[name] = timed(program)
         reference = result if reference is None else reference
-        if _distance(result, reference) > 5e-2:
+        if _distance(result, reference) > 1e-2:
             notes[name] = " (differs)"
         del result
     cases = {name: (programs[name], run[name]) for name in run}

@@ -19,17 +19,8 @@ def expected(call):
     return one_device(CALLS[call])
 
 
-# Chunks that do not divide what a device has are the harder ones; they recompute.
-EASIER = {"recomputed", "in chunks", "chain rule in chunks"}
-PAIRS = [
-    (layout, call)
-    for layout in LAYOUTS
-    for call in CALLS
-    if call not in EASIER or "replicated" in layout or "shard_map" in layout
-]
-
-
-@pytest.mark.parametrize("layout, call", PAIRS)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_devices_give_what_one_gives(layout, call):
     with jax.enable_x64(True):
         numbers, sums = LAYOUTS[layout].run(CALLS[call])

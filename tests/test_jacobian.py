@@ -147,7 +147,7 @@ def test_single_precision(model):
         assert_close(got[name], want[name], SINGLE, also=errors[name])
 
 
-SINGLES = ("norms", "weighted_sum", "gram", "square_sum(c)", "clip")
+SINGLES = ("to_rows", "norms", "weighted_sum", "gram", "square_sum(c)", "clip")
 
 
 def _distance(x, y):
