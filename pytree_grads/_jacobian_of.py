@@ -97,9 +97,9 @@ def value_and_jacobian(
 
     >>> import jax.numpy as jnp
     >>> f = lambda p, x: jnp.dot(p, x)
-    >>> outputs, J = value_and_jacobian(f)(jnp.array([1.0, 2.0]), jnp.array([[1.0, 1.0]]))
+    >>> outputs, J = value_and_jacobian(f)(jnp.array([1.0, 2.0]), jnp.array([[3.0, 4.0]]))
     >>> print(outputs, J.norms())
-    [3.] [1.4142135]
+    [11.] [5.]
     """
     return _make(
         fun, argnums, in_axes, has_aux, chunk_size, recompute, axis_name, with_outputs=True

@@ -90,11 +90,11 @@ class TestManySmallVectors:
         """Two sums of squares for the scales and for the biases of all layers."""
         params, x = problem()
 
-        def roots(params):
+        def clamps(params):
             norms = jax.make_jaxpr(lambda p, x: jacobian(loss, **mode)(p, x).norms())
-            return str(norms(params, x)).count(" rsqrt ")
+            return str(norms(params, x)).count(" clamp ")
 
-        assert roots(params) == roots(params[:4]) == roots(params[:1]) / 2 > 0
+        assert clamps(params) == clamps(params[:4]) == clamps(params[:1]) / 2 > 0
 
     def test_gradients_through_them(self, mode, x64):
         params, x = problem()

@@ -207,7 +207,7 @@ def power(size: jax.Array) -> jax.Array:
 
 
 def root_of(square: jax.Array) -> jax.Array:
-    """About 1 / the root of a norm, from its square.
+    """About 1 / the root of a norm, from its square: a power of two, so that it adds no rounding.
 
     A square that is too small is taken for the smallest: the square of every entry that is a normal
     number is in range then. One that is too large is that of a norm which may be no number itself,
@@ -215,9 +215,10 @@ def root_of(square: jax.Array) -> jax.Array:
     """
     limits = jnp.finfo(square.dtype)
     least, most = (lax.full((), float(x), square.dtype) for x in (limits.tiny, limits.max))
-    root = lax.rsqrt(lax.sqrt(lax.clamp(least, square, most)))
+    root = power(lax.sqrt(lax.clamp(least, square, most)))
     is_large = lax.gt(square, lax.full_like(square, limits.max))
-    return lax.select(is_large, lax.full_like(root, float(limits.max) ** -0.25 * 2.0**-10), root)
+    beyond = 2.0 ** -(limits.maxexp // 4 + 10)
+    return lax.select(is_large, lax.full_like(root, beyond), root)
 
 
 def not_too_small(square: jax.Array, rounding: jax.Array) -> jax.Array:
