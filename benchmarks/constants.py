@@ -157,6 +157,8 @@ def cases() -> Iterator[Case]:
         yield Case("APART", times, uses(64, times, 128), "clipped")
     for tokens, d in ((8, 32), (32, 64), (64, 128), (128, 256), (256, 512)):
         yield Case("LARGE_BLOCK", 2 * tokens * d, stacked_layers(16, tokens, d), "clipped")
+    for columns in (1 << 13, 1 << 15, 1 << 17):
+        yield Case("LARGE_FACTOR", 64 * columns, layer(64, 64, columns), "clipped")
     for d in (1 << 10, 1 << 13, 1 << 16):
         yield Case("LARGE_PRODUCT", 128 * d, scales(128, d), "weighted")
     for columns in (8, 32, 64, 128, 192, 256):

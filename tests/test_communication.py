@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pytree_grads import chain_rule_grad, jacobian
+from pytree_grads._factored import _costs
 
 WIDTHS = [24, 32, 16]
 SHAPES = list(itertools.pairwise(WIDTHS))
@@ -103,6 +104,15 @@ def test_numbers_per_row_send_nothing(kind, settings, positions):
         return J.clip(0.5).norms(), J @ params
 
     assert sent(call, kind, positions=positions) == []
+
+
+@both_kinds
+def test_norms_of_large_factors_send_whether_their_squares_are_in_range(kind, monkeypatch):
+    monkeypatch.setattr(_costs, "LARGE_FACTOR", 1)
+    found = sent(lambda p, x: jacobian(mlp)(p, x).norms(), kind)
+    # The least and the greatest square of both factors of each leaf.
+    assert {size for _, size in found} == {1}
+    assert len(found) <= 4 * len(SHAPES)
 
 
 @both_kinds

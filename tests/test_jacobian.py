@@ -112,7 +112,7 @@ def test_all_products_in_blocks_of_rows(name, factored, x64, monkeypatch):
 def all_is_large(monkeypatch):
     """What is done one block or one loop at a time where it is large is always done so."""
     monkeypatch.setattr(_costs, "FEW_PARTS", 0)
-    for name in ("LARGE_BLOCK", "LARGE_PRODUCT", "LARGE_NARROW"):
+    for name in ("LARGE_BLOCK", "LARGE_FACTOR", "LARGE_PRODUCT", "LARGE_NARROW"):
         monkeypatch.setattr(_costs, name, 1)
 
 

@@ -7,6 +7,7 @@ import pytest
 from helpers import tree_allclose
 
 from pytree_grads import jacobian
+from pytree_grads._factored import _costs
 from pytree_grads._factored._dot import dot, times_rows
 from pytree_grads._factored._norm_parts import power
 
@@ -111,6 +112,18 @@ class TestManySmallVectors:
 @modes
 class TestTheRange:
     """What is representable is right, whatever its factors are."""
+
+    @pytest.fixture(autouse=True, params=["small", "large"])
+    def size(self, request, monkeypatch):
+        """Whether plain squares are looked at before they are scaled."""
+        if request.param == "large":
+            monkeypatch.setattr(_costs, "LARGE_FACTOR", 1)
+
+    def test_rows_in_and_out_of_the_range_of_squares(self, mode):
+        x = jnp.array([[3.0, 4.0]]) * jnp.array([[1.0], [1e-30], [1e30], [0.0]])
+        norms = jax.jit(lambda x: jacobian(lambda p, x: p @ x, **mode)(jnp.ones(2), x).norms())
+        assert tree_allclose(norms(x), jnp.array([5.0, 5e-30, 5e30, 0.0]), rtol=1e-6)
+        assert norms(x[:1]) == 5
 
     def test_a_product_of_small_sizes_whose_norm_is_not_small(self, mode):
         def fun(p, x):

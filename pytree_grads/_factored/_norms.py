@@ -79,19 +79,39 @@ class _Factor:
         rows = range(self.first, self.first + self.level)
         return tuple(i for i in range(self.value.ndim) if i not in rows)
 
-    @cached_property
-    def scale(self) -> jax.Array:
-        """What rows are multiplied with, twice, before they are squared.
-
-        It comes from plain squares: XLA on CPUs adds these up twice as fast as it finds the largest
-        entries.
-        """
-        return root_of(self._squared(lax.stop_gradient(self.value)))
-
     @property
     def square(self) -> jax.Array:
         """The sum of squares of each row, whose entries are multiplied twice by its scale."""
-        return self._squared(times_rows_twice(self.value, self.scale, self.first))
+        return self._square_and_scale[0]
+
+    @property
+    def scale(self) -> jax.Array:
+        """What rows are multiplied with, twice, before they are squared."""
+        return self._square_and_scale[1]
+
+    @cached_property
+    def _square_and_scale(self) -> tuple[jax.Array, jax.Array]:
+        """Scales come from plain squares: XLA on CPUs takes twice as long for largest entries."""
+        square = self._squared(self.value)
+        if self.value.size < _costs.LARGE_FACTOR:
+            return self._scaled(self.value, square)
+        return lax.platform_dependent(
+            self.value, square, cpu=self._scaled_if_needed, default=self._scaled
+        )
+
+    def _scaled_if_needed(self, value: jax.Array, square: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The plain squares, where none is near the ends of the range of float32."""
+        limits = jnp.finfo(jnp.float32)
+        ends = float(limits.tiny) * 2.0 ** (2 * limits.nmant), float(limits.max) / 4
+        least, most = (lax.full((), x, square.dtype) for x in ends)
+        fixed = lax.stop_gradient(square)
+        smallest, largest = (f(fixed, range(square.ndim)) for f in (lax.reduce_min, lax.reduce_max))
+        is_safe = lax.bitwise_and(lax.ge(smallest, least), lax.le(largest, most))
+        return lax.cond(is_safe, lambda _, x: (x, lax.full_like(x, 1)), self._scaled, value, square)
+
+    def _scaled(self, value: jax.Array, square: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scale = root_of(lax.stop_gradient(square))
+        return self._squared(times_rows_twice(value, scale, self.first)), scale
 
     def _squared(self, x: jax.Array) -> jax.Array:
         return lax.reduce_sum(lax.square(lax.abs(x) if jnp.iscomplexobj(x) else x), self.others)
