@@ -91,6 +91,7 @@ ROUTES: dict[str, Callable[[Problem, str], Callable[..., Any]]] = {
     "auto": ours,
     "factored": partial(by_route, route="factored"),
     "materialised": partial(by_route, route="rows"),
+    "8 at a time": partial(ours, chunk_size=8),
     "one at a time": partial(ours, chunk_size=1),
     "recompute": partial(ours, recompute=True),
 }

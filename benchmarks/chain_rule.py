@@ -6,7 +6,10 @@ The loss is contrastive, so it couples all examples and no average over microbat
 gradient. What is compared is timed in the same run, call by call in turn; a quotient of two times
 is the median, over rounds, of their quotient in one round. The chunked gradient evaluates every
 example once more than the ordinary one does: 4/3 of its work, if a backward pass is worth two
-evaluations; `work` counts its products of matrices. Differences are those to the ordinary gradient,
+evaluations; `work` counts its products of matrices. `microbatches` is what chunks alone cost: the
+mean of the gradients of the losses of the same chunks, which is the gradient of another loss, but
+evaluates every example once; `/ microbatches` is then the price of the chain rule itself.
+Differences are those to the ordinary gradient,
 in float32 as measured and in float64, relative to the largest entry of each leaf. The last line of
 an encoder has the memory of the loss and its derivative by given outputs, N × N similarities among
 it, below which no chunk can go.
@@ -23,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from _images import conv
 from _layers import Draw, dense, layer_norm, norm_params
 from _measure import (
@@ -109,6 +113,16 @@ def chunked(encoder: Encoder, size: int | None) -> Callable[..., Any]:
     return chain_rule_grad(contrastive, encoder.fun, chunk_size=size)
 
 
+def averaged(encoder: Encoder, size: int) -> Callable[..., Any]:
+    """The mean of the gradients of the losses of microbatches."""
+    return optax.microbatching.microbatch(
+        ordinary(encoder),
+        argnums=1,
+        microbatch_size=size,
+        accumulator=optax.microbatching.AccumulationType.MEAN,
+    )
+
+
 def difference(got: Any, expected: Any) -> float:
     """The largest difference of any entry, relative to the largest entry of its leaf."""
     return max(
@@ -127,8 +141,8 @@ def in_float64(encoder: Encoder, size: int | None, examples: int = 300) -> float
         return difference(got, jax.jit(ordinary(encoder))(*args))
 
 
-HEADER = ["encoder", "gradient", "time", "/ ordinary", "work / ordinary", "temporary", "off by",
-          "float64"]  # fmt: skip
+HEADER = ["encoder", "gradient", "time", "/ ordinary", "/ microbatches", "work / ordinary",
+          "temporary", "off by", "float64"]  # fmt: skip
 
 
 def rows_of(encoder: Encoder, chunks: Sequence[int], seconds: float) -> list[list[str]]:
@@ -139,16 +153,23 @@ def rows_of(encoder: Encoder, chunks: Sequence[int], seconds: float) -> list[lis
     programs: dict[str, Program] = {"ordinary": compile_program(ordinary(encoder), *args)}
     for name, size in sizes.items():
         programs[name] = compile_program(chunked(encoder, size), *args)
-    timings = interleaved(programs, seconds=seconds, rounds=5)
+    means = {
+        f"mean of {name}": compile_program(averaged(encoder, size), *args)
+        for name, size in sizes.items()
+        if size and count % size == 0
+    }
+    timings = interleaved(programs | means, seconds=seconds, rounds=5)
     expected = programs["ordinary"]()
     outputs = jax.vmap(encoder.fun, (None, 0))(*args)
     rows = []
     for name, program in programs.items():
+        mean = f"mean of {name}"
         row = [
             encoder.name,
             name,
             human_seconds(timings[name].median),
             f"{timings[name].over(timings['ordinary']):.2f}",
+            f"{timings[name].over(timings[mean]):.2f}" if mean in means else "",
             f"{program.flops / programs['ordinary'].flops:.2f}",
             human_bytes(program.temp_bytes),
         ]
@@ -157,11 +178,8 @@ def rows_of(encoder: Encoder, chunks: Sequence[int], seconds: float) -> list[lis
         else:
             wide = in_float64(encoder, sizes[name])
             rows.append([*row, f"{difference(program(), expected):.0e}", f"{wide:.0e}"])
-    alone = compile_program(jax.grad(contrastive), outputs)
-    return [
-        *rows,
-        [encoder.name, "of the loss alone", "", "", "", human_bytes(alone.temp_bytes), "", ""],
-    ]
+    loss = human_bytes(compile_program(jax.grad(contrastive), outputs).temp_bytes)
+    return [*rows, [encoder.name, "of the loss alone", "", "", "", "", loss, "", ""]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -50,6 +50,16 @@ def test_a_peer_that_knows_its_time_alone_counts(per_example):
     assert other[-4:-1] == ["4.00 · 1.00", "–", "0.25"]
 
 
+def test_a_few_examples_at_a_time_are_compared_with_peers_too(per_example):
+    made = entry(
+        per_example, "a", **{"auto": 1.2, "8 at a time": 0.8, "factored": 0.1, "optax": 1.0}
+    )
+    table = per_example.product_table([made])
+    header, _, row = ([x.strip() for x in line.split("|")] for line in table.splitlines())
+    assert header[-5:-1] == ["8 at a time", "optax", "÷ best peer", "at best"]
+    assert row[-5:-1] == ["0.80 · 1.00", "1.00 · 1.00", "1.20", "0.80"]
+
+
 def test_peers_of_jax_alone_are_shown_alone(per_example):
     table = per_example.product_table([entry(per_example, "a", auto=1.0, optax=4.0)])
     assert table.startswith("| model")
