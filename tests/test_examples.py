@@ -107,6 +107,7 @@ def test_weights():
     assert by_hand > 20  # stalled
 
 
+@pytest.mark.any_release
 def test_multi_device():
     """One device, eight, and two processes print the same."""
     flags = ["--steps", "100"]

@@ -88,6 +88,7 @@ CHUNKED = dict.fromkeys(
 )
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("name", CHUNKED)
 def test_products_of_chunks(name, factored, x64):
     with promotion(MODELS[name]):
@@ -95,12 +96,14 @@ def test_products_of_chunks(name, factored, x64):
         compare(MODELS[name], STREAMED if name in LOOPED else WEIGHED, chunk_size=2)
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("name", [*SCANNED, "perceptron", "tied_embedding", "equinox"])
 def test_products_of_recomputed_rows(name, factored, x64):
     with promotion(MODELS[name]):
         compare(MODELS[name], RECOMPUTED, recompute=True)
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("name", LOOPED)
 def test_all_products_in_blocks_of_rows(name, factored, x64, monkeypatch):
     """Where rows are materialised, few are at a time: here no more than two or three."""
@@ -116,6 +119,7 @@ def all_is_large(monkeypatch):
         monkeypatch.setattr(_costs, name, 1)
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("name", [*LOOPED, "scan_over_layers_with_tables", "ensemble"])
 def test_all_products_by_the_ways_of_large_models(name, factored, all_is_large, x64):
     compare(MODELS[name], tuple(PRODUCTS))
@@ -126,6 +130,7 @@ def test_all_products_of_rows_that_are_made_in_loops(all_is_large, x64):
     compare(MODELS["convolutions_in_scans"], tuple(PRODUCTS))
 
 
+@pytest.mark.any_release
 def test_single_precision(model):
     """The route that the shapes ask for errs no more than plain gradients in float32 do."""
     fun, params, batch = built(model, "float32")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import tree_allclose
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,8 @@ from pytree_grads import (
     per_example_value_and_grad,
     reassemble,
 )
+
+pytestmark = pytest.mark.any_release
 
 # Entries and coefficients are small dyadic numbers: every sum and product of them is exact in
 # float32, so that laws hold without a tolerance wherever nothing is rounded on the way.

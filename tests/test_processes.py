@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from helpers import tree_allclose
 
+pytestmark = pytest.mark.any_release
+
 WORKER = Path(__file__).with_name("worker.py")
 STARTING = 150  # seconds that two processes may take to start and compile on a busy machine
 ENDING = 90  # seconds after which a process that lost its peer has ended; its heartbeat takes 10

@@ -13,6 +13,8 @@ import pytest
 
 import pytree_grads
 
+pytestmark = pytest.mark.any_release
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 PUBLIC = {

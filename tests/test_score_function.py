@@ -8,6 +8,8 @@ from helpers import tree_allclose
 
 from pytree_grads import chain_rule_grad, jacobian, reassemble, value_and_jacobian
 
+pytestmark = pytest.mark.any_release
+
 KEY = jax.random.key(2)
 
 
