@@ -20,7 +20,14 @@ def expected(call):
 
 
 # Calls that walk through a batch as others do.
-OTHERS = ("recomputed", "in uneven chunks", "chain rule in uneven chunks", "curvature in chunks")
+OTHERS = (
+    "recomputed",
+    "in uneven chunks",
+    "chain rule",
+    "chain rule in uneven chunks",
+    "curvature",
+    "curvature in chunks",
+)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_digits_refuses_a_wrong_flag():
     assert "invalid int value" in run("digits.py", "--steps", "many", expected=2)
 
 
+@pytest.mark.any_release
 def test_contrastive(tmp_path):
     figure = tmp_path / "contrastive.png"
     flags = ["--steps", "4", "--images", "256", "--chunk", "64", "--output", str(figure)]

@@ -290,6 +290,7 @@ def in_a_scan(p, a, b):
     return jax.lax.scan(step, p["probe"] * PROBE, (a, b))[0]
 
 
+@pytest.mark.any_release
 @modes
 @pytest.mark.parametrize("fun", [probed, used_twice, in_a_scan])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
