@@ -9,10 +9,10 @@ example once more than the ordinary one does: 4/3 of its work, if a backward pas
 evaluations; `work` counts its products of matrices. `microbatches` is what chunks alone cost: the
 mean of the gradients of the losses of the same chunks, which is the gradient of another loss, but
 evaluates every example once; `/ microbatches` is then the price of the chain rule itself.
-Differences are those to the ordinary gradient,
-in float32 as measured and in float64, relative to the largest entry of each leaf. The last line of
-an encoder has the memory of the loss and its derivative by given outputs, N × N similarities among
-it, below which no chunk can go.
+
+Differences are those to the ordinary gradient, in float32 as measured and in float64, relative to
+the largest entry of each leaf. The last line of an encoder has the memory of the loss and its
+derivative by given outputs, N × N similarities among it, below which no chunk can go.
 """
 
 from __future__ import annotations

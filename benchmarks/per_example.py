@@ -7,7 +7,7 @@
 Prints Markdown, and tells what it does meanwhile on the standard error. The ordinary gradient is
 `jax.grad` of the sum of the losses of the batch, which is mapped over with `jax.vmap`; all else is
 given as multiples of it, measured in the same run. See `_models.py` for the models. A fast peer
-may work on microbatches of 8 examples or of 1; `at best` lets ours take chunks of 8 too.
+may work on microbatches of 8 examples or of 1; `at best` lets ours take such chunks too.
 """
 
 from __future__ import annotations
@@ -82,14 +82,19 @@ class Entry:
         return min(self.times(names).values(), default=None)
 
     @property
+    def best_peer(self) -> float | None:
+        """The time of the fastest peer."""
+        return self.best(self.figures.keys() - ROUTES.keys())
+
+    @property
     def over_best_peer(self) -> float | None:
         """Our time over that of the fastest peer."""
-        return _over(self.ours.time, self.best(self.figures.keys() - ROUTES.keys()))
+        return _over(self.ours.time, self.best_peer)
 
     @property
     def best_over_best_peer(self) -> float | None:
         """The same, where we too may take a few examples at a time, as peers do."""
-        return _over(self.best(("auto", *SIZES)), self.best(self.figures.keys() - ROUTES.keys()))
+        return _over(self.best(("auto", *SIZES)), self.best_peer)
 
     @property
     def over_best_route(self) -> float | None:
@@ -98,6 +103,7 @@ class Entry:
 
 
 def _over(one: float | None, other: float | None) -> float | None:
+    """A quotient of times, if both are known."""
     return one / other if one and other else None
 
 

@@ -19,14 +19,13 @@ def expected(call):
     return one_device(CALLS[call])
 
 
-# Calls that walk through a batch as others do.
+# Calls of which others, in chunks, take the same steps.
 OTHERS = (
     "recomputed",
     "in uneven chunks",
     "chain rule",
     "chain rule in uneven chunks",
     "curvature",
-    "curvature in chunks",
 )
 
 
