@@ -85,8 +85,10 @@ class Side:
 
     def __call__(self, x: jax.Array, frame: Frame) -> jax.Array:
         """The factor (B, *rows, T, m) of an operand that has the axes of a frame before its own."""
-        before, lead = (0,) * frame.axes, x.shape[: frame.axes]
-        x = lax.slice(x, before + self.start, lead + self.limit, (1,) * frame.axes + self.strides)
+        start, strides = (0,) * frame.axes + self.start, (1,) * frame.axes + self.strides
+        limit = x.shape[: frame.axes] + self.limit
+        if limit != x.shape or any(start) or any(stride > 1 for stride in strides):
+            x = lax.slice(x, start, limit, strides)
         if self.summed:
             axes = tuple(i + frame.axes for i in self.summed)
             x = jnp.sum(x, axes, carried_dtype(x.dtype), keepdims=True)

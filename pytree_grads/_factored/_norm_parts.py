@@ -6,6 +6,7 @@ no overflow or underflow on the way to a norm that is representable. They are co
 derivatives. (Once would not do: the inverse of a large float is not a normal number.)
 
 This is written in `lax`, for there is much of it, and `jnp` takes several times as long to trace.
+What is done to each factor is a `jit` of its own: a form is traced and lowered once, for all layers.
 """
 
 from collections.abc import Collection, Sequence
@@ -192,6 +193,7 @@ def _of_leaves(numbers: Sequence[float], like: jax.Array) -> jax.Array:
 # Numbers
 
 
+@jax.jit
 def power(size: jax.Array) -> jax.Array:
     """About 1 / the root of a positive normal number: a power of two.
 
@@ -206,6 +208,7 @@ def power(size: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(lax.shift_left(halves, shift), size.dtype)
 
 
+@jax.jit
 def root_of(square: jax.Array) -> jax.Array:
     """About 1 / the root of a norm, from its square: a power of two, so that it adds no rounding.
 
@@ -228,6 +231,7 @@ def not_too_small(square: jax.Array, rounding: jax.Array) -> jax.Array:
     return lax.select(is_small, more, square)
 
 
+@jax.jit
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """The square root of x, 0 where x is not positive, with derivative 0 there; keeps NaN."""
     zeros = lax.full_like(x, 0)

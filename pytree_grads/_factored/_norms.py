@@ -43,7 +43,8 @@ def norm(term: Term) -> jax.Array:
     return combined([_of_sum(square, absolute, _count(term), square.dtype, sizes=columns)])
 
 
-def _size(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+@partial(jax.jit, static_argnames="axes")
+def _size(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The largest absolute value over some axes, or the smallest normal number."""
     dtype = jnp.finfo(carried_dtype(x.dtype)).dtype
     x = lax.convert_element_type(lax.abs(lax.stop_gradient(x)), dtype)
@@ -57,6 +58,7 @@ def _size(x: jax.Array, axes: Sequence[int]) -> jax.Array:
 # All rows
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["first", "level"])
 @dataclass(frozen=True)
 class _Factor:
     """An array of a term, `squeezed`, with its axes of rows from `first` on."""
@@ -80,6 +82,12 @@ class _Factor:
         return tuple(i for i in range(self.value.ndim) if i not in rows)
 
     @property
+    def plain_square(self) -> jax.Array:
+        """The sum of squares of each row, as it is."""
+        x = lax.abs(self.value) if jnp.iscomplexobj(self.value) else self.value
+        return lax.reduce_sum(lax.square(x), self.others)
+
+    @property
     def square(self) -> jax.Array:
         """The sum of squares of each row, whose entries are multiplied twice by its scale."""
         return self._square_and_scale[0]
@@ -91,30 +99,29 @@ class _Factor:
 
     @cached_property
     def _square_and_scale(self) -> tuple[jax.Array, jax.Array]:
-        """Scales come from plain squares: XLA on CPUs takes twice as long for largest entries."""
-        square = self._squared(self.value)
         if self.value.size < _costs.LARGE_FACTOR:
-            return self._scaled(self.value, square)
-        return lax.platform_dependent(
-            self.value, square, cpu=self._scaled_if_needed, default=self._scaled
-        )
+            return _scaled(self)
+        return lax.platform_dependent(self, cpu=_scaled_if_needed, default=_scaled)
 
-    def _scaled_if_needed(self, value: jax.Array, square: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The plain squares, where none is near the ends of the range of float32."""
-        limits = jnp.finfo(jnp.float32)
-        ends = float(limits.tiny) * 2.0 ** (2 * limits.nmant), float(limits.max) / 4
-        least, most = (lax.full((), x, square.dtype) for x in ends)
-        fixed = lax.stop_gradient(square)
-        smallest, largest = (f(fixed, range(square.ndim)) for f in (lax.reduce_min, lax.reduce_max))
-        is_safe = lax.bitwise_and(lax.ge(smallest, least), lax.le(largest, most))
-        return lax.cond(is_safe, lambda _, x: (x, lax.full_like(x, 1)), self._scaled, value, square)
 
-    def _scaled(self, value: jax.Array, square: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scale = root_of(lax.stop_gradient(square))
-        return self._squared(times_rows_twice(value, scale, self.first)), scale
+@jax.jit
+def _scaled(factor: _Factor) -> tuple[jax.Array, jax.Array]:
+    """Scales come from plain squares: XLA on CPUs takes twice as long for largest entries."""
+    scale = root_of(lax.stop_gradient(factor.plain_square))
+    value = times_rows_twice(factor.value, scale, factor.first)
+    return replace(factor, value=value).plain_square, scale
 
-    def _squared(self, x: jax.Array) -> jax.Array:
-        return lax.reduce_sum(lax.square(lax.abs(x) if jnp.iscomplexobj(x) else x), self.others)
+
+def _scaled_if_needed(factor: _Factor) -> tuple[jax.Array, jax.Array]:
+    """The plain squares, where none is near the ends of the range of float32."""
+    limits = jnp.finfo(jnp.float32)
+    ends = float(limits.tiny) * 2.0 ** (2 * limits.nmant), float(limits.max) / 4
+    square = factor.plain_square
+    least, most = (lax.full((), x, square.dtype) for x in ends)
+    fixed = lax.stop_gradient(square)
+    smallest, largest = (f(fixed, range(square.ndim)) for f in (lax.reduce_min, lax.reduce_max))
+    is_safe = lax.bitwise_and(lax.ge(smallest, least), lax.le(largest, most))
+    return lax.cond(is_safe, lambda _: (square, lax.full_like(square, 1)), _scaled, factor)
 
 
 def _stacked(factors: Sequence[_Factor]) -> _Factor:

@@ -66,12 +66,14 @@ class Windows:
     def _right(self) -> jax.Array:
         return self.right.reshape(self.right.shape[0], self.pairs, self.right.shape[-1])
 
+    @jax.jit
     def materialize(self) -> jax.Array:
         """The row, one offset after the other: XLA on CPUs is slow at convolutions in groups."""
         right = self._right()
         lines = lax.map(lambda o: dot("btm,btn->bmn", self._window(o), right), self._starts())
         return jnp.moveaxis(lines, 0, 1).reshape(self.shape)
 
+    @jax.jit
     def squared_norm(self) -> jax.Array:
         """That of the row, of which one offset is there at a time."""
         right = self._right()
