@@ -6,7 +6,7 @@ no overflow or underflow on the way to a norm that is representable. They are co
 derivatives. (Once would not do: the inverse of a large float is not a normal number.)
 
 This is written in `lax`, for there is much of it, and `jnp` takes several times as long to trace.
-What is done to each factor is a `jit` of its own, traced and lowered once for all of one form.
+What is called for every factor or leaf is a `jit` of its own, traced and lowered once for a shape.
 """
 
 from collections.abc import Collection, Sequence

@@ -106,7 +106,10 @@ class _Factor:
 
 @jax.jit
 def _scaled(factor: _Factor) -> tuple[jax.Array, jax.Array]:
-    """Scales come from plain squares: XLA on CPUs takes twice as long for largest entries."""
+    """The squares of its rows, and their scales.
+
+    These come from plain squares: XLA on CPUs takes twice as long for largest entries.
+    """
     scale = root_of(lax.stop_gradient(factor.plain_square))
     value = times_rows_twice(factor.value, scale, factor.first)
     return replace(factor, value=value).plain_square, scale
