@@ -20,7 +20,7 @@ from ._checks import PyTree, check_matching, describe, is_array
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=["dtypes"]
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Accumulator:
     """A weighted sum of gradients, Σ w g, beside the sum of their weights, Σ w.
 

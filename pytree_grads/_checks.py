@@ -158,6 +158,15 @@ def check_differentiable(name: str, tree: PyTree) -> None:
         )
 
 
+def check_arrays(name: str, tree: PyTree) -> None:
+    """Raise a TypeError that names the first leaf of ``tree`` that JAX cannot trace."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if not (is_array(leaf) or isinstance(leaf, complex | float | int)):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} must be an array, got {describe(leaf)}"
+            )
+
+
 def check_numbers(name: str, tree: PyTree) -> None:
     """Raise a TypeError that names the first leaf of ``tree`` that is no array of numbers."""
     for path, leaf in jax.tree.leaves_with_path(tree):

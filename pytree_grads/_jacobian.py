@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from . import _clip, _report, _sketch
@@ -69,11 +70,16 @@ class Jacobian:
         return f"a stack of {text}" if self._rows.is_stack else text
 
     def __getitem__(self, index: slice) -> "Jacobian":
-        """The rows of a slice of examples, with step 1."""
+        """The rows of a slice of examples, with step 1 and bounds that are not traced."""
         if not isinstance(index, slice) or index.step not in (None, 1):
             raise TypeError(
-                f"a Jacobian takes slices of examples such as J[2:5], got {index!r}; for one row "
-                "as a tree use J[i : i + 1].to_rows()"
+                "a Jacobian takes slices of examples, with step 1, such as J[2:5], got "
+                f"{index!r}; for one row as a tree use J[i : i + 1].to_rows()"
+            )
+        if any(isinstance(bound, Tracer) for bound in (index.start, index.stop)):
+            raise TypeError(
+                f"the bounds of a slice of a Jacobian are static, got {index!r} with a traced one; "
+                "to choose rows by a traced index, index the batch that goes into it"
             )
         start, stop, _ = index.indices(len(self))
         return replace(self, _rows=self._rows.taken(start, max(stop - start, 0)))

@@ -119,6 +119,8 @@ def _make(
 ) -> Callable[..., Any]:
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
+    if not isinstance(recompute, bool):
+        raise TypeError(f"argument recompute must be a bool (it is static), got {recompute!r}")
 
     @like(fun)
     def jacobian_of(*args: Any, **kwargs: Any) -> Any:

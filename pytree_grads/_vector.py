@@ -172,13 +172,13 @@ class Vector:
     def __radd__(self, other: Any) -> "Vector":
         if type(other) is int and other == 0:  # the start of the builtin sum
             return self
-        return Vector._of(_added(left=_operand("+", other), right=self._carried))
+        return Vector._of(_added(left=_operand("+", other, first=True), right=self._carried))
 
     def __sub__(self, other: Any) -> "Vector":
         return Vector._of(_subtracted(left=self._carried, right=_operand("-", other)))
 
     def __rsub__(self, other: Any) -> "Vector":
-        return Vector._of(_subtracted(left=_operand("-", other), right=self._carried))
+        return Vector._of(_subtracted(left=_operand("-", other, first=True), right=self._carried))
 
     def __neg__(self) -> "Vector":
         return -1 * self
@@ -195,7 +195,7 @@ class Vector:
         return _inner(left=self._carried, right=_operand("@", other))
 
     def __rmatmul__(self, other: Any) -> jax.Array:
-        return _inner(left=_operand("@", other), right=self._carried)
+        return _inner(left=_operand("@", other, first=True), right=self._carried)
 
     def norm(self) -> jax.Array:
         """The Euclidean norm of all entries, a real scalar in the widest carried dtype.
@@ -206,18 +206,17 @@ class Vector:
         return _norm(left=self._carried)
 
 
-def _operand(operator: str, other: Any) -> _Carried:
+def _operand(operator: str, other: Any, *, first: bool = False) -> _Carried:
     """The other operand of an operator between vectors."""
     if isinstance(other, Vector):
         return other._carried
-    if is_array(other) or isinstance(other, complex | float | int):
-        raise TypeError(
-            f"Vector {operator} {describe(other)} is not defined, for nothing is broadcast over a "
-            "tree: map over the leaves, as in jax.tree.map(lambda x: x + 1.0, v.tree)"
-        )
-    raise TypeError(
-        f"Vector {operator} takes another Vector, got {describe(other)}: wrap it as Vector(tree)"
-    )
+    what = describe(other)
+    both = f"{what} {operator} Vector" if first else f"Vector {operator} {what}"
+    why, mend = f"Vector {operator} takes another Vector", "wrap a tree as Vector(tree)"
+    if operator != "@" and (is_array(other) or isinstance(other, complex | float | int)):
+        why = "nothing is broadcast over a tree"
+        mend = f"map over the leaves, as in jax.tree.map(lambda x: x {operator} 1.0, v.tree)"
+    raise TypeError(f"{both} is not defined, for {why}: {mend}")
 
 
 def _scalar(operator: str, scalar: Any) -> Any:

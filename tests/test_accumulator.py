@@ -163,6 +163,12 @@ def test_nothing_added():
     assert tree_allclose(accumulator.mean(), {"w": jnp.full(2, jnp.nan)})
 
 
+def test_equality_is_identity():
+    one, other = (Accumulator.zeros_like({"w": jnp.ones(2)}) for _ in range(2))
+    assert one == one != other
+    assert len({one, other}) == 2
+
+
 def test_inside_scan_and_across_jit():
     grads, weights = gradients(6), jnp.arange(6.0)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)

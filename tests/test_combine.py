@@ -117,6 +117,7 @@ def test_coefficients_of_every_kind_never_change_the_dtype():
         jnp.float32(2),
         jnp.int32(2),
         jnp.array(True),
+        2**70,
     ):
         got = linear_combination([c], [one])
         assert tree_allclose(got, {"w": jnp.full(2, float(c), jnp.bfloat16)}, rtol=0)

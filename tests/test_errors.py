@@ -209,13 +209,13 @@ TABLE = {
     "vector + number": (lambda: U + 1.0, TypeError, "jax.tree.map(lambda x: x + 1.0, v.tree)"),
     "number - vector": (lambda: 1.0 - U, TypeError, "nothing is broadcast over a tree"),
     "float zero": (lambda: 0.0 + U, TypeError, "nothing is broadcast over a tree"),
-    "array + vector": (lambda: jnp.ones(2) + U, TypeError, "Vector + float32[2] is not defined"),
+    "array + vector": (lambda: jnp.ones(2) + U, TypeError, "float32[2] + Vector is not defined"),
     "vector @ array": (lambda: U @ jnp.ones(2), TypeError, "Vector @ float32[2] is not defined"),
-    "array @ vector": (lambda: np.ones(2) @ U, TypeError, "Vector @ float64[2] is not defined"),
+    "array @ vector": (lambda: np.ones(2) @ U, TypeError, "float64[2] @ Vector is not defined"),
     "vector + tree": (
         lambda: U + W,
         TypeError,
-        "got a value of type dict: wrap it as Vector(tree)",
+        "for Vector + takes another Vector: wrap a tree as Vector(tree)",
     ),
     "array * vector": (
         lambda: np.ones(2) * U,

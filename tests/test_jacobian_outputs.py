@@ -36,6 +36,14 @@ def problem():
     return params | {"square": normal(3, 7, 7), "table": normal(4, 2, 2)}, normal(5, N, 3)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("constant", [1.0, np.float64(1), jnp.float32(1)])
+def test_an_output_that_is_a_constant(constant, mode):
+    outputs, J = value_and_jacobian(lambda p, x: constant, **mode)(jnp.ones(2), jnp.ones((N, 2)))
+    assert outputs.tolist() == [1.0] * N
+    assert J.norms().tolist() == [0.0] * N
+
+
 def dense(fun, params, x):
     """The rows as a matrix (N, K, P), in the order of the output's and the parameters' leaves."""
     rows = jax.vmap(jax.jacrev(fun), (None, 0))(params, x)

@@ -238,8 +238,27 @@ ERRORS = {
         "outputs['z'] of the function to differentiate must be real and floating-point",
     ),
     "no output": (lambda: jacobian(lambda p, x: None)(P, X), TypeError, "returned no arrays"),
-    "has_aux": (lambda: jacobian(f, has_aux=True)(P, X), TypeError, "two-element tuple"),
-    "index": (lambda: J[2], TypeError, "a Jacobian takes slices of examples such as J[2:5], got 2"),
+    "has_aux": (
+        lambda: jacobian(f, has_aux=True)(P, X),
+        TypeError,
+        "the result of the function must be a pair (value, aux) with has_aux, got float32[]",
+    ),
+    "text as aux": (
+        lambda: jacobian(lambda p, x: (f(p, x), {"name": "a"}), has_aux=True)(P, X),
+        TypeError,
+        "aux['name'] must be an array, got a value of type str",
+    ),
+    "recompute": (
+        lambda: jacobian(f, recompute=1),
+        TypeError,
+        "argument recompute must be a bool (it is static), got 1",
+    ),
+    "index": (lambda: J[2], TypeError, "with step 1, such as J[2:5], got 2"),
+    "traced bound": (
+        lambda: jax.jit(lambda i: J[i : i + 1].norms())(1),
+        TypeError,
+        "the bounds of a slice of a Jacobian are static",
+    ),
     "step": (lambda: J[::2], TypeError, "got slice(None, None, 2)"),
     "direction": (
         lambda: J @ {"w": jnp.ones(3), "b": jnp.ones(())},
@@ -398,6 +417,15 @@ def mlp(p, x):
 
 
 class TestMemory:
+    def test_many_look_ups_in_a_narrow_table(self):
+        """No pairs of places are there, of which an example has more than its row has entries."""
+        p, tokens = jnp.ones((512, 2)), jnp.arange(16 * 256).reshape(16, 256) % 300
+
+        def clipped(p, tokens):
+            return jacobian(lambda p, i: jnp.sum(jnp.tanh(p[i])))(p, tokens).clip(1.0).sum()
+
+        assert temporary(clipped, p, tokens) < 16 * 256**2  # a byte for each pair
+
     wide, many = 256, 64
 
     def arguments(self):

@@ -57,6 +57,10 @@ LARGE_PRODUCT = 1 << 20
 # that is more than so many times as long.
 SHARED = 8
 
+# Entries of the last axis below which it is joined with those before it for squares of rows: XLA on
+# CPUs goes along one axis in its vectors.
+SHORT_AXIS = 32
+
 # Columns of a weight up to which its sum over rows is multiplied the other way round: XLA on CPUs
 # is up to six times as fast if so few are the lines, not the columns. From so many
 # multiplications on.

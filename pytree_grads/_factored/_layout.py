@@ -6,6 +6,7 @@ its transposed twin have terms in one layout, and a slice never meets the whole 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import prod
 from typing import Any
 
@@ -205,22 +206,25 @@ def _side(
 
 @dataclass(frozen=True)
 class ScatterLayout:
-    """A `scatter-add` of whole lines along one axis of its operand."""
+    """A `scatter-add` of whole lines along some axes of its operand, which count as one."""
 
-    length: int
+    lengths: Shape  # of these axes, in the order of the numbers of an index
     index: Side
     lines: Side
     clips: bool  # what lies outside goes to the nearest line, and else to none
 
     def __call__(self, operands: Sequence[jax.Array], frames: Sequence[Frame]) -> Scatter:
-        index = self.index(operands[0], frames[0])[..., 0]
+        index = self.index(operands[0], frames[0])
         if index.dtype.itemsize < 4:  # too narrow, it may be, for the length
             index = index.astype("int32")
         lines = self.lines(operands[1], frames[1])
+        numbers = [index[..., i] for i in range(len(self.lengths))]
+        pairs = list(zip(numbers, self.lengths, strict=True))
         if self.clips:
-            index = jnp.clip(index, 0, self.length - 1)
+            index = self._flat([jnp.clip(x, 0, length - 1) for x, length in pairs])
         else:  # what is outside is dropped, also where it was promised not to be
-            inside = (index >= 0) & (index < self.length)
+            inside = reduce(jnp.bitwise_and, [(x >= 0) & (x < length) for x, length in pairs])
+            index = self._flat(numbers)
             index = jnp.where(inside, index, jnp.asarray(self.length, index.dtype))
             # Either may lack axes of rows, always the last ones.
             rows = max(inside.ndim, lines.ndim - 1) - 2
@@ -229,6 +233,17 @@ class ScatterLayout:
                 inside = jnp.any(inside, axis=-1, keepdims=True)
             lines = jnp.where(inside[..., None], lines, jnp.zeros((), lines.dtype))
         return Scatter(index, lines, self.length)
+
+    @property
+    def length(self) -> int:
+        return prod(self.lengths)
+
+    def _flat(self, numbers: Sequence[jax.Array]) -> jax.Array:
+        """The line that an index of several numbers speaks of."""
+        line, *others = numbers
+        for x, length in zip(others, self.lengths[1:], strict=True):
+            line = line * length + x
+        return line
 
     def levels(self, index: int, lines: int) -> tuple[int, int]:
         """The axes of rows that the term's arrays have, from those of the operands."""
@@ -240,7 +255,7 @@ class ScatterLayout:
 
     @property
     def size(self) -> int:
-        return prod(self.lines.sizes) + prod(self.index.sizes)
+        return prod(self.lines.sizes) + prod(self.index.sizes[:2])
 
 
 def _with_rows(x: jax.Array, rows: int, own: int) -> jax.Array:
@@ -250,31 +265,32 @@ def _with_rows(x: jax.Array, rows: int, own: int) -> jax.Array:
 
 
 def scatter_layout(equation: Equation) -> tuple[ScatterLayout, Tail] | None:
-    """The factors and tail of a `scatter-add`, or None unless it adds whole lines of an axis."""
+    """The factors and tail of a `scatter-add`, or None unless it adds whole lines."""
     operand, indices, updates = (atom.aval for atom in equation.inputs)
     numbers = equation.params["dimension_numbers"]
     window = numbers.update_window_dims
-    if numbers.operand_batching_dims or len(numbers.scatter_dims_to_operand_dims) != 1:
+    axes = tuple(numbers.scatter_dims_to_operand_dims)
+    lengths = tuple(operand.shape[axis] for axis in axes)
+    if numbers.operand_batching_dims or prod(lengths) > jnp.iinfo(jnp.int32).max:
         return None
-    if numbers.inserted_window_dims != numbers.scatter_dims_to_operand_dims:
+    if not axes or tuple(numbers.inserted_window_dims) != tuple(sorted(axes)):
         return None
-    (axis,) = numbers.scatter_dims_to_operand_dims
-    rest = [i for i in range(len(operand.shape)) if i != axis]
+    rest = [i for i in range(len(operand.shape)) if i not in axes]
     if [updates.shape[i] for i in window] != [operand.shape[i] for i in rest]:
         return None
     positions = [i for i in range(len(updates.shape)) if i not in window]
-    last = len(indices.shape) - 1  # of size 1: the axis of index vectors
+    last = len(indices.shape) - 1  # the axis of index vectors
     lines = _whole(updates.shape, positions, window)
     if same_along(equation.inputs[2]).issuperset(positions):
         limit = tuple(1 if i in positions else size for i, size in enumerate(updates.shape))
         lines = replace(lines, limit=limit)
     layout = ScatterLayout(
-        operand.shape[axis],
+        lengths,
         _whole(indices.shape, range(last), (last,)),
         lines,
         clips=equation.params["mode"] is lax.GatherScatterMode.CLIP,
     )
-    return layout, _axis_from_front(operand.shape, axis)
+    return layout, _axes_from_front(operand.shape, axes)
 
 
 def line_layout(equation: Equation) -> tuple[ScatterLayout, Tail, tuple[Atom, Atom]] | None:
@@ -286,19 +302,19 @@ def line_layout(equation: Equation) -> tuple[ScatterLayout, Tail, tuple[Atom, At
         return None
     (axis,) = axes
     layout = ScatterLayout(
-        shape[axis],
+        (shape[axis],),
         _whole((), (), ()),
         _whole(taken, (axis,), [i for i in range(len(shape)) if i != axis]),
         clips=True,
     )
-    return layout, _axis_from_front(shape, axis), (starts[axis], update)
+    return layout, _axes_from_front(shape, axes), (starts[axis], update)
 
 
-def _axis_from_front(shape: Shape, axis: int) -> Tail:
+def _axes_from_front(shape: Shape, axes: Sequence[int]) -> Tail:
     """From (1, length, rest) to an array of some shape."""
-    lines_first = (axis, *(i for i in range(len(shape)) if i != axis))
+    lines_first = (*axes, *(i for i in range(len(shape)) if i not in axes))
     unfold: Tail = (Reshape(tuple(shape[i] for i in lines_first)),)
-    if axis:
+    if lines_first != tuple(range(len(shape))):
         unfold += (Transpose(tuple(lines_first.index(i) for i in range(len(lines_first)))),)
     return unfold
 

@@ -196,7 +196,7 @@ def inner(one: Leaf, xs: Sequence[Term], other: Leaf, ys: Sequence[Term]) -> jax
 def _pair(a: Piece, x: Term, b: Piece, y: Term) -> jax.Array:
     if disjoint(a.tail, b.tail):
         return jnp.zeros((), _terms.dtype_of(x))
-    if _alike(a, b):
+    if are_alike(a, b):
         return _terms.inner(x, y)
     if isinstance(x, Dense):
         return _terms.apply_own(y, _pulled(b, y, _block(a, x).conj()))
@@ -205,7 +205,7 @@ def _pair(a: Piece, x: Term, b: Piece, y: Term) -> jax.Array:
     return jnp.sum(_block(a, x).conj() * _block(b, y))
 
 
-def _alike(x: Piece, y: Piece) -> bool:
+def are_alike(x: Piece, y: Piece) -> bool:
     """Whether inner products of two pieces can be taken before their tails."""
     return x.shape == y.shape and x.tail == y.tail and isometric(x.tail)
 
@@ -225,6 +225,6 @@ def materializes(one: Leaf, other: Leaf) -> bool:
         if isinstance(a.term, Dense) or isinstance(b.term, Dense) or disjoint(a.tail, b.tail):
             return True
         windows = isinstance(a.term, Windows) or isinstance(b.term, Windows)
-        return _alike(a, b) and not windows
+        return are_alike(a, b) and not windows
 
     return not all(free(a, b) for a in one.pieces for b in other.pieces)

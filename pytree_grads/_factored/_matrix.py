@@ -98,10 +98,12 @@ class Matrix:
 
     def gram(self, other: "Matrix") -> jax.Array:
         """Shape (*rows, *other rows)."""
-        total, rows, others = None, self.selected(), other.selected()
+        total, rows = None, self.selected()
+        others = rows if other is self else other.selected()
         for i, (leaf, theirs) in enumerate(zip(rows.leaves, others.leaves, strict=True)):
             wider = common_dtype(leaf.carried, theirs.carried)
-            product = _products.gram(widened(leaf, wider), widened(theirs, wider))
+            mine = widened(leaf, wider)
+            product = _products.gram(mine, mine if theirs is leaf else widened(theirs, wider))
             left, right = rows.weight(i), others.weight(i)
             if left is not None:
                 left = left.reshape(*leaf.rows, *[1] * len(theirs.rows))

@@ -70,6 +70,9 @@ class _Factor:
     @classmethod
     def of(cls, x: jax.Array, axis: int, level: int) -> "_Factor":
         x, first = squeezed(x, axis, level)
+        rows = x.shape[: first + level]
+        if x.ndim > len(rows) and x.shape[-1] < _costs.SHORT_AXIS:
+            x = lax.reshape(x, (*rows, prod(x.shape[len(rows) :])))
         return cls(x.astype(carried_dtype(x.dtype)), first, level)
 
     @property

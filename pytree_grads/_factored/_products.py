@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from ._leaves import (
     take,
     times,
 )
+from ._parts import Part, Parts
 from ._tails import apply, transposed
 from ._terms import Dense, Outer, Scatter, Term
 from ._windows import Windows
@@ -59,7 +60,8 @@ def gram(leaf: Leaf, other: Leaf) -> jax.Array:
     if not prod(leaf.shape):
         return jnp.zeros((*leaf.rows, *other.rows), leaf.carried)
     if _prefers_rows(leaf, other):
-        return _gram_of_rows(leaf, other)
+        parts = Parts.of(leaf, other)
+        return _gram_of_parts(leaf, other, parts) if parts else _gram_of_rows(leaf, other)
 
     def against(terms: Sequence[Term]) -> jax.Array:
         return over_rows(lambda others: inner(leaf, terms, other, others), other)
@@ -78,6 +80,16 @@ def _prefers_rows(leaf: Leaf, other: Leaf) -> bool:
     make = prod(leaf.rows) * sum(_terms.row_cost(x) for x in terms if not isinstance(x, Dense))
     make += prod(other.rows) * sum(_terms.row_cost(y) for y in others if not isinstance(y, Dense))
     return by_factors >= make + 2 * pairs * size
+
+
+def _gram_of_parts(leaf: Leaf, other: Leaf, parts: Parts) -> jax.Array:
+    def add(total: jax.Array, part: Part) -> jax.Array:
+        mine = part.fresh(part.entries(leaf)).reshape(prod(leaf.rows), -1)
+        theirs = mine if other is leaf else part.entries(other).reshape(prod(other.rows), -1)
+        return total + dot("ip,jp->ij", mine.conj(), theirs)
+
+    empty = jnp.zeros((prod(leaf.rows), prod(other.rows)), leaf.carried)
+    return parts.fold(add, empty).reshape(*leaf.rows, *other.rows)
 
 
 def _gram_of_rows(leaf: Leaf, other: Leaf) -> jax.Array:
@@ -115,9 +127,10 @@ def _over_blocks(
     `fresh` is False for the rows of the last block that the block before it has had already.
     """
     per_example = max(1, prod(leaf.shape) * (leaf.outputs or 1))
-    at_once = max(1, min(leaf.size, _costs.ENTRIES_AT_ONCE // per_example))
-    if at_once >= leaf.size:
+    most = max(1, _costs.ENTRIES_AT_ONCE // per_example)
+    if leaf.size <= most:
         return step(init, leaf, jnp.asarray(0), jnp.ones(leaf.size, bool))
+    at_once = ceil(leaf.size / ceil(leaf.size / most))
     starts = chunk_starts(leaf.size, at_once)
     firsts = jnp.arange(len(starts), dtype=starts.dtype) * at_once
 
@@ -139,13 +152,13 @@ def square_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
 
     def add(total: jax.Array, block: Leaf, start: jax.Array, fresh: jax.Array) -> jax.Array:
         squares = jnp.abs(rows(block, carried=True)) ** 2
-        where = fresh.reshape(-1, *[1] * (squares.ndim - 1))
-        squares = jnp.where(where, squares, jnp.zeros_like(squares))
-        squares = squares.reshape(-1, *leaf.shape)
-        if weights is None:
-            return total + jnp.sum(squares, axis=0)
-        own = jax.lax.dynamic_slice_in_dim(weights, start, block.size)
-        return total + jnp.tensordot(own.reshape(-1).astype(leaf.real), squares, 1)
+        if leaf.size and leaf.size % block.size:
+            where = fresh.reshape(-1, *[1] * (squares.ndim - 1))
+            squares = jnp.where(where, squares, jnp.zeros_like(squares))
+        own = weights
+        if weights is not None:
+            own = lax.dynamic_slice_in_dim(weights, start, block.size).reshape(-1)
+        return total + _contract(own, squares.reshape(-1, *leaf.shape), axis=0)
 
     return _over_blocks(add, jnp.zeros(leaf.shape, leaf.real), leaf)
 
@@ -221,12 +234,18 @@ def _summed(
 
 def _contract(weights: jax.Array | None, x: jax.Array, *, axis: int) -> jax.Array:
     """The weighted sum over one axis, carried."""
-    dtype = carried_dtype(x.dtype)
-    if weights is None:
-        return lax.reduce_sum(lax.convert_element_type(x, dtype), (axis,))
-    if x.size < _costs.LARGE_PRODUCT:  # XLA on CPUs takes longer to compile a product with a vector
-        return lax.reduce_sum(_weighted(weights, x, axis), (axis,))
-    return jnp.tensordot(weights.astype(dtype), x.astype(dtype), axes=((0,), (axis,)))
+    x = lax.convert_element_type(x, carried_dtype(x.dtype))
+    y, first = squeezed(x, axis)
+    if y.ndim - first <= 2:
+        if weights is None:
+            return lax.reduce_sum(x, (axis,))
+        if x.size < _costs.LARGE_PRODUCT:
+            return lax.reduce_sum(_weighted(weights, x, axis), (axis,))
+    # XLA on CPUs takes up to a hundred times as long for a sum of arrays with several axes.
+    weights = jnp.ones(x.shape[axis], x.dtype) if weights is None else weights.astype(x.dtype)
+    numbers = ((0,), (first,)), ((), ())
+    total = lax.dot_general(weights, y, numbers, precision=lax.Precision.HIGHEST)
+    return lax.reshape(total, x.shape[:axis] + x.shape[axis + 1 :])
 
 
 def _contract_term(

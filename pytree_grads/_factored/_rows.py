@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from .._batch import Batch
-from .._checks import describe
+from .._checks import check_arrays, describe, split_aux
 from .._sharding import placed_like
 from . import _costs, _execute, _graph, _plan, _terms
 from ._leaves import Leaf, Piece
-from ._terms import Term
+from ._terms import Scatter, Term
 
 PyTree = Any
 
@@ -128,8 +128,9 @@ def _joined(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
         forms.setdefault((x.shape, x.tail, x.factor, x.levels, alike), []).append(x)
     found: list[Piece] = []
     for group in forms.values():
-        many = len(group) > _costs.APART
-        found += [replace(group[0], term=_terms.joined([x.term for x in group]))] if many else group
+        terms = [x.term for x in group]
+        apart = 1 if isinstance(terms[0], Scatter) else _costs.APART  # lines of one index meet
+        found += [replace(group[0], term=_terms.joined(terms))] if len(group) > apart else group
     return tuple(found)
 
 
@@ -144,7 +145,9 @@ def _trace(fun: Callable[..., Any], batch: Batch, args: Any, kwargs: Any, has_au
             for i, x in zip((*primal_at, *mapped_at), (*primals, *mapped), strict=True):
                 leaves[i] = x
             args, kwargs = jax.tree.unflatten(treedef, leaves)
-            return fun(*args, **kwargs)
+            result = split_aux(fun(*args, **kwargs), has_aux, "the result of the function")
+            check_arrays("aux", result[1])
+            return result if has_aux else result[0]
 
         if has_aux:
             outputs, vjp, aux = jax.vjp(forward, primals, has_aux=True)
@@ -152,7 +155,7 @@ def _trace(fun: Callable[..., Any], batch: Batch, args: Any, kwargs: Any, has_au
             (outputs, vjp), aux = jax.vjp(forward, primals), None
         check_outputs(outputs)
         if cotangents is None:
-            if not isinstance(outputs, jax.Array) or outputs.shape != ():
+            if _count(outputs) is not None:
                 raise _NotScalar(jax.tree.map(jax.typeof, outputs))
             cotangents = jnp.ones_like(outputs)
         return vjp(placed_like(cotangents, outputs))[0], (outputs, aux)
@@ -190,9 +193,9 @@ def check_outputs(outputs: PyTree) -> None:
 def _count(output_avals: PyTree) -> int | None:
     """K: how many numbers the function returns for one example; None for a scalar."""
     leaves, treedef = jax.tree.flatten(output_avals)
-    if jax.tree_util.treedef_is_leaf(treedef) and leaves[0].shape == ():
+    if jax.tree_util.treedef_is_leaf(treedef) and jnp.shape(leaves[0]) == ():
         return None
-    return sum(prod(leaf.shape) for leaf in leaves)
+    return sum(prod(jnp.shape(leaf)) for leaf in leaves)
 
 
 def _basis(output_avals: PyTree) -> list[jax.Array] | None:

@@ -8,6 +8,7 @@ vector pairs whose outer products add up in a block (positions of a sequence, us
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any, TypeAlias, TypeGuard
 
 import jax
@@ -93,6 +94,16 @@ def materialize(term: Term) -> jax.Array:
             return add_lines(empty, index, right.astype(empty.dtype))
         case Windows():
             return term.materialize()
+
+
+def outer_count(term: Outer | Windows) -> int:
+    """How many outer products have lines of their own in a block: one for each window."""
+    return prod(term.offsets) if isinstance(term, Windows) else 1
+
+
+def outer_at(term: Outer | Windows, i: jax.Array) -> Outer:
+    """One of these."""
+    return Outer(*term.at(i)) if isinstance(term, Windows) else term
 
 
 def add_lines(block: jax.Array, index: jax.Array, lines: jax.Array) -> jax.Array:
@@ -204,11 +215,23 @@ def joined(terms: Sequence[Term]) -> Term:
 
 
 def collapsed(term: Scatter) -> Scatter:
-    """The same row with each line at the first of the places that share its index, else zeros."""
+    """The same row with each line at one of the places that share its index, and zeros else."""
+    dtype = dtype_of(term)
+    if not _has_few_pairs(term):
+        # Each line of the row keeps one of the places that go to it.
+        count = pair_count(term)
+        blocks, places = (lax.broadcasted_iota(jnp.int32, term.index.shape, i) for i in (0, 1))
+        kept = jnp.zeros(term.shape[:2], places.dtype).at[blocks, term.index]
+        kept = kept.set(places, mode="drop").at[blocks, term.index]
+        index = kept.get(mode="fill", fill_value=count)
+        one_for_all = term.right.shape[1] == 1
+        lines = jnp.ones((1, 1, 1), dtype) if one_for_all else term.right.astype(dtype)
+        right = add_lines(jnp.zeros((*index.shape, lines.shape[-1]), dtype), index, lines)
+        right = right * term.right.astype(dtype) if one_for_all else right
+        return replace(term, right=right)
     same = _same_index(term, term)
     t, s = (lax.broadcasted_iota(jnp.int32, same.shape, axis) for axis in (1, 2))
     is_first = jnp.logical_not(jnp.any(same & (s < t), axis=2))
-    dtype = dtype_of(term)
     if term.right.shape[1] == 1:
         right = jnp.sum(same, axis=2, dtype=dtype)[..., None] * term.right.astype(dtype)
     else:
@@ -224,8 +247,23 @@ def _same_index(x: Scatter, y: Scatter) -> jax.Array:
 
 
 def equal_places(term: Scatter) -> jax.Array:
-    """How many pairs of its places are the same line, by comparison of all: real, shape (B,)."""
-    return jnp.sum(_same_index(term, term), axis=(1, 2), dtype=jnp.finfo(dtype_of(term)).dtype)
+    """How many pairs of its places are the same line: real, shape (B,)."""
+    dtype = jnp.finfo(dtype_of(term)).dtype
+    if _has_few_pairs(term):
+        return jnp.sum(_same_index(term, term), axis=(1, 2), dtype=dtype)
+    return jnp.sum(_counts(term, dtype) ** 2, axis=(1, 2))
+
+
+def _has_few_pairs(term: Scatter) -> bool:
+    """Whether to compare all pairs of places costs less than an array of a number for each line."""
+    entries = 1 if term.right.shape[1] == 1 else term.right.shape[-1]
+    return pair_count(term) ** 2 * entries <= term.length
+
+
+def _counts(term: Scatter, dtype: Any) -> jax.Array:
+    """How many places go to each line: shape (B, m, 1)."""
+    empty = jnp.zeros((*term.shape[:2], 1), dtype)
+    return add_lines(empty, term.index, jnp.ones((1, 1, 1), dtype))
 
 
 def _adds_one(term: Term) -> TypeGuard[Scatter]:
@@ -235,8 +273,7 @@ def _adds_one(term: Term) -> TypeGuard[Scatter]:
 
 def _equal_lines(x: Scatter, y: Scatter) -> jax.Array:
     """How many pairs of places of x and y are the same line: shape (B,)."""
-    counts = materialize(replace(x, right=jnp.ones((x.shape[0], 1, 1), dtype_of(x))))
-    return jnp.sum(_lines(counts, y.index), axis=(1, 2))
+    return jnp.sum(_lines(_counts(x, dtype_of(x)), y.index), axis=(1, 2))
 
 
 def scaled(term: Term, scales: Sequence[jax.Array]) -> Term:
@@ -271,9 +308,7 @@ def squared(term: Term) -> Term:
 
 def has_squares(term: Term) -> bool:
     """Whether squares of entries are cheaper as a term of the same kind than from the row."""
-    if isinstance(term, Scatter):
-        return pair_count(term) ** 2 <= max(1, term.length)
-    return pair_count(term) <= 1 and not isinstance(term, Windows)
+    return isinstance(term, Scatter) or (pair_count(term) <= 1 and not isinstance(term, Windows))
 
 
 def _square(x: jax.Array) -> jax.Array:

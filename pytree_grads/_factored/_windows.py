@@ -66,6 +66,10 @@ class Windows:
     def _right(self) -> jax.Array:
         return self.right.reshape(self.right.shape[0], self.pairs, self.right.shape[-1])
 
+    def at(self, o: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The arrays whose outer products add up to the lines of window o: (B, A T, m or n)."""
+        return self._window(self._starts()[o]), self._right()
+
     @jax.jit
     def materialize(self) -> jax.Array:
         """The row, one offset after the other: XLA on CPUs is slow at convolutions in groups."""

@@ -157,7 +157,7 @@ def embeddings(draw):
     return fun, params, (draw.ints(11, N, 4), draw(N, 4, 3))
 
 
-@model("['pairs']", "['points']")
+@model()
 def gathers_at_the_edges(draw):
     """Indices that are negative, out of range, repeated, scalar or of two axes."""
 
@@ -177,6 +177,42 @@ def gathers_at_the_edges(draw):
     params = {name: draw(11, 3) for name in ("negative", "fill", "clip", "scalar", "two axes")}
     params |= {"pairs": draw(11, 11), "points": draw(11, 2), "vector": draw(11)}
     return fun, params, (draw.ints(11, N, 4), draw(N, 4, 3))
+
+
+@model()
+def gathers_of_several_indices(draw):
+    """One fixed index and others that are read, of adjacent axes or not, clipped, and in a scan."""
+
+    def fun(p, tokens, x):
+        parts = [
+            jnp.sin(p["levels"][1, tokens] * x),
+            jnp.sin(p["apart"][tokens, :, tokens[::-1]] * x),
+            jnp.sin(p["clip"].at[tokens - 2, 1, tokens].get(mode="clip")[:, None] * x),
+            jnp.sin(p["last"][:, tokens, tokens[::-1]].T * x),
+        ]
+
+        def step(total, table):
+            return total + jnp.sum(jnp.sin(table[tokens, tokens] * x)), None
+
+        return jax.lax.scan(step, sum(map(jnp.sum, parts)), p["scanned"])[0]
+
+    params = {"levels": draw(2, 11, 3), "apart": draw(11, 3, 11), "clip": draw(11, 2, 11)}
+    params |= {"last": draw(3, 11, 11), "scanned": draw(2, 11, 11, 3)}
+    return fun, params, (draw.ints(11, N, 4), draw(N, 4, 3))
+
+
+@model()
+def many_look_ups(draw):
+    """More pairs of places than lines, so that lines of one index are found by the lines."""
+
+    def fun(p, tokens, x):
+        whole, once = p["narrow"][tokens], p["once"][tokens]
+        parts = [whole * x, p["twice"][tokens[:9]], p["twice"][tokens[9:]] * x[9:], once * x[0]]
+        return sum(jnp.sum(jnp.sin(part)) for part in parts) + jnp.sum(p["mean"][tokens])
+
+    names = ("narrow", "once", "twice", "mean")
+    params = {name: draw(23, 2) for name in names}
+    return fun, params, (draw.ints(23, N, 18), draw(N, 18, 2))
 
 
 @model()

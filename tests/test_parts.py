@@ -1,0 +1,130 @@
+"""Gramians of rows that are too large to be there at once, against those of plain rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from routes import factors_kept, leaves_of
+
+from pytree_grads import jacobian
+from pytree_grads._factored import _costs
+from pytree_grads._factored._parts import Parts
+
+N, T = 6, 9
+
+
+def dense(p, x):
+    return jnp.sum(jnp.tanh(x @ p) ** 2)
+
+
+def used_twice(p, x):
+    return jnp.sum(jnp.tanh(x @ p) ** 2) + jnp.sum(jnp.sin(x[:7] @ p))
+
+
+def of_two_outputs(p, x):
+    return jnp.tanh(x @ p).sum(0)[:2]
+
+
+def of_complex_numbers(p, x):
+    return jnp.sum(jnp.abs(x.astype(p.dtype) @ p) ** 3)
+
+
+def scanned(p, x):
+    return jnp.sum(lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p)[0] ** 2)
+
+
+def convolution(p, x):
+    return jnp.sum(jnp.tanh(lax.conv_general_dilated(x[None], p, (1, 1), "SAME")) ** 2)
+
+
+def grouped_convolution(p, x):
+    y = lax.conv_general_dilated(x[None], p, (2, 1), "SAME", feature_group_count=2)
+    return jnp.sum(jnp.tanh(y) ** 2)
+
+
+# name: function, shapes of the parameter and of an example, and (outers, blocks, m) of a row
+CASES = {
+    "dense": (dense, (7, 5), (T, 7), (1, 1, 7)),
+    "used twice": (used_twice, (7, 5), (T, 7), (1, 1, 7)),
+    "two outputs": (of_two_outputs, (7, 5), (T, 7), (1, 1, 7)),
+    "complex": (of_complex_numbers, (7, 5), (T, 7), (1, 1, 7)),
+    "scan over layers": (scanned, (3, 6, 6), (T, 6), (1, 3, 6)),
+    "convolution": (convolution, (6, 4, 3, 3), (4, 6, 6), (9, 1, 4)),
+    "grouped convolution": (grouped_convolution, (6, 2, 3, 2), (4, 6, 6), (6, 2, 2)),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def case(request, x64):
+    """`(fun, p, batch, other batch, how a row is cut)`"""
+    fun, shape, example, layout = request.param
+    rng = np.random.default_rng(0)
+    p = jnp.asarray(rng.standard_normal(shape))
+    if fun is of_complex_numbers:
+        p = lax.complex(p, p[::-1])
+    x, y = (jnp.asarray(rng.standard_normal((n, *example))) for n in (N, N - 2))
+    return fun, p, x, y, layout
+
+
+def plain_rows(fun, p, x):
+    outputs = 2 if fun is of_two_outputs else 1
+
+    def one(p, x):
+        return jnp.stack(
+            [jax.grad(lambda p, i=i: jnp.ravel(fun(p, x))[i])(p) for i in range(outputs)]
+        )
+
+    return jax.vmap(one, (None, 0))(p, x).reshape(-1, p.size)
+
+
+def assert_close(got, want):
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * np.max(np.abs(want)))
+
+
+@pytest.mark.parametrize("entries", [1, 60])  # few lines in a part, which may have had some before
+def test_gramians_by_parts(case, entries, monkeypatch):
+    fun, p, x, y, (outers, blocks, m) = case
+    monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", entries)
+    with factors_kept():
+        J, other = jax.jit(jacobian(fun))(p, x), jacobian(fun)(p, y)
+        (leaf,), (theirs,) = leaves_of(J), leaves_of(other)
+        parts = Parts.of(leaf, theirs)
+        assert (parts.outers, parts.blocks, parts.m) == (outers, blocks, m)
+        rows, others = plain_rows(fun, p, x), plain_rows(fun, p, y)
+        pairs = (*J.norms().shape, *J.norms().shape)
+        assert_close(J.gram(), (rows.conj() @ rows.T).reshape(pairs))
+        assert_close(J.gram(other).reshape(len(rows), -1), rows.conj() @ others.T)
+
+
+def test_a_gramian_by_parts_has_derivatives(case, monkeypatch):
+    fun, p, x, _, _ = case
+    monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", 60)
+
+    def total(rows):
+        return jnp.sum(jnp.abs(rows.conj() @ rows.T) ** 2)
+
+    with factors_kept():
+        got = jax.grad(lambda p: jnp.sum(jnp.abs(jacobian(fun)(p, x).gram()) ** 2))(p)
+    assert_close(got, jax.grad(lambda p: total(plain_rows(fun, p, x)))(p))
+
+
+def test_rows_that_fit_or_differ_in_kind_are_not_cut(case):
+    fun, p, x, _, _ = case
+    (leaf,) = leaves_of(jacobian(fun)(p, x))
+    assert Parts.of(leaf) is None
+
+
+def test_each_entry_is_made_once():
+    """A program has as many products of matrices where rows are cut as where they are not."""
+    p, x = jnp.ones((64, 32)), jnp.ones((N, 16, 64))
+
+    def products(entries):
+        before, _costs.ENTRIES_AT_ONCE = _costs.ENTRIES_AT_ONCE, entries
+        try:
+            compiled = jax.jit(lambda p, x: jacobian(dense)(p, x).gram()).lower(p, x).compile()
+        finally:
+            _costs.ENTRIES_AT_ONCE = before
+        return len([line for line in compiled.as_text().splitlines() if " dot(" in line])
+
+    assert products(N * 32 * 16) == products(1 << 22)
