@@ -55,7 +55,7 @@ class Case:
 
 
 # The last sizes below; all others are the first above.
-LAST = ("DEARER", "ENTRIES_AT_ONCE", "FEW_PARTS", "SMALL", "APART", "NARROW", "SHARED")
+LAST = ("DEARER", "ENTRIES_AT_ONCE", "FEW_PARTS", "SMALL", "APART", "NARROW", "SHARED", "PAIRS")
 
 
 @contextmanager
@@ -129,6 +129,21 @@ def scales(n: int, d: int) -> Problem:
     return Problem(lambda p, x: jnp.sum(jnp.tanh(p * x)), draw(d), (draw(n, d),))
 
 
+def grid(n: int, *shape: int) -> Problem:
+    """The same with several axes."""
+    draw = Draw("grid")
+    return Problem(lambda p, x: jnp.sum(jnp.tanh(p * x)), draw(*shape), (draw(n, *shape),))
+
+
+def look_ups(n: int, count: int, words: int, d: int) -> Problem:
+    draw = Draw("look-ups")
+
+    def fun(table, tokens):
+        return jnp.sum(jnp.tanh(table[tokens]))
+
+    return Problem(fun, draw(words, d), (draw.ints(words, n, count),))
+
+
 def convolution(n: int, pixels: int, channels: int, kernel: int = 3) -> Problem:
     draw = Draw("convolution")
 
@@ -161,6 +176,16 @@ def cases() -> Iterator[Case]:
         yield Case("LARGE_FACTOR", 64 * columns, layer(64, 64, columns), "clipped")
     for d in (1 << 10, 1 << 13, 1 << 16):
         yield Case("LARGE_PRODUCT", 128 * d, scales(128, d), "weighted")
+    for count, words, d in (
+        (8, 1000, 16),
+        (32, 8000, 64),
+        (32, 8000, 256),
+        (64, 4000, 256),
+        (256, 4000, 8),
+    ):
+        yield Case("PAIRS", count**2 * d // words, look_ups(32, count, words, d), "clipped")
+    for last in (2, 8, 32, 128):
+        yield Case("SHORT_AXIS", last, grid(64, 64, last), "clipped")
     for columns in (8, 32, 64, 128, 192, 256):
         yield Case("NARROW", columns, layer(512, 1024, columns), "weighted")
     for n in (8, 32, 128):

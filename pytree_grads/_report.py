@@ -78,7 +78,7 @@ def _line(path: Any, leaf: Leaf) -> tuple[str, ...]:
     if len(terms_of) == 1 and isinstance(terms_of[0], Windows):
         norm, norm_flops = "windows", _terms.row_cost(terms_of[0]) + 2 * prod(leaf.shape)
     if norm == "squares":
-        norm_flops = 2 * _entries(leaf)
+        norm_flops = 2 * _entries(leaf) + sum(map(_terms.meeting_cost, terms_of))
     sum_flops = sum(_terms.row_cost(term) for term in terms_of)
     note = _note(leaf)
     return (

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._tree import carried_dtype
+from . import _costs
 from ._dot import dot, times_rows_twice
 from ._windows import Windows
 
@@ -256,8 +257,20 @@ def equal_places(term: Scatter) -> jax.Array:
 
 def _has_few_pairs(term: Scatter) -> bool:
     """Whether to compare all pairs of places costs less than an array of a number for each line."""
+    return _pairs_cost(term) <= _costs.PAIRS * term.shape[0] * term.length
+
+
+def _pairs_cost(term: Scatter) -> int:
+    """Multiplications that add up, for each place, the lines of all places with its index."""
     entries = 1 if term.right.shape[1] == 1 else term.right.shape[-1]
-    return pair_count(term) ** 2 * entries <= term.length
+    return term.shape[0] * pair_count(term) ** 2 * entries
+
+
+def meeting_cost(term: Term) -> int:
+    """Operations that find the look-ups of one row that share an index."""
+    if not isinstance(term, Scatter) or pair_count(term) <= 1:
+        return 0
+    return _pairs_cost(term) if _has_few_pairs(term) else prod(term.shape[:2]) + term.right.size
 
 
 def _counts(term: Scatter, dtype: Any) -> jax.Array:

@@ -207,12 +207,12 @@ def many_look_ups(draw):
 
     def fun(p, tokens, x):
         whole, once = p["narrow"][tokens], p["once"][tokens]
-        parts = [whole * x, p["twice"][tokens[:9]], p["twice"][tokens[9:]] * x[9:], once * x[0]]
+        parts = [whole * x, p["twice"][tokens[:9]], p["twice"][tokens[9:]] * x[9:], once * x[:1]]
         return sum(jnp.sum(jnp.sin(part)) for part in parts) + jnp.sum(p["mean"][tokens])
 
     names = ("narrow", "once", "twice", "mean")
-    params = {name: draw(23, 2) for name in names}
-    return fun, params, (draw.ints(23, N, 18), draw(N, 18, 2))
+    params = {name: draw(11, 2) for name in names}
+    return fun, params, (draw.ints(11, N, 24), draw(N, 24, 2))
 
 
 @model()
