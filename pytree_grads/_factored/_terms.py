@@ -217,19 +217,9 @@ def joined(terms: Sequence[Term]) -> Term:
 
 def collapsed(term: Scatter) -> Scatter:
     """The same row with each line at one of the places that share its index, and zeros else."""
-    dtype = dtype_of(term)
     if not _has_few_pairs(term):
-        # Each line of the row keeps one of the places that go to it.
-        count = pair_count(term)
-        blocks, places = (lax.broadcasted_iota(jnp.int32, term.index.shape, i) for i in (0, 1))
-        kept = jnp.zeros(term.shape[:2], places.dtype).at[blocks, term.index]
-        kept = kept.set(places, mode="drop").at[blocks, term.index]
-        index = kept.get(mode="fill", fill_value=count)
-        one_for_all = term.right.shape[1] == 1
-        lines = jnp.ones((1, 1, 1), dtype) if one_for_all else term.right.astype(dtype)
-        right = add_lines(jnp.zeros((*index.shape, lines.shape[-1]), dtype), index, lines)
-        right = right * term.right.astype(dtype) if one_for_all else right
-        return replace(term, right=right)
+        return _collapsed_by_lines(term)
+    dtype = dtype_of(term)
     same = _same_index(term, term)
     t, s = (lax.broadcasted_iota(jnp.int32, same.shape, axis) for axis in (1, 2))
     is_first = jnp.logical_not(jnp.any(same & (s < t), axis=2))
@@ -239,6 +229,16 @@ def collapsed(term: Scatter) -> Scatter:
         right = dot("bts,bsn->btn", same.astype(dtype), term.right)
     right = jnp.where(is_first[..., None], right, jnp.zeros((), dtype))
     return Scatter(term.index, right, term.length)
+
+
+def _collapsed_by_lines(term: Scatter) -> Scatter:
+    """The same by an array in which each line of the row has one of the places that go to it."""
+    count = pair_count(term)
+    blocks, places = (lax.broadcasted_iota(jnp.int32, term.index.shape, i) for i in (0, 1))
+    kept = jnp.zeros(term.shape[:2], places.dtype)
+    kept = kept.at[blocks, term.index].set(places, mode="drop")
+    index = kept.at[blocks, term.index].get(mode="fill", fill_value=count)
+    return replace(term, right=materialize(Scatter(index, term.right, count)))
 
 
 def _same_index(x: Scatter, y: Scatter) -> jax.Array:
