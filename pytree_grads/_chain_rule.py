@@ -42,7 +42,7 @@ def chain_rule_value_and_grad(
     losses, statistics of the batch). With ``chunk_size``, the outputs are found chunk by chunk and
     nothing else is kept, ∂L/∂f is found once for the whole batch, and each chunk is evaluated again
     for its own product. That is exact for every ``outer``, takes the memory of one chunk beside the
-    batch and its outputs, and costs one more evaluation of ``fun``.
+    batch, its outputs and what ``outer`` makes of them, and costs one more evaluation of ``fun``.
 
     Args:
       outer: called as ``outer(outputs)``, or ``outer(outputs, params)`` with ``outer_has_params``,
@@ -85,6 +85,8 @@ def chain_rule_value_and_grad(
     a batched PRNG-key argument  both evaluations of an example see the same key
     a differentiated argument    its gradient has the same batch axis (with ``in_axes``)
     that is batched
+    parameters in bfloat16 or    within a chunk the sum over examples is that of ``jax.grad``, in
+    float16                      the dtype of the backward pass; chunks are added up in float32
     a NaN or inf in ∂L/∂f or J   NaN or inf in the entries it touches, as with ``jax.grad``
     a ``jax.custom_vjp`` in      as with ``jax.grad``: the cotangent of an example goes through it
     ``fun`` that is not linear   once, and whole

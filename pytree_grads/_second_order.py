@@ -65,8 +65,9 @@ def gauss_newton_product(
     Returns:
       A function of the arguments of ``fun``, and of ``outer_args``, that returns the product: a
       function of one tree v like the differentiated argument, which returns another, summed over
-      chunks in float32 or wider. It is ready for ``jax.scipy.sparse.linalg.cg``, under ``jax.jit``
-      too; add damping as ``lambda v: (Vector(product(v)) + damping * Vector(v)).tree``.
+      chunks in float32 or wider. It cannot leave ``jax.jit``, and is ready for
+      ``jax.scipy.sparse.linalg.cg`` inside; add damping as
+      ``lambda v: (Vector(product(v)) + damping * Vector(v)).tree``.
 
     Raises:
       TypeError: as :func:`chain_rule_value_and_grad`.
