@@ -30,9 +30,9 @@ class Accumulator:
 
     Both sums are carried in float32 or wider, in a pytree that crosses ``jax.jit`` and the carry of
     ``jax.lax.scan`` as it is. Every method is one compiled call. Two accumulators merge by addition
-    of what they hold, so ``jax.lax.psum(accumulator, axis_name)`` merges those of many devices. (Inside
-    ``jax.shard_map``, the carry of a scan has to vary as the gradients do, from the start on:
-    ``jax.lax.pcast(accumulator, axis_name, to="varying")``.)
+    of what they hold, so ``jax.lax.psum(accumulator, axis_name)`` merges those of many devices.
+    (Inside ``jax.shard_map``, the carry of a scan has to vary as the gradients do, from the start
+    on: ``jax.lax.pcast(accumulator, axis_name, to="varying")``.)
 
     Attributes:
       total: Σ w g, in the carried dtypes; a tree like the gradients.
