@@ -231,17 +231,24 @@ def tidy(axes, title: str) -> None:
     axes.tick_params(colors=QUIET, labelsize=9, which="both")
 
 
-def draw(learners: dict[str, Learner], sizes: dict[str, int]) -> Figure:
-    """Loss and neighbours over time, and the memory of each way."""
+def standard_error(share: Any, count: int) -> Any:
+    """Of the share of some images that are right."""
+    return (share * (1 - share) / count) ** 0.5
+
+
+def draw(learners: dict[str, Learner], sizes: dict[str, int], count: int) -> Figure:
+    """Loss and neighbours of `count` images over time, and the memory of each way."""
     figure = Figure(figsize=(13, 4.2), facecolor="white", layout="constrained")
     loss_axes, right_axes, memory_axes = figure.subplots(1, 3, width_ratios=(1, 1, 0.9))
     for (name, learner), colour in zip(learners.items(), (ACCENT, INK), strict=True):
         steps, losses, right = np.array(learner.checks).T
         loss_axes.plot(steps, losses, color=colour, label=f"{name}: {losses[-1]:.3f}")
         right_axes.plot(steps, right, color=colour, label=f"{name}: {right[-1]:.1%}")
+        error = standard_error(right, count)
+        right_axes.fill_between(steps, right - error, right + error, color=colour, alpha=0.12, lw=0)
     right_axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
     tidy(loss_axes, "loss of held-out images, in nats")
-    tidy(right_axes, "nearest neighbour is the same digit")
+    tidy(right_axes, "nearest neighbour is the same digit, ± standard error")
     for axes, corner in ((loss_axes, "upper right"), (right_axes, "lower right")):
         axes.set_xlabel("step", color=QUIET)
         axes.legend(frameon=False, loc=corner, fontsize=10, labelcolor="linecolor")
@@ -251,7 +258,7 @@ def draw(learners: dict[str, Learner], sizes: dict[str, int]) -> Figure:
     memory_axes.bar_label(bars, [f" {x:,.0f} MiB" for x in mib], color=INK, fontsize=10)
     memory_axes.set_xlim(0, 1.3 * max(mib))
     memory_axes.invert_yaxis()
-    tidy(memory_axes, "memory of a gradient")
+    tidy(memory_axes, "memory of a gradient, in MiB")
     memory_axes.tick_params(axis="y", labelcolor=INK, length=0)
     return figure
 
@@ -294,13 +301,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Learner]:
     print(f"the whole batch in one piece takes {list(sizes.values())[-1] / 2**20:,.0f} MiB")
     (_, loss, right), (_, other_loss, other_right) = (x.checks[-1] for x in learners.values())
     count = len(digits.held_labels)
-    chance = (right * (1 - right) * 2 / count) ** 0.5
+    chance = 2**0.5 * standard_error(right, count)
     print(
         f"the whole batch {'wins' if loss < other_loss else 'loses'} by "
         f"{abs(loss - other_loss):.3f} nats; neighbours differ by {right - other_right:+.1%}, "
         f"where {chance:.1%} is the standard error"
     )
-    draw(learners, sizes).savefig(options.output, dpi=150, bbox_inches="tight", pad_inches=0.15)
+    figure = draw(learners, sizes, count)
+    figure.savefig(options.output, dpi=150, bbox_inches="tight", pad_inches=0.15)
     print(f"figure saved to {options.output}")
     return learners
 

@@ -159,12 +159,13 @@ def check_differentiable(name: str, tree: PyTree) -> None:
 
 
 def check_arrays(name: str, tree: PyTree) -> None:
-    """Raise a TypeError that names the first leaf of ``tree`` that JAX cannot trace."""
+    """Raise a TypeError that names the first leaf of ``tree`` that is no array to JAX."""
     for path, leaf in jax.tree.leaves_with_path(tree):
-        if not (is_array(leaf) or isinstance(leaf, complex | float | int)):
-            raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} must be an array, got {describe(leaf)}"
-            )
+        try:
+            jax.typeof(leaf)
+        except TypeError:
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise TypeError(f"{where} must be an array or a number, got {describe(leaf)}") from None
 
 
 def check_numbers(name: str, tree: PyTree) -> None:
@@ -195,11 +196,12 @@ def split_aux(result: Any, has_aux: bool, what: str) -> tuple[Any, Any]:
     """``(value, aux)`` of what a function returned; without ``has_aux``, ``aux`` is None."""
     if not has_aux:
         return result, None
-    if not (isinstance(result, tuple) and len(result) == 2):
+    if not (isinstance(result, list | tuple) and len(result) == 2):
         raise TypeError(
             f"{what} must be a pair (value, aux) with has_aux, got {describe_node(result)}"
         )
-    return result
+    value, aux = result
+    return value, aux
 
 
 def like(fun: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -21,6 +21,15 @@ def chunk_starts(size: int, chunk_size: int) -> np.ndarray:
     return np.minimum(np.arange(count) * chunk_size, size - chunk_size).astype(np.int32)
 
 
+def even_chunk(size: int, most: int) -> int:
+    """The size of as few chunks as there can be of at most so many, all nearly the same.
+
+    >>> even_chunk(10, 7), even_chunk(10, 10)
+    (5, 10)
+    """
+    return math.ceil(size / math.ceil(size / most))
+
+
 def loop_chunk(size: int, chunk_size: int | None) -> int | None:
     """The size of the chunks to loop over, or None where one direct call takes the whole batch."""
     check_chunk_size(chunk_size)

@@ -71,15 +71,16 @@ class Jacobian:
 
     def __getitem__(self, index: slice) -> "Jacobian":
         """The rows of a slice of examples, with step 1 and bounds that are not traced."""
+        parts = (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)
+        if any(isinstance(x, Tracer) for x in parts):
+            raise TypeError(
+                "the bounds of a slice of a Jacobian are static, got a traced one; to choose rows "
+                "by a traced index, index the batch that goes into it"
+            )
         if not isinstance(index, slice) or index.step not in (None, 1):
             raise TypeError(
                 "a Jacobian takes slices of examples, with step 1, such as J[2:5], got "
                 f"{index!r}; for one row as a tree use J[i : i + 1].to_rows()"
-            )
-        if any(isinstance(bound, Tracer) for bound in (index.start, index.stop)):
-            raise TypeError(
-                f"the bounds of a slice of a Jacobian are static, got {index!r} with a traced one; "
-                "to choose rows by a traced index, index the batch that goes into it"
             )
         start, stop, _ = index.indices(len(self))
         return replace(self, _rows=self._rows.taken(start, max(stop - start, 0)))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from ._batch import resolve
 from ._checks import check_callable, check_chunk_size, like
@@ -119,7 +120,7 @@ def _make(
 ) -> Callable[..., Any]:
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
-    if not isinstance(recompute, bool):
+    if not isinstance(recompute, bool | np.bool_):
         raise TypeError(f"argument recompute must be a bool (it is static), got {recompute!r}")
 
     @like(fun)

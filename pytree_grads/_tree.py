@@ -66,8 +66,14 @@ def host_array(name: str, numbers: Any) -> np.ndarray:
             f"{name} must be a sequence of K scalars, or one array of shape (K,) or (M, K), "
             f"got {numbers!r}"
         ) from None
-    if array.dtype == object and all(isinstance(x, complex | float | int) for x in array.flat):
-        array = array.astype(complex if any(isinstance(x, complex) for x in array.flat) else float)
+    kinds = complex | float | int | np.number
+    if array.dtype == object and all(
+        isinstance(x, kinds) for x in array.flat
+    ):  # of 64 bits or more
+        try:
+            array = array.astype(complex if any(map(np.iscomplexobj, array.flat)) else float)
+        except OverflowError:
+            raise ValueError(f"{name} must fit a float, got an int that is too large") from None
     if array.dtype == object and not array.shape:  # what NumPy does not know, a generator say
         raise TypeError(f"{name} must hold numbers, got {describe(numbers)}")
     check_numbers(name, array)

@@ -10,8 +10,10 @@ from helpers import tree_allclose
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from layouts import CALLS, LAYOUTS, one_device, sketch
+from routes import factors_kept
 
 from pytree_grads import Accumulator, chain_rule_value_and_grad, jacobian, per_example_grad
+from pytree_grads._factored import _costs
 
 
 @functools.cache
@@ -48,6 +50,31 @@ def test_sketches_are_the_same_on_many_devices(layout):
     with jax.enable_x64(True):
         numbers, _ = LAYOUTS[layout].run(sketch)
         assert tree_allclose(numbers, one_device(sketch)[0], rtol=1e-11)
+
+
+def test_rows_some_at_a_time_inside_shard_map(monkeypatch):
+    """What loops over rows add to varies over the devices from the start, as its checks ask."""
+    monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", 60)
+    params = {"w": jnp.sin(jnp.arange(35.0)).reshape(7, 5)}
+    x = jnp.cos(jnp.arange(16.0 * 9 * 7)).reshape(16, 9, 7)
+
+    def products(params, x, axis_name=None):
+        fun = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]) ** 2)  # noqa: E731
+        J = jacobian(fun, axis_name=axis_name)(params, x)
+        return J.gram(), J.square_sum(), J.clip(1.0).sum()
+
+    on_all = jax.shard_map(
+        lambda params, x: products(params, x, "data"),
+        mesh=EIGHT[AxisType.Auto],
+        in_specs=(P(), P("data")),
+        out_specs=(P("data"), P(), P()),
+    )
+    with factors_kept():
+        grams, *sums = jax.jit(on_all)(params, x)
+        want, *want_sums = products(params, x)
+    assert tree_allclose(sums, want_sums, rtol=1e-5)
+    for i in range(0, 16, 2):
+        assert tree_allclose(grams[i : i + 2], want[i : i + 2, i : i + 2], rtol=1e-5)
 
 
 EIGHT = {

@@ -390,9 +390,9 @@ TABLE = {
     ),
     "chain no aux": (chain(W, X, has_aux=True), TypeError, "the result of fun must be a pair"),
     "outer no aux": (
-        chain(W, X, outer_has_aux=True, outer=lambda f: [jnp.sum(f), 1]),
+        chain(W, X, outer_has_aux=True, outer=lambda f: [jnp.sum(f), 1, 2]),
         TypeError,
-        "the result of outer must be a pair (value, aux) with has_aux, got a list of length 2",
+        "the result of outer must be a pair (value, aux) with has_aux, got a list of length 3",
     ),
     "outer vector": (
         chain(W, X, outer=lambda f: f),

@@ -246,7 +246,7 @@ ERRORS = {
     "text as aux": (
         lambda: jacobian(lambda p, x: (f(p, x), {"name": "a"}), has_aux=True)(P, X),
         TypeError,
-        "aux['name'] must be an array, got a value of type str",
+        "aux['name'] must be an array or a number, got a value of type str",
     ),
     "recompute": (
         lambda: jacobian(f, recompute=1),

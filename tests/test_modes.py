@@ -8,6 +8,8 @@ from helpers import clips_cotangent, tree_allclose
 
 from pytree_grads import jacobian
 
+pytestmark = pytest.mark.any_release
+
 N = 5
 MODES = [
     {"chunk_size": 2},
@@ -117,7 +119,6 @@ def test_the_rest_of_a_batch_may_have_norms_in_other_parts():
     assert tree_allclose(J.norms(), whole.norms())
 
 
-@pytest.mark.any_release
 @pytest.mark.parametrize("n", [0, 3, 6, 7])
 @pytest.mark.parametrize("outputs", [0, 2])
 def test_norms_after_a_clipped_sum_of_several_outputs(n, outputs):

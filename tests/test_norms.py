@@ -11,6 +11,8 @@ from pytree_grads._factored import _costs
 from pytree_grads._factored._dot import dot, times_rows
 from pytree_grads._factored._norm_parts import power
 
+pytestmark = pytest.mark.any_release
+
 N, LAYERS = 5, 6
 MODES = {"kept": {}, "recomputed": {"recompute": True}, "chunks": {"chunk_size": 2}}
 modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)

@@ -43,7 +43,7 @@ def grouped_convolution(p, x):
     return jnp.sum(jnp.tanh(y) ** 2)
 
 
-# name: function, shapes of the parameter and of an example, and (outers, blocks, m) of a row
+# name: function, shapes of the parameter and of an example, and (offsets, blocks, m) of a row
 CASES = {
     "dense": (dense, (7, 5), (T, 7), (1, 1, 7)),
     "used twice": (used_twice, (7, 5), (T, 7), (1, 1, 7)),
@@ -82,31 +82,51 @@ def assert_close(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * np.max(np.abs(want)))
 
 
-@pytest.mark.parametrize("entries", [1, 60])  # few lines in a part, which may have had some before
-def test_gramians_by_parts(case, entries, monkeypatch):
-    fun, p, x, y, (outers, blocks, m) = case
-    monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", entries)
-    with factors_kept():
-        J, other = jax.jit(jacobian(fun))(p, x), jacobian(fun)(p, y)
+@pytest.fixture(params=[1, 60])  # few lines in a part, of which some were in the part before
+def few_entries(request, monkeypatch):
+    monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", request.param)
+
+
+def test_gramians_by_parts(case, few_entries):
+    fun, p, x, y, layout = case
+
+    @jax.jit
+    def grams(p, x, y):
+        J, other = jacobian(fun)(p, x), jacobian(fun)(p, y)
         (leaf,), (theirs,) = leaves_of(J), leaves_of(other)
         parts = Parts.of(leaf, theirs)
-        assert (parts.outers, parts.blocks, parts.m) == (outers, blocks, m)
-        rows, others = plain_rows(fun, p, x), plain_rows(fun, p, y)
-        pairs = (*J.norms().shape, *J.norms().shape)
-        assert_close(J.gram(), (rows.conj() @ rows.T).reshape(pairs))
-        assert_close(J.gram(other).reshape(len(rows), -1), rows.conj() @ others.T)
-
-
-def test_a_gramian_by_parts_has_derivatives(case, monkeypatch):
-    fun, p, x, _, _ = case
-    monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", 60)
-
-    def total(rows):
-        return jnp.sum(jnp.abs(rows.conj() @ rows.T) ** 2)
+        assert (parts.offsets, parts.blocks, parts.m) == layout
+        return J.gram(), J.gram(other)
 
     with factors_kept():
-        got = jax.grad(lambda p: jnp.sum(jnp.abs(jacobian(fun)(p, x).gram()) ** 2))(p)
-    assert_close(got, jax.grad(lambda p: total(plain_rows(fun, p, x)))(p))
+        own, both = grams(p, x, y)
+    rows, others = plain_rows(fun, p, x), plain_rows(fun, p, y)
+    assert_close(own.reshape(len(rows), -1), rows.conj() @ rows.T)
+    assert_close(both.reshape(len(rows), -1), rows.conj() @ others.T)
+
+
+@pytest.mark.any_release
+def test_a_gramian_by_parts_has_derivatives(case, few_entries):
+    fun, p, x, _, _ = case
+
+    def of_rows(p):
+        rows = plain_rows(fun, p, x)
+        return jnp.sum(jnp.abs(rows.conj() @ rows.T) ** 2)
+
+    def of_parts(p):
+        return jnp.sum(jnp.abs(jacobian(fun)(p, x).gram()) ** 2)
+
+    with factors_kept():
+        got = jax.jit(jax.grad(of_parts))(p)
+    assert_close(got, jax.jit(jax.grad(of_rows))(p))
+
+
+def test_gramians_with_no_rows(few_entries):
+    fun, shape, example, _ = CASES["dense"]
+    with factors_kept():
+        J, none = (jacobian(fun)(jnp.ones(shape), jnp.ones((n, *example))) for n in (N, 0))
+        assert J.gram(none).shape == (N, 0)
+        assert none.gram(J).shape == (0, N)
 
 
 def test_rows_that_fit_or_differ_in_kind_are_not_cut(case):

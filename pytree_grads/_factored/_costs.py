@@ -57,9 +57,9 @@ LARGE_PRODUCT = 1 << 20
 # that is more than so many times as long.
 SHARED = 8
 
-# Multiplications for pairs of look-ups, for each line of the table, up to which places that share
-# an index are found by comparing all pairs; beyond, by an array with a number for each line.
-PAIRS = 32
+# What it takes to compare all pairs of look-ups, for each line of the table, up to which those that
+# share an index are found so; beyond, by an array with a number for each line.
+PAIRS = 20
 
 # Entries of the last axis below which it is joined with those before it for squares of rows: XLA on
 # CPUs goes along one axis in its vectors.

@@ -214,12 +214,16 @@ class ScatterLayout:
     clips: bool  # what lies outside goes to the nearest line, and else to none
 
     def __call__(self, operands: Sequence[jax.Array], frames: Sequence[Frame]) -> Scatter:
-        index = self.index(operands[0], frames[0])
-        if index.dtype.itemsize < 4:  # too narrow, it may be, for the length
-            index = index.astype("int32")
-        lines = self.lines(operands[1], frames[1])
-        numbers = [index[..., i] for i in range(len(self.lengths))]
+        *indices, lines = (
+            side(x, frame) for side, x, frame in zip(self._sides, operands, frames, strict=True)
+        )
+        rows = max(frame.rows for frame in frames[:-1])
+        numbers = [
+            _with_rows(_wide(x[..., i]), rows, 1) for x in indices for i in range(x.shape[-1])
+        ]
         pairs = list(zip(numbers, self.lengths, strict=True))
+        if 1 < lines.shape[-2] < numbers[0].shape[-1]:  # one line goes to all places of a step
+            lines = jnp.repeat(lines, numbers[0].shape[-1] // lines.shape[-2], axis=-2)
         if self.clips:
             index = self._flat([jnp.clip(x, 0, length - 1) for x, length in pairs])
         else:  # what is outside is dropped, also where it was promised not to be
@@ -227,7 +231,7 @@ class ScatterLayout:
             index = self._flat(numbers)
             index = jnp.where(inside, index, jnp.asarray(self.length, index.dtype))
             # Either may lack axes of rows, always the last ones.
-            rows = max(inside.ndim, lines.ndim - 1) - 2
+            rows = max(rows, frames[-1].rows)
             inside, lines = _with_rows(inside, rows, 1), _with_rows(lines, rows, 2)
             if lines.shape[-2] == 1:  # one line goes to all places
                 inside = jnp.any(inside, axis=-1, keepdims=True)
@@ -245,8 +249,16 @@ class ScatterLayout:
             line = line * length + x
         return line
 
-    def levels(self, index: int, lines: int) -> tuple[int, int]:
+    @property
+    def _sides(self) -> list[Side]:
+        """Those of the operands: indices of one number each, or one of all numbers; then lines."""
+        count = self.index.sizes[2]
+        return [self.index] * (len(self.lengths) // count) + [self.lines]
+
+    def levels(self, *levels: int) -> tuple[int, int]:
         """The axes of rows that the term's arrays have, from those of the operands."""
+        *indices, lines = levels
+        index = max(indices)
         return index, lines if self.clips else max(index, lines)
 
     @property
@@ -256,6 +268,11 @@ class ScatterLayout:
     @property
     def size(self) -> int:
         return prod(self.lines.sizes) + prod(self.index.sizes[:2])
+
+
+def _wide(index: jax.Array) -> jax.Array:
+    """An index in a dtype that is not too narrow for the length."""
+    return index.astype("int32") if index.dtype.itemsize < 4 else index
 
 
 def _with_rows(x: jax.Array, rows: int, own: int) -> jax.Array:
@@ -293,21 +310,23 @@ def scatter_layout(equation: Equation) -> tuple[ScatterLayout, Tail] | None:
     return layout, _axes_from_front(operand.shape, axes)
 
 
-def line_layout(equation: Equation) -> tuple[ScatterLayout, Tail, tuple[Atom, Atom]] | None:
-    """The same of a `dynamic_update_slice` that puts one line into zeros, and its two operands."""
+def line_layout(equation: Equation) -> tuple[ScatterLayout, Tail, tuple[Atom, ...]] | None:
+    """The same of a `dynamic_update_slice` that puts one line into zeros, and its operands."""
     operand, update, *starts = equation.inputs
     shape, taken = operand.aval.shape, update.aval.shape
     axes = [i for i, (size, part) in enumerate(zip(shape, taken, strict=True)) if size != part]
-    if not is_zero(operand) or len(axes) != 1 or taken[axes[0]] != 1:
+    lengths = tuple(shape[axis] for axis in axes)
+    if not is_zero(operand) or not axes or any(taken[axis] != 1 for axis in axes):
         return None
-    (axis,) = axes
+    if prod(lengths) > jnp.iinfo(jnp.int32).max:
+        return None
     layout = ScatterLayout(
-        (shape[axis],),
+        lengths,
         _whole((), (), ()),
-        _whole(taken, (axis,), [i for i in range(len(shape)) if i != axis]),
+        _whole(taken, axes, [i for i in range(len(shape)) if i not in axes]),
         clips=True,
     )
-    return layout, _axes_from_front(shape, axes), (starts[axis], update)
+    return layout, _axes_from_front(shape, axes), (*(starts[axis] for axis in axes), update)
 
 
 def _axes_from_front(shape: Shape, axes: Sequence[int]) -> Tail:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._compat import as_varying, varying_axes
 from .._sharding import take as neighbours
 from .._tree import carried_dtype
 from . import _costs, _terms
@@ -86,6 +87,12 @@ class Leaf:
     @property
     def terms(self) -> list[Term]:
         return [piece.term for piece in self.pieces]
+
+
+def zeros_of(shape: Shape, dtype: Any, *leaves: Leaf) -> jax.Array:
+    """Zeros to add rows of some leaves to, which inside `jax.shard_map` vary as these do."""
+    axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(leaves)))
+    return as_varying(jnp.zeros(shape, dtype), axes)
 
 
 def take(leaf: Leaf, start: Any, size: int) -> Leaf:

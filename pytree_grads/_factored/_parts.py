@@ -6,18 +6,18 @@ Every entry is made once, where some rows at a time would be made again for each
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import ceil, prod
+from math import prod
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._chunks import chunk_starts
+from .._chunks import chunk_starts, even_chunk
 from . import _costs
 from ._dot import dot
 from ._leaves import Leaf, are_alike, over_rows, times
-from ._terms import Outer, Term, outer_at, outer_count, pair_count
+from ._terms import Outer, Term, at_offset, pair_count
 from ._windows import Windows
 
 _Carry = TypeVar("_Carry")
@@ -25,11 +25,11 @@ _Carry = TypeVar("_Carry")
 
 @dataclass(frozen=True)
 class Parts:
-    """How rows of one layout, blocks (B, m, n) of outer products or of windows, are cut."""
+    """How rows of one layout, blocks of lines that are sums of outer products, are cut."""
 
-    outers: int  # how many outer products a row has, of lines of their own
+    offsets: int  # of windows, each with lines of its own; 1 where there are none
     blocks: int
-    m: int  # lines of a block
+    m: int  # lines of a block for each offset
     lines: int  # of a part
 
     @classmethod
@@ -40,40 +40,39 @@ class Parts:
         if max(sizes) <= _costs.ENTRIES_AT_ONCE or not all(are_alike(pieces[0], x) for x in pieces):
             return None
         terms = [piece.of_one_row for piece in pieces]
-        kinds = {x.offsets if isinstance(x, Windows) else type(x) for x in terms}
-        if len(kinds) > 1 or not isinstance(terms[0], Outer | Windows):
+        kinds = {x.offsets if isinstance(x, Windows) else () for x in terms}
+        if len(kinds) > 1 or not all(isinstance(x, Outer | Windows) for x in terms):
             return None
-        outers = outer_count(terms[0])
+        offsets = prod(*kinds)  # of what has no windows, 1
         blocks, m, n = terms[0].shape
-        m //= outers
-        # As many lines as pairs take no more place than the factors.
+        m //= offsets
         most = _costs.ENTRIES_AT_ONCE // max(n * prod(leaf.rows) for leaf in leaves)
+        # A part with as many lines as there are pairs is no larger than the right factor.
         most = max(1, most, *map(pair_count, terms))
-        return cls(outers, blocks, m, ceil(m / ceil(m / most)))
+        return cls(offsets, blocks, m, even_chunk(m, most))
 
     def fold(self, step: Callable[[_Carry, "Part"], _Carry], init: _Carry) -> _Carry:
         """`carry = step(carry, part)` for all parts."""
         starts = chunk_starts(self.m, self.lines)
-        firsts = np.arange(len(starts), dtype=starts.dtype) * self.lines  # not yet had
-        cuts = np.stack([starts, firsts], -1)
-        places = np.indices((self.outers, self.blocks, len(cuts)), np.int32).reshape(3, -1)
+        new_from = np.arange(len(starts), dtype=starts.dtype) * self.lines
+        at = np.indices((self.offsets, self.blocks, len(starts)), np.int32).reshape(3, -1)
+        places = [at[0], at[1], starts[at[2]], new_from[at[2]]]
 
-        def body(carry: _Carry, at: list[jax.Array]) -> tuple[_Carry, None]:
-            return step(carry, Part(self, *at)), None
+        def body(carry: _Carry, place: list[jax.Array]) -> tuple[_Carry, None]:
+            return step(carry, Part(self, *place)), None
 
-        xs = [places[0], places[1], *cuts[places[2]].T]
-        return jax.lax.scan(body, init, list(map(jnp.asarray, xs)))[0]
+        return jax.lax.scan(body, init, list(map(jnp.asarray, places)))[0]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some lines of a block of all rows, of which the last part may have had some before."""
+    """Some lines of all rows. The last part of a block is moved back so that it is full."""
 
     parts: Parts
-    outer: jax.Array
+    offset: jax.Array
     block: jax.Array
     start: jax.Array
-    first: jax.Array
+    new_from: jax.Array  # the first line that was not in the part before
 
     def entries(self, leaf: Leaf) -> jax.Array:
         """Those of all rows, before the tail: shape (*leaf.rows, lines, n), carried."""
@@ -88,7 +87,7 @@ class Part:
 
     def _lines(self, term: Term) -> jax.Array:
         assert isinstance(term, Outer | Windows)
-        outer = outer_at(term, self.outer)
+        outer = at_offset(term, self.offset)
         left, right = (
             jax.lax.dynamic_index_in_dim(x, self.block, keepdims=False)
             for x in (outer.left, outer.right)
@@ -96,9 +95,9 @@ class Part:
         left = jax.lax.dynamic_slice_in_dim(left, self.start, self.parts.lines, 1)
         return dot("tm,tn->mn", left, right)
 
-    def fresh(self, entries: jax.Array) -> jax.Array:
-        """The same with zeros for what a part before had."""
+    def new(self, entries: jax.Array) -> jax.Array:
+        """The same with zeros for lines of the part before, so that products count them once."""
         if not self.parts.m % self.parts.lines:
             return entries
-        is_fresh = self.start + jnp.arange(self.parts.lines, dtype=self.start.dtype) >= self.first
-        return jnp.where(is_fresh[:, None], entries, jnp.zeros_like(entries))
+        is_new = self.start + jnp.arange(self.parts.lines, dtype=self.start.dtype) >= self.new_from
+        return jnp.where(is_new[:, None], entries, jnp.zeros_like(entries))

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
-from math import ceil, prod
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._chunks import chunk_starts
+from .._chunks import chunk_starts, even_chunk
 from .._tree import carried_dtype
 from . import _costs, _terms
 from ._dot import dot, times_rows
@@ -24,6 +24,7 @@ from ._leaves import (
     squeezed,
     take,
     times,
+    zeros_of,
 )
 from ._parts import Part, Parts
 from ._tails import apply, transposed
@@ -57,7 +58,7 @@ def applied(leaf: Leaf, v: jax.Array) -> jax.Array:
 
 def gram(leaf: Leaf, other: Leaf) -> jax.Array:
     """Inner products of all rows of two leaves: shape (*leaf.rows, *other.rows)."""
-    if not prod(leaf.shape):
+    if not all(map(prod, (leaf.shape, leaf.rows, other.rows))):
         return jnp.zeros((*leaf.rows, *other.rows), leaf.carried)
     if _prefers_rows(leaf, other):
         parts = Parts.of(leaf, other)
@@ -84,11 +85,11 @@ def _prefers_rows(leaf: Leaf, other: Leaf) -> bool:
 
 def _gram_of_parts(leaf: Leaf, other: Leaf, parts: Parts) -> jax.Array:
     def add(total: jax.Array, part: Part) -> jax.Array:
-        mine = part.fresh(part.entries(leaf)).reshape(prod(leaf.rows), -1)
+        mine = part.new(part.entries(leaf)).reshape(prod(leaf.rows), -1)
         theirs = mine if other is leaf else part.entries(other).reshape(prod(other.rows), -1)
         return total + dot("ip,jp->ij", mine.conj(), theirs)
 
-    empty = jnp.zeros((prod(leaf.rows), prod(other.rows)), leaf.carried)
+    empty = zeros_of((prod(leaf.rows), prod(other.rows)), leaf.carried, leaf, other)
     return parts.fold(add, empty).reshape(*leaf.rows, *other.rows)
 
 
@@ -113,7 +114,7 @@ def _gram_of_rows(leaf: Leaf, other: Leaf) -> jax.Array:
     def write(result: jax.Array, block: Leaf, start: jax.Array, _: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(result, against(block), start, 0)
 
-    empty = jnp.zeros((*leaf.rows, *other.rows), leaf.carried)
+    empty = zeros_of((*leaf.rows, *other.rows), leaf.carried, leaf, other)
     return _over_blocks(write, empty, leaf)
 
 
@@ -130,7 +131,7 @@ def _over_blocks(
     most = max(1, _costs.ENTRIES_AT_ONCE // per_example)
     if leaf.size <= most:
         return step(init, leaf, jnp.asarray(0), jnp.ones(leaf.size, bool))
-    at_once = ceil(leaf.size / ceil(leaf.size / most))
+    at_once = even_chunk(leaf.size, most)
     starts = chunk_starts(leaf.size, at_once)
     firsts = jnp.arange(len(starts), dtype=starts.dtype) * at_once
 
@@ -146,7 +147,7 @@ def square_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
     """The sum over rows of weight times |entry|**2, entry by entry; in the real carried dtype."""
     if not prod(leaf.shape):
         return jnp.zeros(leaf.shape, leaf.real)
-    if len(leaf.pieces) == 1 and _terms.has_squares(leaf.pieces[0].term):
+    if len(leaf.pieces) == 1 and _has_squares(leaf):
         squared = _squared(leaf, leaf.pieces[0])
         return weighted_sum(replace(leaf, pieces=(squared,), dtype=leaf.real), weights)
 
@@ -160,7 +161,15 @@ def square_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
             own = lax.dynamic_slice_in_dim(weights, start, block.size).reshape(-1)
         return total + _contract(own, squares.reshape(-1, *leaf.shape), axis=0)
 
-    return _over_blocks(add, jnp.zeros(leaf.shape, leaf.real), leaf)
+    return _over_blocks(add, zeros_of(leaf.shape, leaf.real, leaf), leaf)
+
+
+def _has_squares(leaf: Leaf) -> bool:
+    """Whether the squares of the entries of its only piece are a term, and take little place."""
+    (piece,) = leaf.pieces
+    is_large = prod(leaf.rows) * prod(leaf.shape) > _costs.ENTRIES_AT_ONCE
+    is_dense = isinstance(piece.term, Dense) and any(piece.levels)
+    return _terms.has_squares(piece.term) and not (is_dense and is_large)
 
 
 def _squared(leaf: Leaf, piece: Piece) -> Piece:

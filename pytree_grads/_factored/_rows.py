@@ -145,9 +145,10 @@ def _trace(fun: Callable[..., Any], batch: Batch, args: Any, kwargs: Any, has_au
             for i, x in zip((*primal_at, *mapped_at), (*primals, *mapped), strict=True):
                 leaves[i] = x
             args, kwargs = jax.tree.unflatten(treedef, leaves)
-            result = split_aux(fun(*args, **kwargs), has_aux, "the result of the function")
-            check_arrays("aux", result[1])
-            return result if has_aux else result[0]
+            value, aux = split_aux(fun(*args, **kwargs), has_aux, "the result of the function")
+            check_arrays("the output of the function", value)
+            check_arrays("aux", aux)
+            return (value, aux) if has_aux else value
 
         if has_aux:
             outputs, vjp, aux = jax.vjp(forward, primals, has_aux=True)

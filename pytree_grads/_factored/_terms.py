@@ -97,14 +97,9 @@ def materialize(term: Term) -> jax.Array:
             return term.materialize()
 
 
-def outer_count(term: Outer | Windows) -> int:
-    """How many outer products have lines of their own in a block: one for each window."""
-    return prod(term.offsets) if isinstance(term, Windows) else 1
-
-
-def outer_at(term: Outer | Windows, i: jax.Array) -> Outer:
-    """One of these."""
-    return Outer(*term.at(i)) if isinstance(term, Windows) else term
+def at_offset(term: Outer | Windows, o: jax.Array) -> Outer:
+    """The lines of one window, as outer products; all lines of what has no windows."""
+    return Outer(*term.at(o)) if isinstance(term, Windows) else term
 
 
 def add_lines(block: jax.Array, index: jax.Array, lines: jax.Array) -> jax.Array:
@@ -232,7 +227,7 @@ def collapsed(term: Scatter) -> Scatter:
 
 
 def _collapsed_by_lines(term: Scatter) -> Scatter:
-    """The same by an array in which each line of the row has one of the places that go to it."""
+    """The same by an array in which each line of the row has one, any, of its places."""
     count = pair_count(term)
     blocks, places = (lax.broadcasted_iota(jnp.int32, term.index.shape, i) for i in (0, 1))
     kept = jnp.zeros(term.shape[:2], places.dtype)
@@ -261,9 +256,12 @@ def _has_few_pairs(term: Scatter) -> bool:
 
 
 def _pairs_cost(term: Scatter) -> int:
-    """Multiplications that add up, for each place, the lines of all places with its index."""
-    entries = 1 if term.right.shape[1] == 1 else term.right.shape[-1]
-    return term.shape[0] * pair_count(term) ** 2 * entries
+    """What it takes to add up, for each place, the lines of all places with its index.
+
+    In multiplications: a comparison takes as long as 16.
+    """
+    entries = 0 if term.right.shape[1] == 1 else term.right.shape[-1]
+    return term.shape[0] * pair_count(term) ** 2 * (16 + entries)
 
 
 def meeting_cost(term: Term) -> int:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._compat import as_varying, varying_axes
 from .._tree import common_dtype
 from ._dot import dot
 from ._tails import Shape
@@ -97,7 +98,8 @@ class Windows:
             return total + dot("btm,bmn->btn", self._window(start), line).astype(total.dtype), None
 
         right = self._right()
-        zeros = jnp.zeros(right.shape, v.dtype)
+        axes = frozenset[str]().union(*map(varying_axes, (self.left, right, v)))
+        zeros = as_varying(jnp.zeros(right.shape, v.dtype), axes)
         total, _ = lax.scan(add, zeros, (self._starts(), lines))
         return jnp.sum(total * right.astype(v.dtype))
 

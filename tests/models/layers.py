@@ -194,11 +194,29 @@ def gathers_of_several_indices(draw):
         def step(total, table):
             return total + jnp.sum(jnp.sin(table[tokens, tokens] * x)), None
 
-        return jax.lax.scan(step, sum(map(jnp.sum, parts)), p["scanned"])[0]
+        one = jnp.sin(p["one"][tokens[0], tokens[1]] + p["one"][tokens[2], 3] + x[0, 0])
+        return jax.lax.scan(step, one + sum(map(jnp.sum, parts)), p["scanned"])[0]
 
     params = {"levels": draw(2, 11, 3), "apart": draw(11, 3, 11), "clip": draw(11, 2, 11)}
+    params |= {"one": draw(11, 11)}
     params |= {"last": draw(3, 11, 11), "scanned": draw(2, 11, 11, 3)}
     return fun, params, (draw.ints(11, N, 4), draw(N, 4, 3))
+
+
+@model()
+def means_of_words_in_a_scan(draw):
+    """One vector goes to all words of a step, and another to those of the next."""
+
+    def fun(p, tokens, x):
+        def step(h, words):
+            of_pairs = jnp.sum(p["pairs"][words, words[::-1]] * x[:1], 0)
+            of_clipped = jnp.mean(p["clip"].at[words + 5].get(mode="clip"), 0)
+            return jnp.tanh(h + jnp.mean(p["mean"][words], 0) + of_pairs + of_clipped), None
+
+        return jnp.sum(jax.lax.scan(step, x[1], tokens)[0])
+
+    params = {"mean": draw(31, 3), "clip": draw(31, 3), "pairs": draw(9, 9, 3)}
+    return fun, params, (draw.ints(9, N, 3, 4), draw(N, 2, 3))
 
 
 @model()
