@@ -17,6 +17,7 @@ from ._dot import dot, times_rows
 from ._leaves import (
     Leaf,
     Piece,
+    are_alike,
     inner,
     materializes,
     over_rows,
@@ -60,6 +61,8 @@ def gram(leaf: Leaf, other: Leaf) -> jax.Array:
     """Inner products of all rows of two leaves: shape (*leaf.rows, *other.rows)."""
     if not all(map(prod, (leaf.shape, leaf.rows, other.rows))):
         return jnp.zeros((*leaf.rows, *other.rows), leaf.carried)
+    if _adds_one(leaf) and _adds_one(other) and are_alike(leaf.pieces[0], other.pieces[0]):
+        return _gram_of_counts(leaf, other)
     if _prefers_rows(leaf, other):
         parts = Parts.of(leaf, other)
         return _gram_of_parts(leaf, other, parts) if parts else _gram_of_rows(leaf, other)
@@ -68,6 +71,35 @@ def gram(leaf: Leaf, other: Leaf) -> jax.Array:
         return over_rows(lambda others: inner(leaf, terms, other, others), other)
 
     return over_rows(against, leaf)
+
+
+def _adds_one(leaf: Leaf) -> bool:
+    """Whether each row adds one vector to many lines, all of its own."""
+    if len(leaf.pieces) != 1 or leaf.pieces[0].levels != (1, 1):
+        return False
+    return _terms.adds_one(leaf.pieces[0].of_one_row)
+
+
+def _gram_of_counts(leaf: Leaf, other: Leaf) -> jax.Array:
+    """The same from how many places go to each line, in all rows of the first leaf at once."""
+    (one,), (two,) = leaf.pieces, other.pieces
+    assert isinstance(one.term, Scatter)
+    assert isinstance(two.term, Scatter)
+    blocks, rows = (lax.broadcasted_iota(jnp.int32, one.term.index.shape, i) for i in (0, 1))
+    counts = jnp.zeros((one.shape[0], one.shape[1], leaf.size), leaf.real)
+    counts = counts.at[blocks, one.term.index, rows].add(1, mode="drop")
+
+    def common(index: jax.Array) -> jax.Array:
+        """How many pairs of places of each row and of this one are the same line: (B, N)."""
+        return jnp.sum(_terms.lines_at(counts, index), axis=1)
+
+    index = jnp.moveaxis(two.term.index, 1, 0)
+    # Some rows at a time, which takes little place beside the counts.
+    at_once = _costs.ENTRIES_AT_ONCE // (4 * index[0].size * leaf.size)
+    pairs = lax.map(common, index, batch_size=max(1, min(other.size, at_once)))
+    rights = dot("bin,bjn->bij", one.term.right[:, :, 0].conj(), two.term.right[:, :, 0])
+    products = jnp.sum(jnp.moveaxis(pairs, 0, 2).astype(rights.dtype) * rights, axis=0)
+    return times(products.astype(leaf.carried), one.factor * two.factor)
 
 
 def _prefers_rows(leaf: Leaf, other: Leaf) -> bool:

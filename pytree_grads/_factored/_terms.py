@@ -118,7 +118,7 @@ def inner(x: Term, y: Term) -> jax.Array:
         return apply_own(y, materialize(x).conj())
     if isinstance(y, Dense):
         return apply_own(x, materialize(y).conj()).conj()
-    if _adds_one(x) and _adds_one(y):
+    if adds_one(x) and adds_one(y):
         rights = dot("bn,bn->b", x.right[:, 0].conj(), y.right[:, 0])
         return jnp.sum(_equal_lines(x, y).astype(rights.dtype) * rights)
     lefts, rights = pair_factors(x, y)
@@ -151,7 +151,7 @@ def _columns(left: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(left, places, axis=2, mode="fill", fill_value=0)
 
 
-def _lines(block: jax.Array, index: jax.Array) -> jax.Array:
+def lines_at(block: jax.Array, index: jax.Array) -> jax.Array:
     """The lines (B, index) of a block (B, m, n): shape (B, T, n)."""
     places = index[:, :, None]
     return jnp.take_along_axis(block, places, axis=1, mode="fill", fill_value=0)
@@ -165,7 +165,7 @@ def apply_row(term: Term, v: jax.Array) -> jax.Array:
         case Outer(left, right):
             return jnp.sum(dot("btm,bmn->btn", left, v) * right.astype(dtype_of(term)))
         case Scatter(index, right):
-            return jnp.sum(_lines(v, index) * right.astype(dtype_of(term)))
+            return jnp.sum(lines_at(v, index) * right.astype(dtype_of(term)))
         case Windows():
             return term.apply(v)
 
@@ -277,14 +277,14 @@ def _counts(term: Scatter, dtype: Any) -> jax.Array:
     return add_lines(empty, term.index, jnp.ones((1, 1, 1), dtype))
 
 
-def _adds_one(term: Term) -> TypeGuard[Scatter]:
+def adds_one(term: Term) -> TypeGuard[Scatter]:
     """Whether a row adds one vector to many lines."""
     return isinstance(term, Scatter) and term.right.shape[1] == 1 < pair_count(term)
 
 
 def _equal_lines(x: Scatter, y: Scatter) -> jax.Array:
     """How many pairs of places of x and y are the same line: shape (B,)."""
-    return jnp.sum(_lines(_counts(x, dtype_of(x)), y.index), axis=(1, 2))
+    return jnp.sum(lines_at(_counts(x, dtype_of(x)), y.index), axis=(1, 2))
 
 
 def scaled(term: Term, scales: Sequence[jax.Array]) -> Term:
@@ -339,7 +339,7 @@ def inner_cost(x: Term, y: Term) -> int:
     if isinstance(x, Dense) or isinstance(y, Dense):
         return 2 * max(row_cost(x), row_cost(y))
     blocks, m, n = x.shape
-    if _adds_one(x) and _adds_one(y):
+    if adds_one(x) and adds_one(y):
         return 2 * blocks * (pair_count(y) + n)
     m = m if isinstance(x, Outer) and isinstance(y, Outer) else 1
     return 2 * blocks * pair_count(x) * pair_count(y) * (m + n)
