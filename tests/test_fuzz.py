@@ -4,6 +4,7 @@ import random
 
 import hypothesis
 import hypothesis.strategies as st
+import pytest
 from fuzz import MODES, Count, check
 from grammar import program
 
@@ -29,6 +30,7 @@ def test_random_programs(x64):
     assert count.factored > 0.5 * count.matrices
 
 
+@pytest.mark.any_release
 def test_a_program_that_has_failed(x64):
     """Of the command: a row that is a sum of arrays and outer products, for several outputs."""
     seed = 5326

@@ -9,6 +9,8 @@ from rows import Rows
 
 from pytree_grads import jacobian
 
+pytestmark = pytest.mark.any_release
+
 N = 5
 MODES = {"kept": {}, "recomputed": {"recompute": True}, "chunks": {"chunk_size": 2}}
 modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
@@ -290,7 +292,6 @@ def in_a_scan(p, a, b):
     return jax.lax.scan(step, p["probe"] * PROBE, (a, b))[0]
 
 
-@pytest.mark.any_release
 @modes
 @pytest.mark.parametrize("fun", [probed, used_twice, in_a_scan])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -62,6 +62,7 @@ def clipped(stacked, bound):
     return jax.tree.map(lambda r: jnp.tensordot(factors, r, 1), stacked)
 
 
+@pytest.mark.any_release
 class TestTransformations:
     @modes
     def test_vmap(self, mode, x64):

@@ -16,6 +16,7 @@ def devices(monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("sharded", [False, True])
 def test_formulas_agree_with_compiled_programs(devices, sharded):
     found = devices.checks(sharded, devices=[8])
