@@ -147,20 +147,21 @@ def _gram_of_rows(leaf: Leaf, other: Leaf) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(result, against(block), start, 0)
 
     empty = zeros_of((*leaf.rows, *other.rows), leaf.carried, leaf, other)
-    return _over_blocks(write, empty, leaf)
+    return _over_blocks(write, empty, leaf, _costs.ENTRIES_AT_ONCE)
 
 
 def _over_blocks(
     step: Callable[[jax.Array, Leaf, jax.Array, jax.Array], jax.Array],
     init: jax.Array,
     leaf: Leaf,
+    entries: int,
 ) -> jax.Array:
-    """`carry = step(carry, block of rows, start, fresh)`, blocks small enough to materialise.
+    """`carry = step(carry, block of rows, start, fresh)`, blocks of at most so many entries.
 
     `fresh` is False for the rows of the last block that the block before it has had already.
     """
     per_example = max(1, prod(leaf.shape) * (leaf.outputs or 1))
-    most = max(1, _costs.ENTRIES_AT_ONCE // per_example)
+    most = max(1, entries // per_example)
     if leaf.size <= most:
         return step(init, leaf, jnp.asarray(0), jnp.ones(leaf.size, bool))
     at_once = even_chunk(leaf.size, most)
@@ -193,13 +194,15 @@ def square_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
             own = lax.dynamic_slice_in_dim(weights, start, block.size).reshape(-1)
         return total + _contract(own, squares.reshape(-1, *leaf.shape), axis=0)
 
-    return _over_blocks(add, zeros_of(leaf.shape, leaf.real, leaf), leaf)
+    # Squares are there beside the entries, and a few at a time are as fast.
+    entries = _costs.ENTRIES_AT_ONCE // 8
+    return _over_blocks(add, zeros_of(leaf.shape, leaf.real, leaf), leaf, entries)
 
 
 def _has_squares(leaf: Leaf) -> bool:
     """Whether the squares of the entries of its only piece are a term, and take little place."""
     (piece,) = leaf.pieces
-    is_large = prod(leaf.rows) * prod(leaf.shape) > _costs.ENTRIES_AT_ONCE
+    is_large = prod(leaf.rows) * prod(leaf.shape) > _costs.ENTRIES_AT_ONCE // 8
     is_dense = isinstance(piece.term, Dense) and any(piece.levels)
     return _terms.has_squares(piece.term) and not (is_dense and is_large)
 
