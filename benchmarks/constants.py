@@ -183,7 +183,7 @@ def cases() -> Iterator[Case]:
         (64, 4000, 256),
         (256, 4000, 8),
     ):
-        yield Case("PAIRS", count**2 * d // words, look_ups(32, count, words, d), "clipped")
+        yield Case("PAIRS", count**2 * (16 + d) // words, look_ups(32, count, words, d), "clipped")
     for last in (2, 8, 32, 128):
         yield Case("SHORT_AXIS", last, grid(64, 64, last), "clipped")
     for columns in (8, 32, 64, 128, 192, 256):

@@ -82,6 +82,11 @@ def as_varying(value: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.pcast(value, missing, to="varying") if missing else value
 
 
+def varying_zeros(shape: tuple[int, ...], dtype: Any, *values: Any) -> jax.Array:
+    """Zeros to start a loop from that adds up something of some values: they vary as these do."""
+    return as_varying(jnp.zeros(shape, dtype), frozenset[str]().union(*map(varying_axes, values)))
+
+
 def abstract_like(value: jax.Array, shape: tuple[int, ...]) -> Any:
     """An operand for `jax.linear_transpose` of another shape, of a value's dtype and type."""
     axes = varying_axes(value)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._compat import as_varying, varying_axes
+from .._compat import varying_zeros
 from .._sharding import take as neighbours
 from .._tree import carried_dtype
 from . import _costs, _terms
@@ -91,8 +91,7 @@ class Leaf:
 
 def zeros_of(shape: Shape, dtype: Any, *leaves: Leaf) -> jax.Array:
     """Zeros to add rows of some leaves to, which inside `jax.shard_map` vary as these do."""
-    axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(leaves)))
-    return as_varying(jnp.zeros(shape, dtype), axes)
+    return varying_zeros(shape, dtype, *jax.tree.leaves(leaves))
 
 
 def take(leaf: Leaf, start: Any, size: int) -> Leaf:

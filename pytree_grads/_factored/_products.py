@@ -194,15 +194,18 @@ def square_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
             own = lax.dynamic_slice_in_dim(weights, start, block.size).reshape(-1)
         return total + _contract(own, squares.reshape(-1, *leaf.shape), axis=0)
 
-    # Squares are there beside the entries, and a few at a time are as fast.
-    entries = _costs.ENTRIES_AT_ONCE // 8
-    return _over_blocks(add, zeros_of(leaf.shape, leaf.real, leaf), leaf, entries)
+    return _over_blocks(add, zeros_of(leaf.shape, leaf.real, leaf), leaf, _squares_at_once())
+
+
+def _squares_at_once() -> int:
+    """Squares are there beside the entries, and a few at a time are as fast."""
+    return _costs.ENTRIES_AT_ONCE // 8
 
 
 def _has_squares(leaf: Leaf) -> bool:
     """Whether the squares of the entries of its only piece are a term, and take little place."""
     (piece,) = leaf.pieces
-    is_large = prod(leaf.rows) * prod(leaf.shape) > _costs.ENTRIES_AT_ONCE // 8
+    is_large = prod(leaf.rows) * prod(leaf.shape) > _squares_at_once()
     is_dense = isinstance(piece.term, Dense) and any(piece.levels)
     return _terms.has_squares(piece.term) and not (is_dense and is_large)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._compat import as_varying, varying_axes
+from .._compat import varying_zeros
 from .._tree import common_dtype
 from ._dot import dot
 from ._tails import Shape
@@ -98,8 +98,7 @@ class Windows:
             return total + dot("btm,bmn->btn", self._window(start), line).astype(total.dtype), None
 
         right = self._right()
-        axes = frozenset[str]().union(*map(varying_axes, (self.left, right, v)))
-        zeros = as_varying(jnp.zeros(right.shape, v.dtype), axes)
+        zeros = varying_zeros(right.shape, v.dtype, self.left, right, v)
         total, _ = lax.scan(add, zeros, (self._starts(), lines))
         return jnp.sum(total * right.astype(v.dtype))
 
