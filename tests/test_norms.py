@@ -9,7 +9,7 @@ from helpers import tree_allclose
 from pytree_grads import jacobian
 from pytree_grads._factored import _costs
 from pytree_grads._factored._dot import dot, times_rows
-from pytree_grads._factored._norm_parts import power
+from pytree_grads._factored._norm_parts import power, root_of
 
 pytestmark = pytest.mark.any_release
 
@@ -222,6 +222,23 @@ def test_powers_are_exact_and_bring_every_float_near_one(dtype, x64):
     assert np.all((near >= 1) & (near < 4))
     assert np.all(np.isfinite(1 / scales / scales))
     assert np.isinf(1 / power(jnp.asarray(np.inf, dtype)) ** 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_scales_of_squares_are_exact_and_bring_every_norm_near_one(dtype, x64):
+    limits = np.finfo(dtype)
+    ends = [float(limits.tiny), 1.0, 2.0, float(limits.max)]
+    squares = np.array([*ends, *2.0 ** np.linspace(limits.minexp, limits.maxexp - 1e-6, 999)])
+    scales = np.asarray(root_of(jnp.asarray(squares, dtype)))
+    assert scales.dtype == dtype
+    assert np.all(np.frexp(scales)[0] == 0.5)  # powers of two
+    near = np.sqrt(np.asarray(squares, dtype)) * scales * scales
+    assert np.all((near >= 0.5) & (near <= 2))
+    # Too small, of entries that may be normal numbers; too large, of entries that are finite.
+    smallest, largest = root_of(jnp.asarray([0, np.inf], dtype))
+    assert (limits.tiny * smallest * smallest) ** 2 >= limits.tiny
+    assert np.isfinite(2.0**40 * (limits.max * largest * largest) ** 2)
+    assert largest * largest >= limits.tiny
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])

@@ -30,13 +30,15 @@ def dot(
     return product if order == sorted(order) else lax.transpose(product, order)
 
 
-def times_rows(x: jax.Array, numbers: jax.Array, first: int) -> jax.Array:
-    """An array times numbers for its axes from `first` on, of the same dtype."""
+def times_rows(x: jax.Array, numbers: jax.Array, first: int, times: int = 1) -> jax.Array:
+    """An array times numbers for its axes from `first` on, of the same dtype, once or more."""
     axes = range(first, first + numbers.ndim)
-    return lax.mul(x, lax.broadcast_in_dim(numbers, x.shape, axes))
+    factors = lax.broadcast_in_dim(numbers, x.shape, axes)
+    for _ in range(times):
+        x = lax.mul(x, factors)
+    return x
 
 
 def times_rows_twice(x: jax.Array, scale: jax.Array, first: int) -> jax.Array:
     """The same, times the square of each number, which may be no normal number itself."""
-    scale = lax.convert_element_type(scale, x.dtype)
-    return times_rows(times_rows(x, scale, first), scale, first)
+    return times_rows(x, lax.convert_element_type(scale, x.dtype), first, 2)

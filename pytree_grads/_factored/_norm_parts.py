@@ -200,12 +200,7 @@ def power(size: jax.Array) -> jax.Array:
     Made of operations that are cheap enough for XLA to make them where they are used.
     """
     limits = jnp.finfo(size.dtype)
-    bits = lax.bitcast_convert_type(size, f"int{limits.bits}")
-    shift, one = lax.full_like(bits, limits.nmant), lax.full_like(bits, 1)
-    exponents = lax.shift_right_arithmetic(bits, shift)  # plus their bias
-    negated = lax.sub(lax.full_like(bits, 3 * (limits.maxexp - 1) + 1), exponents)
-    halves = lax.shift_right_arithmetic(negated, one)
-    return lax.bitcast_convert_type(lax.shift_left(halves, shift), size.dtype)
+    return _power_of_two(size, 1, ((3 * limits.maxexp - 1) << (limits.nmant - 1)) - 1)
 
 
 @jax.jit
@@ -217,11 +212,22 @@ def root_of(square: jax.Array) -> jax.Array:
     for it adds up many entries, though the other factor may make the norm of the row one.
     """
     limits = jnp.finfo(square.dtype)
-    least, most = (lax.full((), float(x), square.dtype) for x in (limits.tiny, limits.max))
-    root = power(lax.sqrt(lax.clamp(least, square, most)))
-    is_large = lax.gt(square, lax.full_like(square, limits.max))
+    scale = _power_of_two(square, 2, (5 * limits.maxexp - 3) << (limits.nmant - 2))
     beyond = 2.0 ** -(limits.maxexp // 4 + 10)
-    return lax.select(is_large, lax.full_like(root, beyond), root)
+    return lax.select(lax.is_finite(square), scale, lax.full_like(scale, beyond))
+
+
+def _power_of_two(x: jax.Array, halvings: int, start: int) -> jax.Array:
+    """The power of two below the float whose bits are `start` less those of x, halved so often.
+
+    To halve the bits of a float is about to take its root; less them is about its inverse.
+    """
+    bits = lax.bitcast_convert_type(x, f"int{jnp.finfo(x.dtype).bits}")
+    halved = lax.shift_right_arithmetic(bits, lax.full_like(bits, halvings))
+    inverse = lax.sub(lax.full_like(bits, start), halved)
+    exponent = np.array(np.inf, x.dtype).view(bits.dtype)  # the bits that hold it
+    power = lax.bitwise_and(inverse, lax.full_like(bits, exponent))
+    return lax.bitcast_convert_type(power, x.dtype)
 
 
 def not_too_small(square: jax.Array, rounding: jax.Array) -> jax.Array:

@@ -125,8 +125,8 @@ def _scaled_if_needed(factor: _Factor) -> tuple[jax.Array, jax.Array]:
     square = factor.plain_square
     least, most = (lax.full((), x, square.dtype) for x in ends)
     fixed = lax.stop_gradient(square)
-    smallest, largest = (f(fixed, range(square.ndim)) for f in (lax.reduce_min, lax.reduce_max))
-    is_safe = lax.bitwise_and(lax.ge(smallest, least), lax.le(largest, most))
+    are_safe = lax.bitwise_and(lax.ge(fixed, least), lax.le(fixed, most))
+    is_safe = lax.reduce_and(are_safe, range(square.ndim))
     return lax.cond(is_safe, lambda _: (square, lax.full_like(square, 1)), _scaled, factor)
 
 
