@@ -19,7 +19,7 @@ with two other seeds, by 0.06). That is what the large batch is for: with 128 im
 others are hard to tell from the right one, and with 4,096 many are. Nothing else differs between
 the two, and what is in between comes out in between: microbatches of 512 end at 3.54, of 2,048 at
 3.53. It is a small gain here, for there are only ten kinds of digits. The nearest neighbour is the
-same digit in 90.9 % of cases against 89.9 %, and that difference is within its standard error of
+same digit in 90.9 % of cases against 89.8 %, and that difference is within its standard error of
 1.4 %: of neighbours these runs prove nothing. The price is a second evaluation of the network and a
 loss of 4,096 rows: a step took twice the time.
 
