@@ -55,7 +55,7 @@ class Case:
 
 
 # The last sizes below; all others are the first above.
-LAST = ("DEARER", "ENTRIES_AT_ONCE", "FEW_PARTS", "SMALL", "APART", "NARROW", "SHARED", "PAIRS")
+LAST = ("DEARER", "SQUARES_AT_ONCE", "FEW_PARTS", "SMALL", "APART", "NARROW", "SHARED", "PAIRS")
 
 
 @contextmanager
@@ -159,9 +159,9 @@ def cases() -> Iterator[Case]:
     for pixels, channels in ((16, 16), (8, 32), (8, 64), (4, 64), (2, 64)):
         problem = convolution(16, pixels, channels)
         yield Case("DEARER", 9 * channels // (2 * pixels**2), problem, "clipped")
-    for n in (8, 32, 128):
-        parts = _costs.ENTRIES_AT_ONCE
-        yield Case("ENTRIES_AT_ONCE", n * 512**2, uses(n, 3, 512), "square", above=parts)
+    for n in (1, 8, 32):
+        few = _costs.SQUARES_AT_ONCE
+        yield Case("SQUARES_AT_ONCE", n * 512**2, uses(n, 3, 512), "square", above=few)
     for layers in (4, 8, 16, 32):
         yield Case("FEW_PARTS", 2 * layers, many_layers(64, layers, 64), "clipped")
     for layers in (2, 4, 8, 16):

@@ -42,7 +42,7 @@ class Jacobian:
     a row of zeros               norm 0, with derivative 0; ``clip`` leaves it
     a row with a NaN or infinity its norm is NaN or infinite, and it poisons every sum, unless
                                  ``clip(..., nan_safe=True)`` has made it zero
-    a norm that overflows        is infinite; ``clip`` takes its row for one with an infinity
+    a norm that overflows        is infinite or NaN; ``clip`` takes its row for one with an infinity
     complex parameters           rows follow ``jax.grad``'s convention (step along the conjugate);
                                  ``gram`` conjugates the left row, ``J @ v`` is real
     ===========================  =================================================================
@@ -149,14 +149,15 @@ class Jacobian:
     def norms(self) -> PyTree:
         """The Euclidean norms of the rows: a real number per row, float32 or wider.
 
-        There is no overflow or underflow on the way to a norm that is itself representable.
+        There is no overflow or underflow on the way to a norm that is itself representable, also
+        where the factors of a row share its size in different ways: layers of a scan whose inputs
+        grow as their cotangents shrink, say.
 
         Accuracy: norms of single outer products, of biases and of materialised rows are sums of
         squares, right to rounding. Where a row adds up T > 1 outer products of aₜ and bₜ, its
         squared norm comes from inner products of those, and is off by about eps·(Σₜ‖aₜ‖‖bₜ‖)²,
         of no weight unless the parts of a row nearly cancel. Where it has weight (a thousandth of
         the squared norm), that error is added: a norm may then be too large, but not too small.
-        The same holds for products that underflow, where ‖aₜ‖ and ‖bₜ‖ of two t lie far apart.
         """
         return self._outputs.expand(self._rows.norms())
 

@@ -108,6 +108,7 @@ def test_products_of_recomputed_rows(name, factored, x64):
 def test_all_products_in_blocks_of_rows(name, factored, x64, monkeypatch):
     """Where rows are materialised, few are at a time: here no more than two or three."""
     monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", 60)
+    monkeypatch.setattr(_costs, "SQUARES_AT_ONCE", 60)
     compare(MODELS[name], tuple(PRODUCTS))
 
 

@@ -156,6 +156,75 @@ class TestTheRange:
             assert tree_allclose(norms, want.astype(np.float32), rtol=1e-5)
 
 
+def over_a_scan(p, x, c):
+    """A matrix for each step: blocks of a stacked weight."""
+
+    def step(total, xs):
+        w, x, c = xs
+        return total + jnp.sum((x @ w) * c), None
+
+    return jax.lax.scan(step, jnp.zeros((), x.dtype), (p, x, c))[0]
+
+
+def of_experts(p, x, c):
+    return jnp.sum(jnp.einsum("em,emn->en", x, p) * c)
+
+
+def of_positions(p, x, c):
+    """Pairs that cancel: the signs of the second position are those of the first, turned."""
+    return jnp.sum((x @ p[0]) * c)
+
+
+def of_a_weight_twice(p, x, c):
+    """Two pieces of one leaf, one of them through a slice."""
+    return jnp.sum((x[0] @ p[0]) * c[0]) + jnp.sum((x[1, :4] @ p[0, :4]) * c[1])
+
+
+def of_windows(p, x, c):
+    """A kernel of two offsets whose second window has the large image and the small cotangent."""
+    image = jnp.concatenate([x, x[:1]])[None]
+    numbers = ("NWC", "WIO", "NWC")
+    out = jax.lax.conv_general_dilated(image, p, (1,), "VALID", dimension_numbers=numbers)
+    return jnp.sum(out[0] * c)
+
+
+@modes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ratio", [1e10, 1e18])
+@pytest.mark.parametrize(
+    "fun", [over_a_scan, of_experts, of_positions, of_a_weight_twice, of_windows]
+)
+def test_factors_that_share_the_size_of_a_row_in_opposite_ways(fun, ratio, dtype, mode):
+    """One is large where the other is small, in one block or position, and the other way round."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    share = jnp.array([ratio, 1 / ratio]).reshape(1, 2, 1)
+    x = (jax.random.normal(keys[0], (N, 2, 12)) * share).astype(dtype)
+    c = (jax.random.normal(keys[1], (N, 2, 10)) / share).astype(dtype)
+    p = jnp.zeros((2, 12, 10), dtype)
+    wide = [np.asarray(x.astype("float32"), "float64") for x in (p, x, c)]
+    with jax.enable_x64(True):
+        rows = jax.vmap(jax.grad(fun), (None, 0, 0))(*map(jnp.asarray, wide))
+        want = np.asarray(jnp.sqrt(jnp.sum(rows**2, (1, 2, 3))))
+    J = jacobian(fun, **mode)(p, x, c)
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    np.testing.assert_allclose(J.norms(), want, rtol=tolerance)
+    np.testing.assert_allclose(J.clip(0.5).norms(), 0.5, rtol=tolerance)
+    clipped = np.asarray(J.clip(0.5).to_rows().astype("float32"), "float64")
+    np.testing.assert_allclose(np.sqrt(np.sum(clipped**2, (1, 2, 3))), 0.5, rtol=2 * tolerance)
+
+
+@pytest.mark.parametrize("zero", ["blocks", "rows"])
+def test_factors_that_are_zero_where_the_other_is_large(zero):
+    """What is zero has no part in the scale of what is not."""
+    x, c = jnp.full((N, 2, 12), 1e-12), jnp.full((N, 2, 10), 1e-3)
+    x = x.at[:, 0].set(0) if zero == "blocks" else jnp.zeros_like(x)
+    c = c.at[:, 0].set(1e38)
+    for fun in (over_a_scan, of_experts, of_positions):
+        norms = jacobian(fun)(jnp.zeros((2, 12, 10)), x, c).norms()
+        want = 0 if zero == "rows" else 1e-15 * np.sqrt(120)
+        np.testing.assert_allclose(norms, want, rtol=1e-5)
+
+
 @modes
 def test_rows_that_are_nan_after_a_clip_have_no_infinite_norm(mode):
     x = jnp.array([[jnp.inf, 1.0], [1.0, 2.0]])

@@ -85,6 +85,7 @@ def assert_close(got, want):
 @pytest.fixture(params=[1, 60])  # few lines in a part, of which some were in the part before
 def few_entries(request, monkeypatch):
     monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", request.param)
+    monkeypatch.setattr(_costs, "SQUARES_AT_ONCE", request.param)
 
 
 def test_gramians_by_parts(case, few_entries):
@@ -148,3 +149,30 @@ def test_each_entry_is_made_once():
         return len([line for line in compiled.as_text().splitlines() if " dot(" in line])
 
     assert products(N * 32 * 16) == products(1 << 22)
+
+
+def mean_of_words(p, words, target):
+    return jnp.sum(jnp.mean(p[words], axis=0) * target)
+
+
+def test_rows_that_share_no_word_have_no_inner_product_however_large_they_are():
+    words, target = jnp.array([[0, 1], [2, 3], [0, 2]]), jnp.full((3, 3), 1e20)
+    gram = jacobian(mean_of_words)(jnp.zeros((40, 3)), words, target).gram()
+    assert gram[0, 1] == gram[1, 0] == 0
+    assert np.all(np.isinf(np.delete(np.ravel(gram), [1, 3])))
+
+
+@pytest.mark.parametrize("entries", [50, 1 << 22])
+@pytest.mark.parametrize("sizes", [(2, 7), (7, 2), (7, 7), (1, 7), (7, 1)])
+def test_gramians_by_counts_of_the_fewer_rows(sizes, entries, x64, monkeypatch):
+    monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", entries)
+    keys = jax.random.split(jax.random.key(0), 4)
+    p = jax.random.normal(keys[0], (40, 3))
+    batches = [
+        (jax.random.randint(keys[i], (n, 4 + i), 0, 40), jax.random.normal(keys[i + 2], (n, 3)))
+        for i, n in enumerate(sizes)
+    ]
+    mine, theirs = (jacobian(mean_of_words)(p, *batch) for batch in batches)
+    rows = [jax.vmap(jax.grad(mean_of_words), (None, 0, 0))(p, *batch) for batch in batches]
+    want = np.einsum("imn,jmn->ij", *rows)
+    np.testing.assert_allclose(mine.gram(theirs), want, rtol=0, atol=1e-12 * np.max(np.abs(want)))

@@ -19,6 +19,9 @@ MOST_OFFSETS = 16
 # enough work for a turn of a loop, and little beside a backward pass.
 ENTRIES_AT_ONCE = 1 << 22
 
+# The same for squares of rows, which are there beside the entries: a few at a time are as fast.
+SQUARES_AT_ONCE = 1 << 19
+
 # --------------------------------------------------------------------------------------------------
 # Size of the program
 

@@ -30,15 +30,16 @@ def dot(
     return product if order == sorted(order) else lax.transpose(product, order)
 
 
-def times_rows(x: jax.Array, numbers: jax.Array, first: int, times: int = 1) -> jax.Array:
-    """An array times numbers for its axes from `first` on, of the same dtype, once or more."""
-    axes = range(first, first + numbers.ndim)
-    factors = lax.broadcast_in_dim(numbers, x.shape, axes)
-    for _ in range(times):
-        x = lax.mul(x, factors)
-    return x
+def times_rows(x: jax.Array, numbers: jax.Array, first: int) -> jax.Array:
+    """An array times numbers for its axes from `first` on, of the same dtype."""
+    return lax.mul(x, _of_rows(numbers, x, first))
 
 
 def times_rows_twice(x: jax.Array, scale: jax.Array, first: int) -> jax.Array:
     """The same, times the square of each number, which may be no normal number itself."""
-    return times_rows(x, lax.convert_element_type(scale, x.dtype), first, 2)
+    factors = _of_rows(lax.convert_element_type(scale, x.dtype), x, first)
+    return lax.mul(lax.mul(x, factors), factors)
+
+
+def _of_rows(numbers: jax.Array, x: jax.Array, first: int) -> jax.Array:
+    return lax.broadcast_in_dim(numbers, x.shape, range(first, first + numbers.ndim))

@@ -27,7 +27,7 @@ from ._dot import times_rows_twice
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["squares", "roots", "sizes", "absolute", "weights"],
+    data_fields=["squares", "scales", "absolute", "weights"],
     meta_fields=["leaves", "factors", "errors"],
 )
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Norms:
     """The norms of the rows of L leaves, in arrays of shape (*rows, L).
 
     A norm is sqrt(the product of squares) / (the product of scales)**2 * factor * the product of
-    weights, where the scales are the `roots` and `power` of the `sizes`.
+    weights.
 
     Inner products of T > 1 pairs subtract, and lose the digits of a row whose parts nearly cancel:
     the squared norm is off by the order of eps times the sum of the `absolute` values of what it
@@ -43,8 +43,7 @@ class Norms:
     """
 
     squares: tuple[jax.Array, ...] = ()
-    roots: tuple[jax.Array, ...] = ()
-    sizes: tuple[jax.Array, ...] = ()
+    scales: tuple[jax.Array, ...] = ()
     absolute: tuple[jax.Array, ...] = ()  # one, or none
     weights: tuple[jax.Array, ...] = ()
     leaves: tuple[int, ...] = (0,)  # which these are
@@ -84,8 +83,8 @@ class Norms:
 
     def _value(self, dtype: Any) -> jax.Array:
         cast = partial(lax.convert_element_type, new_dtype=dtype)
-        scales = [*map(cast, self.roots), *(cast(power(x)) for x in self.sizes)]
-        parts = [reduce(lax.mul, [lax.integer_pow(x, -1) for x in scales])] if scales else []
+        scales = [lax.integer_pow(cast(x), -1) for x in self.scales]
+        parts = [reduce(lax.mul, scales)] if scales else []
         if self.squares:
             square, *others = map(cast, self.squares)
             for absolute in map(cast, self.absolute):
@@ -172,8 +171,7 @@ def _joined(norms: Sequence[Norms], dtype: Any) -> Norms:
 
     return Norms(
         squares=joined("squares"),
-        roots=joined("roots"),
-        sizes=joined("sizes"),
+        scales=joined("scales"),
         absolute=joined("absolute", fill=0),
         weights=joined("weights"),
         leaves=tuple(i for x in norms for i in x.leaves),
@@ -197,7 +195,8 @@ def _of_leaves(numbers: Sequence[float], like: jax.Array) -> jax.Array:
 def power(size: jax.Array) -> jax.Array:
     """About 1 / the root of a positive normal number: a power of two.
 
-    Made of operations that are cheap enough for XLA to make them where they are used.
+    Multiplied by it twice, the number is from 1 up to 4. It is made of operations that are cheap
+    enough for XLA to make them where they are used.
     """
     limits = jnp.finfo(size.dtype)
     return _power_of_two(size, 1, ((3 * limits.maxexp - 1) << (limits.nmant - 1)) - 1)
@@ -207,9 +206,10 @@ def power(size: jax.Array) -> jax.Array:
 def root_of(square: jax.Array) -> jax.Array:
     """About 1 / the root of a norm, from its square: a power of two, so that it adds no rounding.
 
-    A square that is too small is taken for the smallest: the square of every entry that is a normal
-    number is in range then. One that is too large is that of a norm which may be no number itself,
-    for it adds up many entries, though the other factor may make the norm of the row one.
+    Multiplied by it twice, the norm is from 1/2 to 2. A square that is too small is taken for the
+    smallest: the square of every entry that is a normal number is in range then. One that is too
+    large is that of a norm which may be no number itself, for it adds up many entries, though the
+    other factor may make the norm of the row one.
     """
     limits = jnp.finfo(square.dtype)
     scale = _power_of_two(square, 2, (5 * limits.maxexp - 3) << (limits.nmant - 2))
@@ -218,16 +218,18 @@ def root_of(square: jax.Array) -> jax.Array:
 
 
 def _power_of_two(x: jax.Array, halvings: int, start: int) -> jax.Array:
-    """The power of two below the float whose bits are `start` less those of x, halved so often.
+    """The power of two at or below the float with the bits `start` - (the bits of x >> halvings).
 
-    To halve the bits of a float is about to take its root; less them is about its inverse.
+    The bits of x > 0 are about (log2(x) + bias) * 2**nmant, with bias = maxexp - 1: those of 1/√x
+    are 3/2 of the bits of one, less half of those of x, and of 1/x**(1/4) 5/4 less a quarter. A
+    `start` that is up to one exponent more sets which multiples of the next power are rounded down.
     """
     bits = lax.bitcast_convert_type(x, f"int{jnp.finfo(x.dtype).bits}")
     halved = lax.shift_right_arithmetic(bits, lax.full_like(bits, halvings))
     inverse = lax.sub(lax.full_like(bits, start), halved)
     exponent = np.array(np.inf, x.dtype).view(bits.dtype)  # the bits that hold it
-    power = lax.bitwise_and(inverse, lax.full_like(bits, exponent))
-    return lax.bitcast_convert_type(power, x.dtype)
+    rounded = lax.bitwise_and(inverse, lax.full_like(bits, exponent))
+    return lax.bitcast_convert_type(rounded, x.dtype)
 
 
 def not_too_small(square: jax.Array, rounding: jax.Array) -> jax.Array:

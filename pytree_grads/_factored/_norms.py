@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -37,21 +37,19 @@ from ._windows import Windows
 
 def norm(term: Term) -> jax.Array:
     """The norm of one row of one term."""
-    sizes = [_size(x, tuple(range(x.ndim))) for x in term.factors]
-    square, absolute = squared_norm(term, list(map(power, sizes)))
-    columns = tuple(map(_column, sizes))
-    return combined([_of_sum(square, absolute, _count(term), square.dtype, sizes=columns)])
+    square, absolute, scale = squared_norm(term)
+    return combined([_of_sum(square, absolute, scale, _count(term), square.dtype)])
 
 
-@partial(jax.jit, static_argnames="axes")
-def _size(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The largest absolute value over some axes, or the smallest normal number."""
+@jax.jit
+def _size(x: jax.Array) -> jax.Array:
+    """The largest absolute value over the last axis, or the smallest normal number."""
     dtype = jnp.finfo(carried_dtype(x.dtype)).dtype
     x = lax.convert_element_type(lax.abs(lax.stop_gradient(x)), dtype)
-    least = jnp.asarray(jnp.finfo(dtype).tiny, dtype)
-    if prod(x.shape[i] for i in axes) == 1:  # XLA drops the start of the reduction then
-        return lax.max(lax.squeeze(x, axes), least)
-    return lax.reduce(x, least, lax.max, tuple(axes))
+    least, last = jnp.asarray(jnp.finfo(dtype).tiny, dtype), x.ndim - 1
+    if x.shape[last] == 1:  # XLA drops the start of the reduction then
+        return lax.max(lax.squeeze(x, (last,)), least)
+    return lax.reduce(x, least, lax.max, (last,))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,7 +186,7 @@ def _of_vectors(leaves: Sequence[Leaf], factors: Sequence[Sequence[_Factor]]) ->
     squares = (lax.convert_element_type(x.square, leaves[0].real) for x in alike)
     return Norms(
         squares=tuple(map(aligned, squares)),
-        roots=tuple(aligned(x.scale) for x in alike),
+        scales=tuple(aligned(x.scale) for x in alike),
         factors=tuple(abs(leaf.pieces[0].factor) for leaf in leaves),
         errors=((0.0, 0.0),) * len(leaves),
     )
@@ -202,34 +200,18 @@ def _of_terms(leaf: Leaf) -> Norms:
     if not by_piece and materializes(leaf, leaf):
         found = over_rows(lambda terms: norm(Dense(row(leaf, terms))), leaf, materializes=True)
         return Norms(weights=(_column(found.astype(leaf.real)),))
-    sizes = [[_size(x.value, x.others) for x in _factors(piece)] for piece in leaf.pieces]
-    scales = [list(map(power, own)) for own in sizes]
-    aligned = [[_aligned(_column(x), leaf) for x in own] for own in sizes]
     if by_piece:
-        square, absolute = over_rows(lambda terms, x: squared_norm(terms[0], x), leaf, scales[0])
+        square, absolute, scale = over_rows(lambda terms: squared_norm(terms[0]), leaf)
         count = _count(leaf.pieces[0].of_one_row)
-        norms = _of_sum(square, absolute, count, leaf.real, sizes=tuple(aligned[0]))
+        norms = _of_sum(square, absolute, scale, count, leaf.real)
         return replace(norms, factors=(abs(leaf.pieces[0].factor),))
-    # All pieces are divided by the size of the largest.
-    lengths = [prod((1 / power(x).astype(leaf.real)) ** 2 for x in own) for own in aligned]
-    most = jnp.maximum(reduce(jnp.maximum, lengths), float(jnp.finfo(leaf.real).tiny))
-    shares = [
-        [*others, (power(last).astype(leaf.real) * jnp.sqrt(x / most))[..., 0]]
-        for (*others, _), (*_, last), x in zip(scales, aligned, lengths, strict=True)
-    ]
-    square, absolute = over_rows(lambda terms, x: _squared_sum(leaf, terms, x), leaf, shares)
+    square, absolute, scale = over_rows(partial(_squared_sum, leaf), leaf)
     count = prod(leaf.shape) * sum(pair_count(x.of_one_row) for x in leaf.pieces) ** 2
-    return _of_sum(square, absolute, count, leaf.real, weights=(most,))
+    return _of_sum(square, absolute, scale, count, leaf.real)
 
 
 def _of_sum(
-    square: jax.Array,
-    absolute: jax.Array | None,
-    count: int,
-    dtype: Any,
-    *,
-    sizes: tuple[jax.Array, ...] = (),
-    weights: tuple[jax.Array, ...] = (),
+    square: jax.Array, absolute: jax.Array | None, scale: jax.Array, count: int, dtype: Any
 ) -> Norms:
     """Those of one leaf, whose squares add up so many products."""
     limits = jnp.finfo(square.dtype)
@@ -237,9 +219,8 @@ def _of_sum(
     cast = partial(lax.convert_element_type, new_dtype=dtype)
     return Norms(
         squares=(_column(cast(square)),),
-        sizes=sizes,
+        scales=(_column(scale),),
         absolute=() if absolute is None else (_column(cast(lax.stop_gradient(absolute))),),
-        weights=weights,
         errors=(error,),
     )
 
@@ -262,40 +243,90 @@ def _aligned(x: jax.Array, leaf: Leaf) -> jax.Array:
 # One row
 
 
-def squared_norm(term: Term, scales: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-    """The squared norm of a row whose factors are multiplied by the squares of some numbers.
+Squared: TypeAlias = tuple[jax.Array, jax.Array | None, jax.Array]
 
-    Beside it, where it is a sum that subtracts, that of the absolute values.
+
+def squared_norm(term: Term) -> Squared:
+    """The squared norm of a row that is multiplied twice by a scale, and that scale, the last.
+
+    Between them, where it is a sum that subtracts, that of the absolute values.
     """
     if _has_large_blocks(term):
         # One block after the other: what is scaled here need not be held for all blocks at once.
         arrays, treedef = jax.tree.flatten(term)
 
-        def one(block: list[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-            return squared_norm(jax.tree.unflatten(treedef, [x[None] for x in block]), scales)
+        def one(block: list[jax.Array]) -> Squared:
+            return squared_norm(jax.tree.unflatten(treedef, [x[None] for x in block]))
 
-        return jax.tree.map(jnp.sum, lax.map(one, arrays))
+        return _of_parts(*lax.map(one, arrays))
+    if isinstance(term, Windows):
+        return _of_parts(*term.over_offsets(lambda lines: squared_norm(Dense(lines))))
     if isinstance(term, Scatter) and term.right.shape[1] > 1:
         term = Dense(collapsed(term).right)
-    term = scaled(term, scales)
-    if isinstance(term, Dense):
-        return jnp.sum(jnp.abs(term.value) ** 2), None
-    if isinstance(term, Windows):
-        return term.squared_norm(), None
-    if isinstance(term, Scatter):  # of one vector
-        square = jnp.sum(jnp.abs(term.right) ** 2, axis=(1, 2))
-        return jnp.sum(equal_places(term) * square), None
-    pairs = pair_factors(term, term)
+    unit, scale = _unit(term)
+    if isinstance(unit, Dense):
+        return jnp.sum(jnp.abs(unit.value) ** 2), None, scale
+    if isinstance(unit, Scatter):  # of one vector
+        square = jnp.sum(jnp.abs(unit.right) ** 2, axis=(1, 2))
+        return jnp.sum(equal_places(unit) * square), None, scale
+    pairs = pair_factors(unit, unit)
     dtype = common_dtype(*(x.dtype for x in pairs))
     lefts, rights = (lax.convert_element_type(x, dtype) for x in pairs)
     products = lax.mul(lefts, rights)
     square = lax.reduce_sum(
         lax.real(products) if jnp.iscomplexobj(products) else products, (0, 1, 2)
     )
-    if pair_count(term) <= 1:
-        return square, None
+    if pair_count(unit) <= 1:
+        return square, None, scale
     # Not abs(lefts * rights): XLA on CPUs would keep the products for both sums.
-    return square, lax.reduce_sum(lax.mul(lax.abs(lefts), lax.abs(rights)), (0, 1, 2))
+    absolute = lax.reduce_sum(lax.mul(lax.abs(lefts), lax.abs(rights)), (0, 1, 2))
+    return square, absolute, scale
+
+
+def _of_parts(squares: jax.Array, absolutes: jax.Array | None, scales: jax.Array) -> Squared:
+    """Those of a row from those of its parts, which have scales of their own."""
+    scale = jnp.min(scales)
+    shares = scale / scales
+
+    def total(x: jax.Array) -> jax.Array:
+        return jnp.sum(times_rows_twice(times_rows_twice(x, shares, 0), shares, 0))
+
+    return total(squares), None if absolutes is None else total(absolutes), scale
+
+
+def _unit(term: Term) -> tuple[Term, jax.Array]:
+    """A row multiplied twice by a scale that brings it near one, and that scale."""
+    if isinstance(term, Outer):
+        scales, scale = _pair_scales(*map(_size, term.factors))
+        return scaled(term, scales), scale
+    (x,) = (lax.convert_element_type(x, carried_dtype(x.dtype)) for x in term.factors)
+    scale = root_of(lax.stop_gradient(jnp.sum(jnp.abs(x) ** 2)))
+    return scaled(term, [scale]), scale
+
+
+@jax.jit
+def _pair_scales(left: jax.Array, right: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    """Scales for the vectors of pairs, from their sizes, and the scale of the row that these make.
+
+    No product of a pair is too small or too large on the way, however the two share its size: one
+    is brought near one, and the other takes what the pair has of the largest.
+    """
+    dtype = common_dtype(left.dtype, right.dtype)
+    sizes = [lax.convert_element_type(x, dtype) for x in (left, right)]
+    limits = jnp.finfo(dtype)
+    least, most = (lax.full((), float(x), dtype) for x in (limits.tiny, 1 / limits.tiny))
+    left, right = map(power, sizes)
+    is_zero = lax.le(lax.min(*sizes), lax.full_like(left, least))
+    products = lax.select(is_zero, lax.full_like(left, most), lax.mul(left, right))
+    scale = lax.max(lax.reduce(products, most, lax.min, range(products.ndim)), least)
+    of_row = lax.broadcast(scale, left.shape)
+    return [left, lax.min(lax.div(of_row, left), right)], scale
+
+
+def _weighted(term: Term, numbers: jax.Array) -> Term:
+    """A row, or its pairs, multiplied twice by some numbers."""
+    name = "value" if isinstance(term, Dense) else "right"
+    return replace(term, **{name: times_rows_twice(getattr(term, name), numbers, 0)})
 
 
 def _count(term: Term) -> int:
@@ -303,15 +334,17 @@ def _count(term: Term) -> int:
     return prod(term.shape) * pair_count(term) ** 2
 
 
-def _squared_sum(
-    leaf: Leaf, terms: Sequence[Term], scales: Sequence[Sequence[jax.Array]]
-) -> tuple[jax.Array, jax.Array]:
+def _squared_sum(leaf: Leaf, terms: Sequence[Term]) -> Squared:
     """The same for a row of several pieces."""
-    units = [scaled(term, own) for term, own in zip(terms, scales, strict=True)]
+    units, own = zip(*map(_unit, terms), strict=True)
+    dtype = common_dtype(*(x.dtype for x in own))
+    scales = [x.astype(dtype) for x in own]
+    scale = reduce(jnp.minimum, scales)
+    units = [_weighted(unit, scale / x) for unit, x in zip(units, scales, strict=True)]
     square = jnp.real(inner(leaf, units, leaf, units)).astype(leaf.real)
     masses = [times(mass(x), abs(p.factor)) for x, p in zip(units, leaf.pieces, strict=True)]
     total = jnp.sum(jnp.stack([x.astype(leaf.real) for x in masses]))
-    return square, total**2
+    return square, total**2, scale
 
 
 def _has_large_blocks(term: Term) -> bool:

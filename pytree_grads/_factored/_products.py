@@ -74,14 +74,27 @@ def gram(leaf: Leaf, other: Leaf) -> jax.Array:
 
 
 def _adds_one(leaf: Leaf) -> bool:
-    """Whether each row adds one vector to many lines, all of its own."""
-    if len(leaf.pieces) != 1 or leaf.pieces[0].levels != (1, 1):
+    """Whether each row, of one output, adds one vector to many lines, and shares neither."""
+    if len(leaf.pieces) != 1 or leaf.pieces[0].levels != (1, 1) or leaf.outputs is not None:
         return False
     return _terms.adds_one(leaf.pieces[0].of_one_row)
 
 
 def _gram_of_counts(leaf: Leaf, other: Leaf) -> jax.Array:
-    """The same from how many places go to each line, in all rows of the first leaf at once."""
+    """The Gramian of rows that add one vector to many lines, from how often two rows share one."""
+    if other.size < leaf.size:
+        return _gram_of_counts(other, leaf).conj().T
+
+    def write(result: jax.Array, block: Leaf, start: jax.Array, _: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(result, _counted(block, other), start, 0)
+
+    columns = leaf.pieces[0].shape[2]
+    empty = zeros_of((*leaf.rows, *other.rows), leaf.carried, leaf, other)
+    return _over_blocks(write, empty, leaf, _costs.ENTRIES_AT_ONCE * columns)
+
+
+def _counted(leaf: Leaf, other: Leaf) -> jax.Array:
+    """The same with an array of how often each line is in each row of the first leaf."""
     (one,), (two,) = leaf.pieces, other.pieces
     assert isinstance(one.term, Scatter)
     assert isinstance(two.term, Scatter)
@@ -94,11 +107,11 @@ def _gram_of_counts(leaf: Leaf, other: Leaf) -> jax.Array:
         return jnp.sum(_terms.lines_at(counts, index), axis=1)
 
     index = jnp.moveaxis(two.term.index, 1, 0)
-    # Some rows at a time, which takes little place beside the counts.
-    at_once = _costs.ENTRIES_AT_ONCE // (4 * index[0].size * leaf.size)
+    # What is looked up of some rows at a time takes little place beside the counts.
+    at_once = counts.size // (4 * max(1, index[0].size * leaf.size))
     pairs = lax.map(common, index, batch_size=max(1, min(other.size, at_once)))
     rights = dot("bin,bjn->bij", one.term.right[:, :, 0].conj(), two.term.right[:, :, 0])
-    products = jnp.sum(jnp.moveaxis(pairs, 0, 2).astype(rights.dtype) * rights, axis=0)
+    products = jnp.sum(_terms.times_counts(jnp.moveaxis(pairs, 0, 2), rights), axis=0)
     return times(products.astype(leaf.carried), one.factor * two.factor)
 
 
@@ -194,18 +207,13 @@ def square_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
             own = lax.dynamic_slice_in_dim(weights, start, block.size).reshape(-1)
         return total + _contract(own, squares.reshape(-1, *leaf.shape), axis=0)
 
-    return _over_blocks(add, zeros_of(leaf.shape, leaf.real, leaf), leaf, _squares_at_once())
-
-
-def _squares_at_once() -> int:
-    """Squares are there beside the entries, and a few at a time are as fast."""
-    return _costs.ENTRIES_AT_ONCE // 8
+    return _over_blocks(add, zeros_of(leaf.shape, leaf.real, leaf), leaf, _costs.SQUARES_AT_ONCE)
 
 
 def _has_squares(leaf: Leaf) -> bool:
     """Whether the squares of the entries of its only piece are a term, and take little place."""
     (piece,) = leaf.pieces
-    is_large = prod(leaf.rows) * prod(leaf.shape) > _squares_at_once()
+    is_large = prod(leaf.rows) * prod(leaf.shape) > _costs.SQUARES_AT_ONCE
     is_dense = isinstance(piece.term, Dense) and any(piece.levels)
     return _terms.has_squares(piece.term) and not (is_dense and is_large)
 

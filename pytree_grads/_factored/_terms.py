@@ -120,9 +120,15 @@ def inner(x: Term, y: Term) -> jax.Array:
         return apply_own(x, materialize(y).conj()).conj()
     if adds_one(x) and adds_one(y):
         rights = dot("bn,bn->b", x.right[:, 0].conj(), y.right[:, 0])
-        return jnp.sum(_equal_lines(x, y).astype(rights.dtype) * rights)
+        return jnp.sum(times_counts(_equal_lines(x, y), rights))
     lefts, rights = pair_factors(x, y)
     return jnp.sum(jnp.where(lefts, rights, 0) if lefts.dtype == bool else lefts * rights)
+
+
+def times_counts(counts: jax.Array, products: jax.Array) -> jax.Array:
+    """Inner products of lines times how often these meet: nothing, not NaN, where they do not."""
+    zeros = jnp.zeros_like(products)
+    return jnp.where(counts == 0, zeros, counts.astype(products.dtype) * products)
 
 
 def pair_factors(x: Term, y: Term) -> tuple[jax.Array, jax.Array]:

@@ -1,8 +1,10 @@
 """Windows: terms of convolutions, whose rows correlate an image with the cotangent of another."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,19 +76,13 @@ class Windows:
     @jax.jit
     def materialize(self) -> jax.Array:
         """The row, one offset after the other: XLA on CPUs is slow at convolutions in groups."""
-        right = self._right()
-        lines = lax.map(lambda o: dot("btm,btn->bmn", self._window(o), right), self._starts())
+        lines = self.over_offsets(lambda lines: lines)
         return jnp.moveaxis(lines, 0, 1).reshape(self.shape)
 
-    @jax.jit
-    def squared_norm(self) -> jax.Array:
-        """That of the row, of which one offset is there at a time."""
+    def over_offsets(self, fun: Callable[[jax.Array], Any]) -> Any:
+        """`fun(lines)` for each offset, one of which is there at a time, stacked."""
         right = self._right()
-
-        def square(start: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.abs(dot("btm,btn->bmn", self._window(start), right)) ** 2)
-
-        return jnp.sum(lax.map(square, self._starts()))
+        return lax.map(lambda o: fun(dot("btm,btn->bmn", self._window(o), right)), self._starts())
 
     def apply(self, v: jax.Array) -> jax.Array:
         """The sum of the products of a row's entries with those of v."""
