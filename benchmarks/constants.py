@@ -55,7 +55,17 @@ class Case:
 
 
 # The last sizes below; all others are the first above.
-LAST = ("DEARER", "SQUARES_AT_ONCE", "FEW_PARTS", "SMALL", "APART", "NARROW", "SHARED", "PAIRS")
+LAST = (
+    "DEARER",
+    "ENTRIES_AT_ONCE",
+    "SQUARES_AT_ONCE",
+    "FEW_PARTS",
+    "SMALL",
+    "APART",
+    "NARROW",
+    "SHARED",
+    "PAIRS",
+)
 
 
 @contextmanager
@@ -159,6 +169,9 @@ def cases() -> Iterator[Case]:
     for pixels, channels in ((16, 16), (8, 32), (8, 64), (4, 64), (2, 64)):
         problem = convolution(16, pixels, channels)
         yield Case("DEARER", 9 * channels // (2 * pixels**2), problem, "clipped")
+    for n in (4, 32):
+        most = _costs.ENTRIES_AT_ONCE
+        yield Case("ENTRIES_AT_ONCE", n * 512**2, uses(n, 3, 512), "gram", above=most)
     for n in (1, 8, 32):
         few = _costs.SQUARES_AT_ONCE
         yield Case("SQUARES_AT_ONCE", n * 512**2, uses(n, 3, 512), "square", above=few)

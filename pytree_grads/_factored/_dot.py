@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from .._tree import common_dtype
@@ -39,6 +40,12 @@ def times_rows_twice(x: jax.Array, scale: jax.Array, first: int) -> jax.Array:
     """The same, times the square of each number, which may be no normal number itself."""
     factors = _of_rows(lax.convert_element_type(scale, x.dtype), x, first)
     return lax.mul(lax.mul(x, factors), factors)
+
+
+def times_counts(counts: jax.Array, products: jax.Array) -> jax.Array:
+    """Inner products of lines times how often these meet: nothing, not NaN, where they do not."""
+    zeros = jnp.zeros_like(products)
+    return jnp.where(counts == 0, zeros, counts.astype(products.dtype) * products)
 
 
 def _of_rows(numbers: jax.Array, x: jax.Array, first: int) -> jax.Array:

@@ -13,7 +13,7 @@ from jax import lax
 from .._chunks import chunk_starts, even_chunk
 from .._tree import carried_dtype
 from . import _costs, _terms
-from ._dot import dot, times_rows
+from ._dot import dot, times_counts, times_rows
 from ._leaves import (
     Leaf,
     Piece,
@@ -88,9 +88,8 @@ def _gram_of_counts(leaf: Leaf, other: Leaf) -> jax.Array:
     def write(result: jax.Array, block: Leaf, start: jax.Array, _: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(result, _counted(block, other), start, 0)
 
-    columns = leaf.pieces[0].shape[2]
     empty = zeros_of((*leaf.rows, *other.rows), leaf.carried, leaf, other)
-    return _over_blocks(write, empty, leaf, _costs.ENTRIES_AT_ONCE * columns)
+    return _over_blocks(write, empty, leaf, _costs.ENTRIES_AT_ONCE * leaf.pieces[0].shape[2])
 
 
 def _counted(leaf: Leaf, other: Leaf) -> jax.Array:
@@ -111,7 +110,7 @@ def _counted(leaf: Leaf, other: Leaf) -> jax.Array:
     at_once = counts.size // (4 * max(1, index[0].size * leaf.size))
     pairs = lax.map(common, index, batch_size=max(1, min(other.size, at_once)))
     rights = dot("bin,bjn->bij", one.term.right[:, :, 0].conj(), two.term.right[:, :, 0])
-    products = jnp.sum(_terms.times_counts(jnp.moveaxis(pairs, 0, 2), rights), axis=0)
+    products = jnp.sum(times_counts(jnp.moveaxis(pairs, 0, 2), rights), axis=0)
     return times(products.astype(leaf.carried), one.factor * two.factor)
 
 
@@ -333,13 +332,12 @@ def _contract_outer(
     left, right = (lax.reshape(x, (blocks, rows * pairs, x.shape[-1])) for x in (left, right))
     if blocks != 1:
         return dot("bzm,bzn->bmn", left, right, precision=precision)
+    left, right = (lax.squeeze(x, (0,)) for x in (left, right))
     m, n = left.shape[-1], right.shape[-1]
     if n <= min(_costs.NARROW, m // 2) and left.size * n >= _costs.LARGE_NARROW:
-        lines = dot(
-            "zn,zm->nm", lax.squeeze(right, (0,)), lax.squeeze(left, (0,)), precision=precision
-        )
+        lines = dot("zn,zm->nm", right, left, precision=precision)
         return lax.optimization_barrier(lines).T[None]
-    block = dot("zm,zn->mn", lax.squeeze(left, (0,)), lax.squeeze(right, (0,)), precision=precision)
+    block = dot("zm,zn->mn", left, right, precision=precision)
     return lax.expand_dims(block, (0,))
 
 

@@ -17,7 +17,7 @@ from jax import lax
 
 from .._tree import carried_dtype
 from . import _costs
-from ._dot import dot, times_rows_twice
+from ._dot import dot, times_counts, times_rows_twice
 from ._windows import Windows
 
 _register = jax.tree_util.register_dataclass
@@ -123,12 +123,6 @@ def inner(x: Term, y: Term) -> jax.Array:
         return jnp.sum(times_counts(_equal_lines(x, y), rights))
     lefts, rights = pair_factors(x, y)
     return jnp.sum(jnp.where(lefts, rights, 0) if lefts.dtype == bool else lefts * rights)
-
-
-def times_counts(counts: jax.Array, products: jax.Array) -> jax.Array:
-    """Inner products of lines times how often these meet: nothing, not NaN, where they do not."""
-    zeros = jnp.zeros_like(products)
-    return jnp.where(counts == 0, zeros, counts.astype(products.dtype) * products)
 
 
 def pair_factors(x: Term, y: Term) -> tuple[jax.Array, jax.Array]:
