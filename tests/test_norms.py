@@ -279,15 +279,22 @@ def test_times_rows():
     assert tree_allclose(times_rows(x, jnp.float32(2), 0), 2 * x)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_powers_are_exact_and_bring_every_float_near_one(dtype, x64):
+def scales_of_all_sizes(scale_of, dtype):
+    """Numbers from the least normal one to the largest, and their scales: powers of two."""
     limits = np.finfo(dtype)
     ends = [float(limits.tiny), 1.0, 2.0, float(limits.max)]
     sizes = np.array([*ends, *2.0 ** np.linspace(limits.minexp, limits.maxexp - 1e-6, 999)])
-    scales = np.asarray(power(jnp.asarray(sizes, dtype)))
+    sizes = sizes.astype(dtype)
+    scales = np.asarray(scale_of(jnp.asarray(sizes)))
     assert scales.dtype == dtype
-    assert np.all(np.frexp(scales)[0] == 0.5)  # powers of two
-    near = np.asarray(sizes, dtype) * scales * scales
+    assert np.all(np.frexp(scales)[0] == 0.5)
+    return sizes, scales
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_powers_are_exact_and_bring_every_float_near_one(dtype, x64):
+    sizes, scales = scales_of_all_sizes(power, dtype)
+    near = sizes * scales * scales
     assert np.all((near >= 1) & (near < 4))
     assert np.all(np.isfinite(1 / scales / scales))
     assert np.isinf(1 / power(jnp.asarray(np.inf, dtype)) ** 2)
@@ -296,12 +303,8 @@ def test_powers_are_exact_and_bring_every_float_near_one(dtype, x64):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_scales_of_squares_are_exact_and_bring_every_norm_near_one(dtype, x64):
     limits = np.finfo(dtype)
-    ends = [float(limits.tiny), 1.0, 2.0, float(limits.max)]
-    squares = np.array([*ends, *2.0 ** np.linspace(limits.minexp, limits.maxexp - 1e-6, 999)])
-    scales = np.asarray(root_of(jnp.asarray(squares, dtype)))
-    assert scales.dtype == dtype
-    assert np.all(np.frexp(scales)[0] == 0.5)  # powers of two
-    near = np.sqrt(np.asarray(squares, dtype)) * scales * scales
+    squares, scales = scales_of_all_sizes(root_of, dtype)
+    near = np.sqrt(squares) * scales * scales
     assert np.all((near >= 0.5) & (near <= 2))
     # Too small, of entries that may be normal numbers; too large, of entries that are finite.
     smallest, largest = root_of(jnp.asarray([0, np.inf], dtype))

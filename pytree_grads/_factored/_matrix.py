@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .._sharding import take as neighbours
 from .._tree import common_dtype
-from . import _products
+from . import _gramians, _products
 from ._leaves import Leaf, Piece, take, widened
 from ._norm_parts import Norms
 from ._norms import leaf_norms
@@ -103,7 +103,7 @@ class Matrix:
         for i, (leaf, theirs) in enumerate(zip(rows.leaves, others.leaves, strict=True)):
             wider = common_dtype(leaf.carried, theirs.carried)
             mine = widened(leaf, wider)
-            product = _products.gram(mine, mine if theirs is leaf else widened(theirs, wider))
+            product = _gramians.gram(mine, mine if theirs is leaf else widened(theirs, wider))
             left, right = rows.weight(i), others.weight(i)
             if left is not None:
                 left = left.reshape(*leaf.rows, *[1] * len(theirs.rows))

@@ -49,7 +49,7 @@ def squared_norm(term: Term) -> Squared:
 
         return _of_parts(*lax.map(one, arrays))
     if isinstance(term, Windows):
-        return _of_parts(*term.over_offsets(lambda lines: squared_norm(Dense(lines))))
+        return _of_windows(term)
     if isinstance(term, Scatter) and term.right.shape[1] > 1:
         term = Dense(collapsed(term).right)
     unit, scale = _unit(term)
@@ -70,6 +70,11 @@ def squared_norm(term: Term) -> Squared:
     # Not abs(lefts * rights): XLA on CPUs would keep the products for both sums.
     absolute = lax.reduce_sum(lax.mul(lax.abs(lefts), lax.abs(rights)), (0, 1, 2))
     return square, absolute, scale
+
+
+@jax.jit
+def _of_windows(term: Windows) -> Squared:
+    return _of_parts(*term.over_offsets(lambda lines: squared_norm(Dense(lines))))
 
 
 def _of_parts(squares: jax.Array, absolutes: jax.Array | None, scales: jax.Array) -> Squared:
@@ -99,7 +104,8 @@ def _unit(term: Term) -> tuple[Term, jax.Array]:
     if isinstance(term, Outer):
         scales, scale = _pair_scales(*map(_size, term.factors))
         return scaled(term, scales), scale
-    (x,) = (lax.convert_element_type(x, carried_dtype(x.dtype)) for x in term.factors)
+    (x,) = term.factors
+    x = lax.convert_element_type(x, carried_dtype(x.dtype))
     scale = root_of(lax.stop_gradient(jnp.sum(jnp.abs(x) ** 2)))
     return scaled(term, [scale]), scale
 
@@ -123,10 +129,10 @@ def _pair_scales(left: jax.Array, right: jax.Array) -> tuple[list[jax.Array], ja
     return [left, lax.min(lax.div(of_row, left), right)], scale
 
 
-def _weighted(term: Term, numbers: jax.Array) -> Term:
-    """A row, or its pairs, multiplied twice by some numbers."""
+def _shrunk(term: Term, share: jax.Array) -> Term:
+    """A row multiplied twice by a number, which its last factor takes."""
     name = "value" if isinstance(term, Dense) else "right"
-    return replace(term, **{name: times_rows_twice(getattr(term, name), numbers, 0)})
+    return replace(term, **{name: times_rows_twice(getattr(term, name), share, 0)})
 
 
 def product_count(term: Term) -> int:
@@ -140,7 +146,7 @@ def squared_sum(leaf: Leaf, terms: Sequence[Term]) -> Squared:
     dtype = common_dtype(*(x.dtype for x in own))
     scales = [x.astype(dtype) for x in own]
     scale = reduce(jnp.minimum, scales)
-    units = [_weighted(unit, scale / x) for unit, x in zip(units, scales, strict=True)]
+    units = [_shrunk(unit, scale / x) for unit, x in zip(units, scales, strict=True)]
     square = jnp.real(inner(leaf, units, leaf, units)).astype(leaf.real)
     masses = [times(mass(x), abs(p.factor)) for x, p in zip(units, leaf.pieces, strict=True)]
     total = jnp.sum(jnp.stack([x.astype(leaf.real) for x in masses]))
