@@ -11,7 +11,7 @@ from routes import factors_kept, is_dense, is_matrix, leaves_of
 from rows import CORE, PRODUCTS, Given, Rows, assert_close, expected, products
 
 from pytree_grads import jacobian
-from pytree_grads._factored import _costs, _products
+from pytree_grads._factored import _costs, _gramians
 
 DOUBLE, SINGLE = 1e-12, 1e-5
 # JAX's own attention rounds to float32 on the way, also in float64.
@@ -185,4 +185,4 @@ def test_a_gramian_counts_the_work_of_one_row():
     tokens = jnp.zeros((64, 2), int).at[:, 1].set(jnp.arange(64) % 4)
     for few in (tokens[:8], tokens):
         (leaf,) = jacobian(f)(jnp.ones((4, 3)), few)._rows.leaves
-        assert _products._prefers_rows(leaf, leaf)
+        assert _gramians._prefers_rows(leaf, leaf)
