@@ -1,7 +1,7 @@
 """A jaxpr as a graph to walk backwards in: calls inlined, every value knowing what made it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -100,7 +100,36 @@ def build(jaxpr: Any) -> Graph:
     inputs = [Value(var.aval) for var in opened.invars]
     equations: list[Equation] = []
     outputs = _inline(opened, [Known(c) for c in consts], inputs, equations.append)
-    return Graph(inputs, equations, outputs)
+    graph = Graph(inputs, equations, outputs)
+    return replace(graph, equations=_with_broadcasts_first(graph))
+
+
+def _with_broadcasts_first(graph: Graph) -> list[Equation]:
+    """The equations, with what is broadcast added to the last summand of a sum, not to the sum.
+
+    XLA takes an array plus a broadcast for as cheap as the array, and makes it again where it is
+    used, with all such sums that are in it: cotangents of a residual stream of normalised layers
+    would cost the square of its depth.
+    """
+    add, broadcast = p.add_jaxvals_p, p.broadcast_in_dim_p
+    found: list[Equation] = []
+    for equation in graph.equations:
+        if equation.primitive is add:
+            total, last = sorted(equation.inputs, key=lambda x: _made_by(broadcast, x) is not None)
+            earlier = _made_by(add, total)
+            if earlier and _made_by(broadcast, last) and graph.uses[total] == 1:
+                other, summand = sorted(earlier.inputs, key=lambda x: _made_by(add, x) is None)
+                first = Equation(equation.source, [summand, last])
+                first.outputs = [Value(total.aval, first)]
+                equation.inputs = [other, *first.outputs]
+                found.append(first)
+        found.append(equation)
+    return found
+
+
+def _made_by(primitive: core.Primitive, atom: Atom) -> Equation | None:
+    producer = atom.producer if isinstance(atom, Value) else None
+    return producer if producer and producer.primitive is primitive else None
 
 
 def _inline(

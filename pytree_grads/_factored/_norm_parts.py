@@ -217,6 +217,14 @@ def root_of(square: jax.Array) -> jax.Array:
     return lax.select(lax.is_finite(square), scale, lax.full_like(scale, beyond))
 
 
+def inverse(power: jax.Array) -> jax.Array:
+    """That of a power of two. XLA does not keep it as an array, as it keeps quotients."""
+    limits = jnp.finfo(power.dtype)
+    bits = lax.bitcast_convert_type(power, f"int{limits.bits}")
+    twice_one = lax.full_like(bits, (2 * limits.maxexp - 2) << limits.nmant)
+    return lax.bitcast_convert_type(lax.sub(twice_one, bits), power.dtype)
+
+
 def _power_of_two(x: jax.Array, halvings: int, start: int) -> jax.Array:
     """The power of two at or below the float with the bits `start` - (the bits of x >> halvings).
 

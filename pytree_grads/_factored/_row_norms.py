@@ -18,7 +18,7 @@ from .._tree import carried_dtype, common_dtype
 from . import _costs
 from ._dot import times_rows_twice
 from ._leaves import Leaf, inner, times
-from ._norm_parts import power, root_of, safe_sqrt
+from ._norm_parts import inverse, power, root_of, safe_sqrt
 from ._terms import (
     Dense,
     Outer,
@@ -123,10 +123,11 @@ def _pair_scales(left: jax.Array, right: jax.Array) -> tuple[list[jax.Array], ja
     least, most = (lax.full((), float(x), dtype) for x in (limits.tiny, 1 / limits.tiny))
     left, right = map(power, sizes)
     is_zero = lax.le(lax.min(*sizes), lax.full_like(left, least))
-    products = lax.select(is_zero, lax.full_like(left, most), lax.mul(left, right))
-    scale = lax.max(lax.reduce(products, most, lax.min, range(products.ndim)), least)
+    products = lax.max(lax.mul(left, right), lax.full_like(left, least))
+    products = lax.select(is_zero, lax.full_like(left, most), products)
+    scale = lax.reduce(products, most, lax.min, range(products.ndim))
     of_row = lax.broadcast(scale, left.shape)
-    return [left, lax.min(lax.div(of_row, left), right)], scale
+    return [left, lax.min(lax.mul(of_row, inverse(left)), right)], scale
 
 
 def _shrunk(term: Term, share: jax.Array) -> Term:
