@@ -213,6 +213,19 @@ def test_factors_that_share_the_size_of_a_row_in_opposite_ways(fun, ratio, dtype
     np.testing.assert_allclose(np.sqrt(np.sum(clipped**2, (1, 2, 3))), 0.5, rtol=2 * tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("fun", [over_a_scan, of_experts, of_positions, of_a_weight_twice])
+def test_a_factor_of_the_smallest_normal_number_is_not_zero(fun, dtype, x64):
+    limits = jnp.finfo(dtype)
+    x = jnp.full((N, 2, 12), limits.tiny, dtype)
+    c = jnp.full((N, 2, 12), 2.0 ** (limits.maxexp - 1), dtype)  # times tiny: 2
+    J = jacobian(fun)(jnp.zeros((2, 12, 12), dtype), x, c)
+    want = jnp.linalg.norm(J.to_rows().reshape(N, -1), axis=1)
+    assert want[0] > 24
+    np.testing.assert_allclose(J.norms(), want, rtol=1e-6)
+    np.testing.assert_allclose(J.clip(1.0).norms(), 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize("zero", ["blocks", "rows"])
 def test_factors_that_are_zero_where_the_other_is_large(zero):
     """What is zero has no part in the scale of what is not."""

@@ -1,7 +1,7 @@
 """A jaxpr as a graph to walk backwards in: calls inlined, every value knowing what made it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -101,30 +101,30 @@ def build(jaxpr: Any) -> Graph:
     equations: list[Equation] = []
     outputs = _inline(opened, [Known(c) for c in consts], inputs, equations.append)
     graph = Graph(inputs, equations, outputs)
-    return replace(graph, equations=_with_broadcasts_first(graph))
+    _add_broadcasts_first(graph)
+    return graph
 
 
-def _with_broadcasts_first(graph: Graph) -> list[Equation]:
-    """The equations, with what is broadcast added to the last summand of a sum, not to the sum.
+def _add_broadcasts_first(graph: Graph) -> None:
+    """Adds what is broadcast to the last summand of a sum, not to the sum: a+b+c as a+(b+c).
 
     XLA takes an array plus a broadcast for as cheap as the array, and makes it again where it is
     used, with all such sums that are in it: cotangents of a residual stream of normalised layers
     would cost the square of its depth.
     """
     add, broadcast = p.add_jaxvals_p, p.broadcast_in_dim_p
-    found: list[Equation] = []
+    ordered: dict[Equation, None] = {}
     for equation in graph.equations:
         if equation.primitive is add:
             total, last = sorted(equation.inputs, key=lambda x: _made_by(broadcast, x) is not None)
-            earlier = _made_by(add, total)
-            if earlier and _made_by(broadcast, last) and graph.uses[total] == 1:
-                other, summand = sorted(earlier.inputs, key=lambda x: _made_by(add, x) is None)
-                first = Equation(equation.source, [summand, last])
-                first.outputs = [Value(total.aval, first)]
-                equation.inputs = [other, *first.outputs]
-                found.append(first)
-        found.append(equation)
-    return found
+            inner = _made_by(add, total)
+            if inner and _made_by(broadcast, last) and graph.uses[total] == 1:
+                other, summand = sorted(inner.inputs, key=lambda x: _made_by(add, x) is None)
+                inner.inputs, equation.inputs = [summand, last], [other, total]
+                del ordered[inner]  # to stand behind what makes its inputs
+                ordered[inner] = None
+        ordered[equation] = None
+    graph.equations = list(ordered)
 
 
 def _made_by(primitive: core.Primitive, atom: Atom) -> Equation | None:

@@ -193,10 +193,10 @@ def _of_leaves(numbers: Sequence[float], like: jax.Array) -> jax.Array:
 
 @jax.jit
 def power(size: jax.Array) -> jax.Array:
-    """About 1 / the root of a positive normal number: a power of two.
+    """About 1 / the root of a positive normal number, or of zero: a power of two.
 
-    Multiplied by it twice, the number is from 1 up to 4. It is made of operations that are cheap
-    enough for XLA to make them where they are used.
+    Multiplied by it twice, the number is from 1 up to 4, or zero. It is made of operations that are
+    cheap enough for XLA to make them where they are used.
     """
     limits = jnp.finfo(size.dtype)
     return _power_of_two(size, 1, ((3 * limits.maxexp - 1) << (limits.nmant - 1)) - 1)
@@ -218,7 +218,7 @@ def root_of(square: jax.Array) -> jax.Array:
 
 
 def inverse(power: jax.Array) -> jax.Array:
-    """That of a power of two. XLA does not keep it as an array, as it keeps quotients."""
+    """That of a normal power of two, exactly. XLA does not keep it, as it keeps quotients."""
     limits = jnp.finfo(power.dtype)
     bits = lax.bitcast_convert_type(power, f"int{limits.bits}")
     twice_one = lax.full_like(bits, (2 * limits.maxexp - 2) << limits.nmant)

@@ -90,13 +90,10 @@ def _of_parts(squares: jax.Array, absolutes: jax.Array | None, scales: jax.Array
 
 @jax.jit
 def _size(x: jax.Array) -> jax.Array:
-    """The largest absolute value over the last axis, or the smallest normal number."""
+    """The largest absolute value over the last axis."""
     dtype = jnp.finfo(carried_dtype(x.dtype)).dtype
     x = lax.convert_element_type(lax.abs(lax.stop_gradient(x)), dtype)
-    least, last = jnp.asarray(jnp.finfo(dtype).tiny, dtype), x.ndim - 1
-    if x.shape[last] == 1:  # XLA drops the start of the reduction then
-        return lax.max(lax.squeeze(x, (last,)), least)
-    return lax.reduce(x, least, lax.max, (last,))
+    return lax.reduce(x, jnp.zeros((), dtype), lax.max, (x.ndim - 1,))
 
 
 def _unit(term: Term) -> tuple[Term, jax.Array]:
@@ -122,10 +119,12 @@ def _pair_scales(left: jax.Array, right: jax.Array) -> tuple[list[jax.Array], ja
     limits = jnp.finfo(dtype)
     least, most = (lax.full((), float(x), dtype) for x in (limits.tiny, 1 / limits.tiny))
     left, right = map(power, sizes)
-    is_zero = lax.le(lax.min(*sizes), lax.full_like(left, least))
+    is_zero = lax.eq(lax.min(*sizes), lax.full_like(left, 0))
+    # Not the scale, which XLA would keep as one more array.
     products = lax.max(lax.mul(left, right), lax.full_like(left, least))
     products = lax.select(is_zero, lax.full_like(left, most), products)
     scale = lax.reduce(products, most, lax.min, range(products.ndim))
+    # Beyond the range only for pairs that are zero, and below it for those of no weight.
     of_row = lax.broadcast(scale, left.shape)
     return [left, lax.min(lax.mul(of_row, inverse(left)), right)], scale
 
