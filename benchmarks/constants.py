@@ -139,12 +139,6 @@ def scales(n: int, d: int) -> Problem:
     return Problem(lambda p, x: jnp.sum(jnp.tanh(p * x)), draw(d), (draw(n, d),))
 
 
-def grid(n: int, *shape: int) -> Problem:
-    """The same with several axes."""
-    draw = Draw("grid")
-    return Problem(lambda p, x: jnp.sum(jnp.tanh(p * x)), draw(*shape), (draw(n, *shape),))
-
-
 def look_ups(n: int, count: int, words: int, d: int) -> Problem:
     draw = Draw("look-ups")
 
@@ -197,12 +191,12 @@ def cases() -> Iterator[Case]:
         (256, 4000, 8),
     ):
         yield Case("PAIRS", count**2 * (16 + d) // words, look_ups(32, count, words, d), "clipped")
-    for last in (2, 8, 32, 128):
-        yield Case("SHORT_AXIS", last, grid(64, 64, last), "clipped")
     for columns in (8, 32, 64, 128, 192, 256):
         yield Case("NARROW", columns, layer(512, 1024, columns), "weighted")
     for n in (8, 32, 128):
         yield Case("LARGE_NARROW", n * 1024 * 8, layer(n, 1024, 8), "weighted")
+    for n in (64, 128, 256, 1024):
+        yield Case("FEWER", n // 64, layer(n, 1024, 64), "weighted", above=1)
     for columns in (256, 1024, 2048, 4096):
         yield Case("SHARED", columns // 256, layer(1024, 256, columns), "weighted")
 

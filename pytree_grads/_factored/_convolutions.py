@@ -11,7 +11,7 @@ from jax import lax
 from . import _costs
 from ._graph import Equation
 from ._layout import Frame
-from ._tails import Reshape, Shape, Tail, Transpose
+from ._tails import Reshape, Shape, Tail, Transpose, arranged
 from ._windows import Windows
 
 
@@ -59,7 +59,7 @@ class WindowLayout:
             each,
         )
         order = (*outer, wide, *rows, *added, depth, *space, wide + 1)
-        return lax.transpose(x, order).reshape(sizes)
+        return arranged(x, order, sizes)
 
     def levels(self, left: int, right: int) -> tuple[int, int]:
         """The axes of rows that the term's arrays have, from those of the operands."""

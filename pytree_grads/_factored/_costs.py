@@ -64,12 +64,10 @@ SHARED = 8
 # share an index are found so; beyond, by an array with a number for each line.
 PAIRS = 20
 
-# Entries of the last axis below which it is joined with those before it for squares of rows: XLA on
-# CPUs goes along one axis in its vectors.
-SHORT_AXIS = 32
-
 # Columns of a weight up to which its sum over rows is multiplied the other way round: XLA on CPUs
-# is up to six times as fast if so few are the lines, not the columns. From so many
-# multiplications on.
+# is up to six times as fast if so few are the lines, not the columns. From so many multiplications
+# on, and if there are at least so many times as many lines and rows: to turn the result round takes
+# as long to compile as three loops.
 NARROW = 128
 LARGE_NARROW = 1 << 17
+FEWER = 4

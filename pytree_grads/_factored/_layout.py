@@ -16,7 +16,7 @@ from jax import lax
 
 from .._tree import carried_dtype
 from ._graph import Atom, Equation
-from ._tails import Reshape, Shape, Slice, Tail, Transpose, is_zero, same_along
+from ._tails import Reshape, Shape, Slice, Tail, Transpose, arranged, is_zero, same_along
 from ._terms import Outer, Scatter
 
 
@@ -103,7 +103,7 @@ class Side:
             prod(x.shape[i] for i in added + steps),
             prod(x.shape[i] for i in free),
         )
-        return lax.transpose(x, (*outer, *blocks, *rows, *added, *steps, *free)).reshape(shape)
+        return arranged(x, (*outer, *blocks, *rows, *added, *steps, *free), shape)
 
 
 @dataclass(frozen=True)

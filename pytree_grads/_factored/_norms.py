@@ -47,7 +47,7 @@ class _Factor:
     def of(cls, x: jax.Array, axis: int, level: int) -> "_Factor":
         x, first = squeezed(x, axis, level)
         rows = x.shape[: first + level]
-        if x.ndim > len(rows) and x.shape[-1] < _costs.SHORT_AXIS:
+        if x.ndim > len(rows):
             x = lax.reshape(x, (*rows, prod(x.shape[len(rows) :])))
         return cls(x.astype(carried_dtype(x.dtype)), first, level)
 

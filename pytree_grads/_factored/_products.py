@@ -225,7 +225,8 @@ def _contract_outer(
         return dot("bzm,bzn->bmn", left, right, precision=precision)
     left, right = (lax.squeeze(x, (0,)) for x in (left, right))
     m, n = left.shape[-1], right.shape[-1]
-    if n <= min(_costs.NARROW, m // 2) and left.size * n >= _costs.LARGE_NARROW:
+    is_narrow = n <= min(_costs.NARROW, m // _costs.FEWER, left.shape[0] // _costs.FEWER)
+    if is_narrow and left.size * n >= _costs.LARGE_NARROW:
         lines = dot("zn,zm->nm", right, left, precision=precision)
         return lax.optimization_barrier(lines).T[None]
     block = dot("zm,zn->mn", left, right, precision=precision)

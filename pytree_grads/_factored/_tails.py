@@ -85,6 +85,17 @@ def apply(tail: Tail, x: jax.Array) -> jax.Array:
     return x
 
 
+def arranged(x: jax.Array, order: Sequence[int], shape: Shape) -> jax.Array:
+    """An array with its axes in another order, then in another shape.
+
+    Axes of size 1 are not moved: for XLA that is another layout, which loops want copied.
+    """
+    idle = [i for i, n in enumerate(x.shape) if n == 1]
+    left = [i for i in range(x.ndim) if i not in idle]
+    x = lax.squeeze(x, idle)
+    return lax.transpose(x, [left.index(i) for i in order if i in left]).reshape(shape)
+
+
 def transposed(tail: Tail, shape: Sequence[int], v: jax.Array) -> jax.Array:
     """The transpose of a tail that takes arrays of `shape`, applied to `v`."""
     if not tail:

@@ -57,21 +57,41 @@ class Windows:
         places = np.stack(np.unravel_index(range(prod(self.offsets)), self.offsets), -1)
         return jnp.asarray(places * np.array(self.strides), "int32")
 
-    def _window(self, start: jax.Array) -> jax.Array:
-        """The window that begins somewhere: shape (B, A T, m)."""
-        zero = jnp.zeros_like(start[0])
-        blocks, depth, *_, m = self.left.shape
-        spans = [(t - 1) * step + 1 for t, step in zip(self.steps, self.dilation, strict=True)]
-        taken = lax.dynamic_slice(self.left, (zero, zero, *start, zero), (blocks, depth, *spans, m))
-        taken = lax.slice(taken, (0,) * taken.ndim, taken.shape, (1, 1, *self.dilation, 1))
-        return taken.reshape(blocks, self.pairs, m)
+    @property
+    def _blocks(self) -> Shape:
+        """(B,), or () for one block: XLA copies arrays with axes of size 1 before a loop."""
+        return _but_ones(self.left.shape[:1])
+
+    def _image(self) -> jax.Array:
+        """The left array for a loop: (*B, *A, *image, m), where B and A are left out if one."""
+        return self.left.reshape(*_but_ones(self.left.shape[:2]), *self.left.shape[2:])
 
     def _right(self) -> jax.Array:
-        return self.right.reshape(self.right.shape[0], self.pairs, self.right.shape[-1])
+        """The right array for a loop: (*B, A T, n)."""
+        return self.right.reshape(*self._blocks, self.pairs, self.right.shape[-1])
+
+    def _window(self, image: jax.Array, start: jax.Array) -> jax.Array:
+        """The window of the image that begins somewhere: (*B, A T, m)."""
+        spans = [(t - 1) * step + 1 for t, step in zip(self.steps, self.dilation, strict=True)]
+        *lead, m = image.shape[: -len(spans) - 1] + image.shape[-1:]
+        zero = jnp.zeros_like(start[0])
+        starts = (*[zero] * len(lead), *start, zero)
+        taken = lax.dynamic_slice(image, starts, (*lead, *spans, m))
+        strides = (*[1] * len(lead), *self.dilation, 1)
+        taken = lax.slice(taken, [0] * taken.ndim, taken.shape, strides)
+        return taken.reshape(*self._blocks, self.pairs, m)
+
+    def _dot(self, spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """An einsum for every block."""
+        b = "b" * len(self._blocks)
+        left, right, result = spec.replace("->", ",").split(",")
+        return dot(f"{b}{left},{b}{right}->{b}{result}", x, y)
 
     def at(self, o: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The arrays whose outer products add up to the lines of window o: (B, A T, m or n)."""
-        return self._window(self._starts()[o]), self._right()
+        pair = self._window(self._image(), self._starts()[o]), self._right()
+        left, right = (x.reshape(self.left.shape[0], *x.shape[-2:]) for x in pair)
+        return left, right
 
     @jax.jit
     def materialize(self) -> jax.Array:
@@ -81,19 +101,25 @@ class Windows:
 
     def over_offsets(self, fun: Callable[[jax.Array], Any]) -> Any:
         """`fun(lines)` for each offset, one of which is there at a time, stacked."""
-        right = self._right()
-        return lax.map(lambda o: fun(dot("btm,btn->bmn", self._window(o), right)), self._starts())
+        image, right = self._image(), self._right()
+
+        def at(start: jax.Array) -> Any:
+            lines = self._dot("tm,tn->mn", self._window(image, start), right)
+            return fun(lines.reshape(self.left.shape[0], *lines.shape[-2:]))
+
+        return lax.map(at, self._starts())
 
     def apply(self, v: jax.Array) -> jax.Array:
         """The sum of the products of a row's entries with those of v."""
-        blocks, _, n = self.shape
-        lines = jnp.moveaxis(v.reshape(blocks, prod(self.offsets), -1, n), 1, 0)
+        image, right = self._image(), self._right()
+        lines = v.reshape(*self._blocks, prod(self.offsets), -1, self.shape[-1])
+        lines = jnp.moveaxis(lines, len(self._blocks), 0)
 
         def add(total: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             start, line = at
-            return total + dot("btm,bmn->btn", self._window(start), line).astype(total.dtype), None
+            product = self._dot("tm,mn->tn", self._window(image, start), line)
+            return total + product.astype(total.dtype), None
 
-        right = self._right()
         zeros = varying_zeros(right.shape, v.dtype, self.left, right, v)
         total, _ = lax.scan(add, zeros, (self._starts(), lines))
         return jnp.sum(total * right.astype(v.dtype))
@@ -118,3 +144,7 @@ class Windows:
             dimension_numbers=numbers,
         )
         return lines.reshape(term.shape)
+
+
+def _but_ones(shape: Shape) -> Shape:
+    return tuple(n for n in shape if n != 1)
