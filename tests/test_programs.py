@@ -73,3 +73,21 @@ def most_operands_of_a_loop(depth):
 def test_a_cotangent_of_a_residual_stream_is_made_once():
     """Each is the one before it and a branch, not all branches again."""
     assert most_operands_of_a_loop(9) == most_operands_of_a_loop(12) < 9
+
+
+def test_a_loop_over_windows_takes_arrays_without_axes_of_size_one():
+    """XLA would copy them: it lays such axes out anew."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def fun(kernels, x):
+        for kernel in kernels:
+            x = jax.lax.conv_general_dilated(x[None], kernel, (1, 1), "SAME", None, None, numbers)
+            x = jnp.tanh(x[0])
+        return jnp.sum(x)
+
+    kernels = [jnp.ones((3, 3, 6, 6)), jnp.ones((3, 3, 6, 6))]
+    clipped = jax.jit(lambda p, x: jacobian(fun)(p, x).clip(1.0).sum())
+    text = clipped.lower(kernels, jnp.ones((4, 8, 8, 6))).as_text()
+    loops = [line for line in text.splitlines() if "stablehlo.while" in line]
+    assert any("tensor<4x10x10x6xf32>" in loop for loop in loops)
+    assert not any("x1x10x10x6xf32>" in loop for loop in loops)
