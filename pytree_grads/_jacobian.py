@@ -43,6 +43,8 @@ class Jacobian:
     a row with a NaN or infinity its norm is NaN or infinite, and it poisons every sum, unless
                                  ``clip(..., nan_safe=True)`` has made it zero
     a norm that overflows        is infinite or NaN; ``clip`` takes its row for one with an infinity
+    a norm that is 1e37 times    its row is zero once clipped, for no float can scale it
+    its bound, in float32
     complex parameters           rows follow ``jax.grad``'s convention (step along the conjugate);
                                  ``gram`` conjugates the left row, ``J @ v`` is real
     ===========================  =================================================================
@@ -231,7 +233,9 @@ class Jacobian:
           max_norm: a non-negative bound for the whole row, or a prefix tree of the parameters that
             holds a bound for each of its parts (a layer, say), which are then clipped one by one.
           nan_safe: whether a row that holds a NaN or an infinity counts as zero. Otherwise it
-            poisons every sum, as it would without clipping.
+            poisons every sum, as it would without clipping. (XLA itself spreads a NaN over all
+            examples where it convolves each with a kernel of its own, derived from a parameter, in
+            groups, as in ``jax.vmap(jax.grad(f))``: all rows count as zero then.)
 
         Raises:
           TypeError: a bound is not a real number.

@@ -151,24 +151,34 @@ def check(jacobian: "Jacobian", rows: int) -> None:
     bare = replace(few._rows, weights=None, valid=None, clip=None)
     weights = np.linspace(-1, 1, prod(bare.shape)).reshape(bare.shape)
     c = jnp.asarray(weights, jnp.zeros(()).dtype)
-    got, norms, sums, squares = _products(bare, c)
+    got, (norms, excess), sums, squares = _products(bare, c)
     plain = [_wide(x) for x in _plain_rows(few)]
     axes = tuple(range(len(bare.shape)))
     flat = [x.reshape(*bare.shape, -1) for x in plain]
     sizes = [np.tensordot(np.abs(weights), np.abs(x), len(axes)) for x in plain]
-    _compare(few, "to_rows", got, plain, plain)
-    _compare(few, "norms", norms, [np.linalg.norm(x, axis=-1) for x in flat], flat)
-    _compare(few, "weighted_sum", sums, [np.tensordot(weights, x, len(axes)) for x in plain], sizes)
+    lengths = [np.linalg.norm(x, axis=-1) for x in flat]
     totals = [np.sum(np.abs(x) ** 2, axis=axes) for x in plain]
-    _compare(few, "square_sum", squares, totals, totals)
+    signed = [np.tensordot(weights, x, len(axes)) for x in plain]
+    # Where the parts of a row nearly cancel: what that adds to a norm, and leaves in an entry.
+    excess = [_largest(_wide(x)) for x in excess]
+    left = [16 * float(jnp.finfo(x.dtype).eps) ** 0.5 * y for x, y in zip(got, excess, strict=True)]
+    in_sums = [np.sum(np.abs(weights)) * x for x in left]
+    in_squares = [
+        weights.size * x * (2 * _largest(y) + x) for x, y in zip(left, plain, strict=True)
+    ]
+    _compare(few, "to_rows", got, plain, plain, left)
+    _compare(few, "norms", norms, lengths, lengths, excess)
+    _compare(few, "weighted_sum", sums, signed, sizes, in_sums)
+    _compare(few, "square_sum", squares, totals, totals, in_squares)
 
 
 @jax.jit
 def _products(rows: "Rows", c: jax.Array) -> tuple[Any, Any, Any, Any]:
     def of_rows(matrix: Matrix) -> tuple[Any, Any]:
         norms = matrix.leaf_norms()
-        of_leaves = tuple(combined(norms, [i]) for i in range(len(matrix.leaves)))
-        return tuple(matrix.rows()), of_leaves
+        both = norms, [x.excess for x in norms]
+        leaves = range(len(matrix.leaves))
+        return tuple(matrix.rows()), tuple(tuple(combined(x, [i]) for i in leaves) for x in both)
 
     stacked, norms = rows.map(of_rows)
     sums = tuple(jax.tree.leaves(rows.sum(c)))
@@ -180,22 +190,28 @@ def _wide(x: jax.Array) -> np.ndarray:
     return np.asarray(x).astype(np.result_type(np.float64, carried_dtype(x.dtype)))
 
 
+def _largest(x: np.ndarray) -> float:
+    return float(np.max(np.abs(x), where=np.isfinite(x), initial=0.0))
+
+
 def _compare(
     jacobian: "Jacobian",
     product: str,
     found: Sequence[jax.Array],
     right: Sequence[np.ndarray],
     summands: Sequence[np.ndarray],
+    left: Sequence[float],
 ) -> None:
     """Raise if a leaf is off by more than rounding of its summands, or of the other leaves.
 
+    What parts that cancel have `left` of their own rounding is allowed beside.
     A leaf may have no gradient but the rounding of others (a bias that is subtracted again).
     """
-    scales = [np.max(np.abs(x), where=np.isfinite(x), initial=0.0) for x in summands]
+    scales = list(map(_largest, summands))
     params = jax.tree.leaves_with_path(jacobian._rows.params)
-    for (path, leaf), x, y, scale in zip(params, found, right, scales, strict=True):
+    for (path, leaf), x, y, scale, own in zip(params, found, right, scales, left, strict=True):
         eps = float(jnp.finfo(leaf.dtype).eps)
-        allowed = 8 * eps**0.5 * scale + 64 * eps * max(scales)
+        allowed = 8 * eps**0.5 * scale + 64 * eps * max(scales) + own
         both = np.isfinite(x) & np.isfinite(y)
         error = np.max(np.abs(_wide(x) - y), where=both, initial=0.0)
         if error > allowed or not np.array_equal(np.isfinite(x), np.isfinite(y)):

@@ -347,6 +347,61 @@ def test_parts_whose_factors_lie_far_apart_keep_the_guarantee_of_clip(fun, far, 
     assert np.all(wide <= 1 + 1e-3)
 
 
+def two_outputs(p, x, tokens, size):
+    """The second is of another row; both share the factors of the first layer."""
+    with_bias = network({**p, "b": p["b"] + 0.1}, x, tokens)
+    return size * jnp.stack([network(p, x, tokens), with_bias])
+
+
+def one_output(p, x, tokens, size):
+    h = x.reshape(1, 6, 3)
+    windows = jax.lax.conv_general_dilated(
+        h, p["w"].reshape(3, 3, 9), (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+    )
+    return size * (network(p, x, tokens) + jnp.sum(jnp.cos(windows)))
+
+
+@modes
+@pytest.mark.parametrize("fun", [one_output, two_outputs])
+@pytest.mark.parametrize("size", [1e25, 1e-25])
+def test_squares_of_weighted_rows_whose_own_are_out_of_range(fun, size, mode):
+    """The products of `J.scale(s)` and `J.clip(b)` are those of rows that are near one."""
+    args = problem()
+    shape = (N, 2) if fun is two_outputs else (N,)
+    differentiate = jax.jacrev if fun is two_outputs else jax.grad
+    rows = jax.vmap(differentiate(fun), (None, 0, 0, None))(*args, 1.0)
+    flat = np.concatenate([r.reshape(*shape, -1) for r in jax.tree.leaves(rows)], -1)
+    weights = 1 + np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    J = jacobian(fun, **mode)(*args, jnp.full(N, size))
+    cases = [(J.scale(weights).scale(jnp.full(shape, 1 / size)), weights[..., None] * flat)]
+    if size > 1:
+        lengths = np.linalg.norm(flat, axis=-1, keepdims=True)
+        cases.append((J.clip(2.0), 2 * flat / lengths))
+    for weighted, right in cases:
+        squares = [jnp.ravel(x) for x in jax.tree.leaves(weighted.square_sum())]
+        right = right.reshape(-1, flat.shape[-1])
+        gram = (right @ right.T).reshape(shape + shape)
+        for got, want in ((jnp.concatenate(squares), np.sum(right**2, 0)), (weighted.gram(), gram)):
+            np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-5 * np.max(want))
+
+
+@modes
+def test_rows_of_a_tie_that_are_zero_or_tiny(mode):
+    """Look-ups and products of one table, of examples that are masked, or nearly so."""
+    params, x, tokens = problem()
+    mask = jnp.array([1.0, 0.0, 1e-20, 1e-33, 1e-34])
+
+    def masked(p, x, tokens, mask):
+        return mask * network(p, x, tokens)
+
+    same = jnp.broadcast_to(x[:1], x.shape), jnp.broadcast_to(tokens[:1], tokens.shape)
+    norms = jacobian(lambda *args: masked({**params, "table": args[0]}, *args[1:]), **mode)(
+        params["table"], *same, mask
+    ).norms()
+    assert norms[1] == 0
+    np.testing.assert_allclose(norms, norms[0] * mask, rtol=1e-5)
+
+
 def test_norms_err_little_where_parts_cancel_little():
     rng = np.random.default_rng(2)
     a, b = (jnp.asarray(rng.standard_normal((200, 8, 65)), jnp.float32) for _ in range(2))

@@ -167,6 +167,28 @@ class TestCheck:
         assert 0 < jnp.max(jnp.abs(J.to_rows()["b"])) < 1e-3
         J.check()
 
+    def test_rows_whose_parts_cancel_pass(self):
+        """What is left of them is rounding: of norms as documented, and of every entry."""
+
+        def pairs(p, x):
+            h = x @ p["w"]
+            return jnp.sum(jnp.sin(h[0::2]) - jnp.sin(h[1::2])) + 1e-3 * jnp.sum(p["v"])
+
+        def centred(p, x):
+            h = x @ p["w"]
+            h = h - jnp.mean(h, 0, keepdims=True)
+            return jnp.sum(jnp.cos(h) @ p["v"][:, None])
+
+        params = {"w": jax.random.normal(KEYS[0], (256, 128)), "v": jnp.arange(128.0)}
+        x = jnp.broadcast_to(jax.random.normal(KEYS[1], (4, 1, 256)), (4, 16, 256))
+        for fun in (pairs, centred):
+            J = jacobian(fun)(params, x)
+            J.check()
+            with pytest.raises(ValueError, match="differs"):
+                damaged(J, "v").check()
+        lengths = jnp.linalg.norm(J.to_rows()["w"].reshape(4, -1), axis=1)
+        assert jnp.max(lengths) < 1e-2 * jnp.max(J.norms())
+
     def test_rows_that_are_not_finite_do_not_hide_others(self):
         params, x, token = problem(9)
         J = jax.jit(jacobian(network))(params, x.at[0, 0, 0].set(jnp.nan), token)

@@ -13,6 +13,8 @@ from .._compat import varying_zeros
 from .._sharding import take as neighbours
 from .._tree import carried_dtype
 from . import _costs, _terms
+from ._dot import times_rows
+from ._norm_parts import inverse, power
 from ._tails import Shape, Tail, apply, disjoint, isometric, transposed
 from ._terms import Dense, Term
 from ._windows import Windows
@@ -126,6 +128,31 @@ def widened(leaf: Leaf, dtype: Any) -> Leaf:
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
     return replace(leaf, pieces=jax.tree.map(wide, leaf.pieces), dtype=dtype)
+
+
+def weighted(leaf: Leaf, weights: jax.Array | None) -> tuple[Leaf, jax.Array | None]:
+    """The rows times numbers of their own, and the numbers that remain, where rows share factors.
+
+    Each vector of a pair takes about their root, so that its square is near that of its row.
+    """
+    depth = len(leaf.rows)
+    levels = [piece.levels[-len(piece.term.factors) :] for piece in leaf.pieces]
+    if weights is None or any(depth not in x for x in levels):
+        return leaf, weights
+    weights = weights.astype(leaf.real)
+    root = power(jax.lax.stop_gradient(abs(weights)))
+
+    def of(piece: Piece) -> Piece:
+        arrays, treedef = jax.tree.flatten(piece.term)
+        first = len(arrays) - len(piece.term.factors)  # an index stands before them
+        own = [i for i, level in enumerate(piece.levels) if i >= first and level == depth]
+        shares = [weights] if len(own) == 1 else [inverse(root), weights * root]
+        for i, share in zip(own, shares, strict=True):
+            x = arrays[i].astype(carried_dtype(arrays[i].dtype))
+            arrays[i] = times_rows(x, share.astype(x.dtype), piece.axis)
+        return replace(piece, term=jax.tree.unflatten(treedef, arrays))
+
+    return replace(leaf, pieces=tuple(map(of, leaf.pieces))), None
 
 
 def over_rows(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from .._sharding import take as neighbours
 from .._tree import common_dtype
 from . import _gramians, _products
-from ._leaves import Leaf, Piece, take, widened
+from ._leaves import Leaf, Piece, take, weighted, widened
 from ._norm_parts import Norms
 from ._norms import leaf_norms
 
@@ -80,7 +80,7 @@ class Matrix:
     def square_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         sums, rows = [], self.selected()
         for i, leaf in enumerate(rows.leaves):
-            own = rows.weight(i)
+            leaf, own = weighted(leaf, rows.weight(i))
             scale = None if own is None else own**2
             if weights is not None:
                 extra = weights.astype(leaf.real)
@@ -102,9 +102,10 @@ class Matrix:
         others = rows if other is self else other.selected()
         for i, (leaf, theirs) in enumerate(zip(rows.leaves, others.leaves, strict=True)):
             wider = common_dtype(leaf.carried, theirs.carried)
-            mine = widened(leaf, wider)
-            product = _gramians.gram(mine, mine if theirs is leaf else widened(theirs, wider))
-            left, right = rows.weight(i), others.weight(i)
+            is_same = theirs is leaf and others.weights is rows.weights
+            mine, left = weighted(widened(leaf, wider), rows.weight(i))
+            yours, right = weighted(widened(theirs, wider), others.weight(i))
+            product = _gramians.gram(mine, mine if is_same else yours)
             if left is not None:
                 left = left.reshape(*leaf.rows, *[1] * len(theirs.rows))
                 product = product * left.astype(product.dtype)

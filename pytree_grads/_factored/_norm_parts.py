@@ -73,6 +73,16 @@ class Norms:
             errors=tuple(self.errors[k] for k in at),
         )
 
+    @property
+    def excess(self) -> "Norms":
+        """What the norms may be too large by, where the parts of a row nearly cancel."""
+        if not self.absolute:
+            return self.scaled([jnp.zeros_like(self.value(self.dtype)[..., 0])] * len(self.leaves))
+        errors = zip(*self.errors, strict=True)
+        relative, least = (_of_leaves([2 * e for e in x], self.absolute[0]) for x in errors)
+        square = lax.add(lax.mul(self.absolute[0], relative), least)
+        return replace(self, squares=(square, *self.squares[1:]), absolute=())
+
     def value(self, dtype: Any) -> jax.Array:
         """The norms."""
         arrays = jax.tree.leaves(self)
