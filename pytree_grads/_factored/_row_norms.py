@@ -107,7 +107,7 @@ def _unit(term: Term, *, by_largest: bool = False) -> tuple[Term, jax.Array]:
     (x,) = term.factors
     x = lax.convert_element_type(x, carried_dtype(x.dtype))
     if by_largest:
-        scale = power(jnp.max(_size(x), initial=0))
+        scale = power(_size(lax.reshape(x, (x.size,))))
     else:
         scale = root_of(lax.stop_gradient(jnp.sum(jnp.abs(x) ** 2)))
     return scaled(term, [scale]), scale
