@@ -43,7 +43,7 @@ class Jacobian:
     a row with a NaN or infinity its norm is NaN or infinite, and it poisons every sum, unless
                                  ``clip(..., nan_safe=True)`` has made it zero
     a norm that overflows        is infinite or NaN; ``clip`` takes its row for one with an infinity
-    a norm that is 1e37 times    its row is zero once clipped, for no float can scale it
+    a norm that is 9e37 times    its row is zero once clipped, for no normal float scales it so
     its bound, in float32
     complex parameters           rows follow ``jax.grad``'s convention (step along the conjugate);
                                  ``gram`` conjugates the left row, ``J @ v`` is real

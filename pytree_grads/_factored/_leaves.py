@@ -135,24 +135,26 @@ def weighted(leaf: Leaf, weights: jax.Array | None) -> tuple[Leaf, jax.Array | N
 
     Each vector of a pair takes about their root, so that its square is near that of its row.
     """
-    depth = len(leaf.rows)
-    levels = [piece.levels[-len(piece.term.factors) :] for piece in leaf.pieces]
-    if weights is None or any(depth not in x for x in levels):
+    own = [_unshared(piece, len(leaf.rows)) for piece in leaf.pieces]
+    if weights is None or not all(own):
         return leaf, weights
     weights = weights.astype(leaf.real)
     root = power(jax.lax.stop_gradient(abs(weights)))
-
-    def of(piece: Piece) -> Piece:
+    pieces = []
+    for piece, places in zip(leaf.pieces, own, strict=True):
         arrays, treedef = jax.tree.flatten(piece.term)
-        first = len(arrays) - len(piece.term.factors)  # an index stands before them
-        own = [i for i, level in enumerate(piece.levels) if i >= first and level == depth]
-        shares = [weights] if len(own) == 1 else [inverse(root), weights * root]
-        for i, share in zip(own, shares, strict=True):
+        shares = [weights] if len(places) == 1 else [inverse(root), weights * root]
+        for i, share in zip(places, shares, strict=True):
             x = arrays[i].astype(carried_dtype(arrays[i].dtype))
             arrays[i] = times_rows(x, share.astype(x.dtype), piece.axis)
-        return replace(piece, term=jax.tree.unflatten(treedef, arrays))
+        pieces.append(replace(piece, term=jax.tree.unflatten(treedef, arrays)))
+    return replace(leaf, pieces=tuple(pieces)), None
 
-    return replace(leaf, pieces=tuple(map(of, leaf.pieces))), None
+
+def _unshared(piece: Piece, depth: int) -> list[int]:
+    """Which arrays of a term are factors that differ from row to row."""
+    first = len(piece.levels) - len(piece.term.factors)  # an index stands before them
+    return [i for i, level in enumerate(piece.levels) if i >= first and level == depth]
 
 
 def over_rows(

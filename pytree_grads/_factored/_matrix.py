@@ -102,10 +102,11 @@ class Matrix:
         others = rows if other is self else other.selected()
         for i, (leaf, theirs) in enumerate(zip(rows.leaves, others.leaves, strict=True)):
             wider = common_dtype(leaf.carried, theirs.carried)
-            is_same = theirs is leaf and others.weights is rows.weights
             mine, left = weighted(widened(leaf, wider), rows.weight(i))
-            yours, right = weighted(widened(theirs, wider), others.weight(i))
-            product = _gramians.gram(mine, mine if is_same else yours)
+            yours, right = mine, left
+            if theirs is not leaf or others.weights is not rows.weights:
+                yours, right = weighted(widened(theirs, wider), others.weight(i))
+            product = _gramians.gram(mine, yours)
             if left is not None:
                 left = left.reshape(*leaf.rows, *[1] * len(theirs.rows))
                 product = product * left.astype(product.dtype)

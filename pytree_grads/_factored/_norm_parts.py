@@ -77,11 +77,15 @@ class Norms:
     def excess(self) -> "Norms":
         """What the norms may be too large by, where the parts of a row nearly cancel."""
         if not self.absolute:
-            return self.scaled([jnp.zeros_like(self.value(self.dtype)[..., 0])] * len(self.leaves))
-        errors = zip(*self.errors, strict=True)
-        relative, least = (_of_leaves([2 * e for e in x], self.absolute[0]) for x in errors)
-        square = lax.add(lax.mul(self.absolute[0], relative), least)
+            nothing = jnp.zeros_like((*self.squares, *self.weights)[0])
+            return replace(self, squares=(), scales=(), weights=(nothing,))
+        square = 2 * self._rounding(self.absolute[0])  # its own, and what is added for it
         return replace(self, squares=(square, *self.squares[1:]), absolute=())
+
+    def _rounding(self, absolute: jax.Array) -> jax.Array:
+        """About the error of the squared norms, before scales."""
+        relative, least = (_of_leaves(x, absolute) for x in zip(*self.errors, strict=True))
+        return lax.add(lax.mul(absolute, relative), least)
 
     def value(self, dtype: Any) -> jax.Array:
         """The norms."""
@@ -98,8 +102,7 @@ class Norms:
         if self.squares:
             square, *others = map(cast, self.squares)
             for absolute in map(cast, self.absolute):
-                relative, least = (_of_leaves(x, square) for x in zip(*self.errors, strict=True))
-                square = not_too_small(square, lax.add(lax.mul(absolute, relative), least))
+                square = not_too_small(square, self._rounding(absolute))
             # Between the two of its factors, for their square alone may be too small or too large,
             # and so may the product of the squares.
             parts = [*parts, *map(safe_sqrt, [square, *others]), *parts]
