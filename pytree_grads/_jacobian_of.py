@@ -128,7 +128,7 @@ def _make(
         batch = resolve(fun, args, kwargs, argnums, in_axes, shared=True)
         if not jax.tree.leaves(batch.primals):
             raise ValueError("the arguments to differentiate hold no arrays")
-        source = Source(fun, batch, has_aux, chunk_size, many=not isinstance(argnums, int))
+        source = Source.of(fun, batch, has_aux, chunk_size, many=isinstance(argnums, Sequence))
         if recompute or chunk_size is not None:
             outputs = Outputs.of(source.output_avals())
             leaves = None

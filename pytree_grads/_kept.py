@@ -87,7 +87,7 @@ class Rows:
         ranks = zip(map(jnp.ndim, self.primals), map(len, self.param_shapes), strict=False)
         return any(rank > own for rank, own in ranks)
 
-    def _require_one(self) -> None:
+    def require_one(self) -> None:
         if self.is_stack:
             raise ValueError(
                 "this is a stack of Jacobians, as jax.vmap returns it, and products are those of "
@@ -109,7 +109,7 @@ class Rows:
 
     def taken(self, start: int, size: int) -> "Rows":
         """The rows of `size` examples from `start` on."""
-        self._require_one()
+        self.require_one()
         cut = Matrix(self.leaves or (), self.weights, self.valid).taken(start, size)
         return replace(
             self,
@@ -122,11 +122,13 @@ class Rows:
 
     def scaled(self, factors: jax.Array) -> "Rows":
         """The rows times numbers of their own."""
+        self.require_one()
         rows = self._settled()
         return rows._weighted(rows._matrix.scaled([factors] * len(self.primals)), alike=True)
 
     def clipped(self, clip: Clip) -> "Rows":
         """The rows clipped: at once where that is free or norms are there, else in each product."""
+        self.require_one()
         rows = self._settled()
         if rows.leaves is not None or not rows.one_pass or rows._norms_in_this_trace() is not None:
             return rows._clipped_now(clip)
@@ -171,7 +173,7 @@ class Rows:
 
     def each(self, fun: Callable[[Matrix], PyTree], route: Route = "auto") -> PyTree:
         """The same for a function that sees to layouts by itself."""
-        self._require_one()
+        self.require_one()
         if self.leaves is not None:
             return fun(self._matrix)
         return self.source.map(lambda m: fun(self._clip(m)[0]), self.weights, self.valid, route)
@@ -203,7 +205,7 @@ class Rows:
         dtype: Callable[[Any], Any] = lambda dtype: dtype,
     ) -> list[jax.Array]:
         """`fun` of the rows, which gives sums over them: arrays like the leaves, carried."""
-        self._require_one()
+        self.require_one()
         own = in_auto(fun, [layout(x) for x in self.primals])
         if self.leaves is not None:
             return sum_over(own(self._matrix, extra), self.axis_name)
@@ -220,18 +222,23 @@ class Rows:
             before._remember_norms(norms)
         return sum_over(sums, self.axis_name)
 
-    def sum(self, c: jax.Array | None) -> PyTree:
-        """The sum of the rows times c: a tree like the parameters, in their dtypes."""
-        self._require_one()
+    def sum(self, c: jax.Array | None, count: int | None = None) -> PyTree:
+        """The sum of the rows times c, over a count: like the parameters, in their dtypes."""
+        sums = self._carried_sum(c)
+        if count is not None:
+            sums = [x / jnp.asarray(count, x.dtype) for x in sums]
+        return self.like_params(
+            [x.astype(p.dtype) for x, p in zip(sums, self.primals, strict=True)]
+        )
+
+    def _carried_sum(self, c: jax.Array | None) -> list[jax.Array]:
+        self.require_one()
         if self._can_pull_back:
             ones = jnp.ones(self.shape) if c is None else c
             own = ones if self.weights is None else product(ones, self.weights[0])
             sums = self.source.pull_back(own, alone=self.weights is not None)
-            return self.like_params(sum_over(sums, self.axis_name))
-        sums = self.fold(lambda matrix, c: matrix.weighted_sum(c), c)
-        return self.like_params(
-            [x.astype(p.dtype) for x, p in zip(sums, self.primals, strict=True)]
-        )
+            return sum_over(sums, self.axis_name)
+        return self.fold(lambda matrix, c: matrix.weighted_sum(c), c)
 
     @property
     def _can_pull_back(self) -> bool:

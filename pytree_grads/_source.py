@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ._batch import Batch, fold_chunks, map_chunks
-from ._checks import PyTree
+from ._checks import PyTree, split_aux
 from ._chunks import Place
 from ._factored import _rows
 from ._factored._matrix import Matrix
@@ -19,15 +20,24 @@ from ._tree import carried_dtype
 
 @dataclass(frozen=True)
 class _Static:
-    """A function or another object without arrays, compared by identity inside a treedef."""
+    """A function or another object without arrays, compared by identity inside a treedef.
+
+    A method is a new object wherever it is looked up: its object and its function are compared.
+    """
 
     value: Any
 
+    @property
+    def _identity(self) -> tuple[int, ...]:
+        if isinstance(self.value, MethodType):
+            return id(self.value.__self__), id(self.value.__func__)
+        return (id(self.value),)
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self.value is other.value
+        return isinstance(other, _Static) and self._identity == other._identity
 
     def __hash__(self) -> int:
-        return id(self.value)
+        return hash(self._identity)
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,21 @@ class Source:
     has_aux: bool
     chunk_size: int | None
     many: bool  # whether argnums is a sequence: trees like the parameters are then tuples
+    traced: tuple[bool, ...]  # which leaves of the batch are children of the pytree, the arrays
+
+    @classmethod
+    def of(
+        cls,
+        fun: Callable[..., Any],
+        batch: Batch,
+        has_aux: bool,
+        chunk_size: int | None,
+        *,
+        many: bool,
+    ) -> "Source":
+        """That of a batch whose leaves are there: what stands in for them later may be no array."""
+        traced = tuple(isinstance(x, jax.Array) for x in batch.leaves)
+        return cls(fun, batch, has_aux, chunk_size, many, traced)
 
     def factor(self, batch: Batch, route: Route = "auto") -> _rows.Factored:
         return _rows.factor(self.fun, batch, has_aux=self.has_aux, route=route)
@@ -98,44 +123,37 @@ class Source:
         init = [zeros(x, x.shape) for x in primals]
         return fold_chunks(step, init, self.batch.localized(), self.chunk_size, alone=alone)[0]
 
-    def _values(self, batch: Batch) -> jax.Array:
-        def one(args: Any, kwargs: Any) -> Any:
-            result = self.fun(*args, **kwargs)
-            return result[0] if self.has_aux else result
+    def _of_one(self, args: Any, kwargs: Any) -> tuple[PyTree, PyTree]:
+        """The output and aux of one example."""
+        return split_aux(self.fun(*args, **kwargs), self.has_aux, "the result of the function")
 
-        values = batch.vmap(one)
+    def _values(self, batch: Batch) -> jax.Array:
+        values = batch.vmap(lambda args, kwargs: self._of_one(args, kwargs)[0])
         return values.astype(carried_dtype(values.dtype))
 
     def outputs(self) -> tuple[PyTree, PyTree]:
         """Outputs and aux of all examples, by forward passes alone."""
 
         def of_chunk(chunk: Batch) -> Any:
-            result = chunk.vmap(lambda args, kwargs: self.fun(*args, **kwargs))
-            return result if self.has_aux else (result, None)
+            return chunk.vmap(self._of_one)
 
         return map_chunks(of_chunk, self.batch.localized(), self.chunk_size)
 
     def output_avals(self) -> PyTree:
         """The output of one example, abstract."""
         batch = self.batch.localized()
-
-        def one(args: Any, kwargs: Any) -> Any:
-            result = self.fun(*args, **kwargs)
-            return result[0] if self.has_aux else result
-
-        stacked = jax.eval_shape(lambda: batch.vmap(one))
+        stacked = jax.eval_shape(lambda: batch.vmap(self._of_one)[0])
         avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
         _rows.check_outputs(avals)
         return avals
 
 
 def _flatten(source: Source) -> tuple[list[Any], Any]:
-    batch = source.batch
-    is_array = tuple(isinstance(x, jax.Array) for x in batch.leaves)
-    arrays = [x for x, yes in zip(batch.leaves, is_array, strict=True) if yes]
-    rest = tuple(None if yes else _Static(x) for x, yes in zip(batch.leaves, is_array, strict=True))
+    batch, traced = source.batch, source.traced
+    arrays = [x for x, yes in zip(batch.leaves, traced, strict=True) if yes]
+    rest = tuple(None if yes else _Static(x) for x, yes in zip(batch.leaves, traced, strict=True))
     static = (batch.axes, batch.treedef, batch.argnums, batch.size, rest)
-    settings = (source.has_aux, source.chunk_size, source.many)
+    settings = (source.has_aux, source.chunk_size, source.many, traced)
     return arrays, (_Static(source.fun), settings, static)
 
 

@@ -1,5 +1,6 @@
 """How a Jacobian is used: in JAX's transformations, as a pytree, with arguments of every kind."""
 
+import collections
 import pickle
 
 import jax
@@ -453,3 +454,119 @@ class TestTraces:
         with CompilationCounter() as compiled:
             step(make(params, others[0]), 2.0, others[1])
         assert compiled.count == 0
+
+
+@modes
+class TestAsAPytree:
+    def test_its_structure_does_not_depend_on_what_its_leaves_are(self, mode):
+        J = jacobian(single, **mode)(jnp.ones(3), jnp.ones((N, 3)))
+        numbers = jax.tree.map(lambda x: 0, J)
+        assert jax.tree.structure(numbers) == jax.tree.structure(J)
+        difference = jax.tree.map(jnp.subtract, J, jax.device_get(J))
+        assert not any(jnp.any(x) for x in jax.tree.leaves(difference))
+        norms = jax.vmap(lambda J: J.norms(), in_axes=(numbers,))
+        stack = jax.tree.map(lambda x: jnp.stack([x, x]), J)
+        assert tree_allclose(norms(stack), jnp.stack([J.norms()] * 2))
+        abstract = jax.eval_shape(jacobian(single, **mode), jnp.ones(3), jnp.ones((N, 3)))
+        assert jax.eval_shape(lambda J: J.norms(), abstract).shape == (N,)
+
+    def test_a_method_is_one_function_wherever_it_is_looked_up(self, mode):
+        class Model:
+            def loss(self, p, x):
+                return single(p, x)
+
+        model, other = Model(), Model()
+        made = [
+            jacobian(m.loss, **mode)(jnp.ones(3), jnp.ones((N, 3))) for m in (model, model, other)
+        ]
+        one, same, different = map(jax.tree.structure, made)
+        assert one == same
+        assert hash(one) == hash(same)
+        assert one != different
+
+    @pytest.mark.parametrize(
+        "use", [lambda J: J.scale(jnp.ones(N)), lambda J: J.clip(1.0), lambda J: J.explain()]
+    )
+    def test_a_stack_of_them_is_no_jacobian(self, mode, use):
+        stack = jax.vmap(jacobian(single, **mode), (None, 0))(jnp.ones(3), jnp.ones((N, N, 3)))
+        with pytest.raises(ValueError, match="this is a stack of Jacobians"):
+            use(stack)
+
+
+@modes
+class TestMeansOfNarrowFloats:
+    @pytest.mark.parametrize("size", [600, 70_000])
+    def test_neither_the_sum_nor_the_count_overflows(self, mode, size):
+        mode = {"chunk_size": 512} if "chunk_size" in mode else mode
+        rows = jnp.full((size, 2), 600, "float16")
+        J = jacobian(lambda p, x: jnp.vdot(p, x), **mode)(jnp.ones(2, "float16"), rows)
+        for mean in J.mean(), J.clip(1e6).mean():
+            assert mean.dtype == jnp.float16
+            assert jnp.all(mean == 600)
+
+    def test_they_are_rounded_once(self, mode):
+        rows = jnp.linspace(1, 6, 257).astype("bfloat16")[:, None]
+        J = jacobian(lambda p, x: jnp.vdot(p, x), **mode)(jnp.ones(1, "bfloat16"), rows)
+        assert J.mean() == jnp.mean(rows.astype("float32")).astype("bfloat16")
+
+
+@modes
+class TestBackwardPassesOfTheirOwn:
+    """What `jax.grad` makes of no function, but a user's rule may."""
+
+    @staticmethod
+    def weight_whose_gradient_is(change):
+        """x @ p, whose gradient by p goes through a function that changes nothing."""
+
+        @jax.custom_vjp
+        def product(p, x):
+            return x @ p
+
+        def backward(kept, g):
+            p, x = kept
+            return change(x[:, None] @ g[None]), p @ g
+
+        product.defvjp(lambda p, x: (x @ p, (p, x)), backward)
+        return lambda p, x: jnp.sum(jnp.sin(product(p, x)))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda w: jnp.reshape(jnp.reshape(w, (2, 6), order="F"), (4, 3), order="F"),
+            lambda w: jax.lax.reshape(jax.lax.reshape(w, (6, 2), (1, 0)), (3, 4)).T,
+            lambda w: jax.lax.pad(w, 0.0, [(0, 0, 0), (-5, 5, 0)]) + w,
+            lambda w: jax.lax.pad(w, 0.0, [(8, -5, 0), (0, 0, 0)])[:4] + w,
+        ],
+        ids=["in another order", "and back", "padded out of sight", "from the left"],
+    )
+    def test_the_rows_are_those_of_plain_jax(self, mode, change, x64):
+        fun = self.weight_whose_gradient_is(change)
+        p, x = jax.random.normal(KEY, (4, 3), float), jax.random.normal(KEY, (N, 4), float)
+        J, want = jacobian(fun, **mode)(p, x), rows(p, x, fun)
+        weights = jnp.arange(1.0, N + 1)
+        assert tree_allclose(J.to_rows(), want)
+        assert tree_allclose(J.weighted_sum(weights), jnp.tensordot(weights, want, 1))
+        assert tree_allclose(
+            J.clip(0.5).norms(), jnp.minimum(0.5, jnp.linalg.norm(want.reshape(N, -1), axis=1))
+        )
+
+
+@modes
+class TestWhatGoesInAndComesOut:
+    @pytest.mark.parametrize("result", [jnp.stack, list, lambda x: dict(enumerate(x))])
+    def test_aux_comes_in_a_pair(self, mode, result):
+        def fun(p, x):
+            return result([p @ x] * (3 if result is list else 2))
+
+        with pytest.raises(TypeError, match="must be a pair"):
+            value_and_jacobian(fun, has_aux=True, **mode)(jnp.ones(3), jnp.ones((2, 3)))
+
+    def test_an_integer_of_numpy_is_one_argument(self, mode):
+        J = jacobian(single, np.int64(0), **mode)(jnp.ones(3), jnp.ones((N, 3)))
+        assert J.sum().shape == (3,)
+
+    def test_a_field_called_tree_is_no_vector(self, mode):
+        Params = collections.namedtuple("Params", "tree")
+        J = jacobian(lambda p, x: single(p.tree, x), **mode)(Params(jnp.ones(3)), jnp.ones((N, 3)))
+        v = Params(jnp.ones(3))
+        assert tree_allclose(J @ v, J @ Vector(v))

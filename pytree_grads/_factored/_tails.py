@@ -216,6 +216,12 @@ def _reshape(equation: Equation, value: Value) -> Tail | None:
     return (Reshape(tuple(new.shape)),) if prod(old.shape) == prod(new.shape) else None
 
 
+def _reordered(equation: Equation, value: Value) -> Tail:
+    """That of a reshape which may take the entries in another order, as `order="F"` does."""
+    order, reshape = equation.params["dimensions"], Reshape(tuple(value.aval.shape))
+    return (reshape,) if order is None else (Transpose(tuple(order)), reshape)
+
+
 def _convert(equation: Equation, value: Value) -> Tail | None:
     old, new = equation.inputs[0].aval, value.aval
     for kind in (jnp.floating, jnp.complexfloating):
@@ -260,14 +266,15 @@ def _pad(equation: Equation, value: Value) -> Tail | None:
     operand, fill = equation.inputs
     shape = operand.aval.shape
     config = [tuple(map(int, sides)) for sides in equation.params["padding_config"]]
-    if not is_zero(fill) or 0 in shape:
-        return None
-    if any(inner and (low < 0 or high < 0) for low, high, inner in config):
+    padded = list(zip(shape, config, strict=True))
+    is_empty = any(n + min(low, 0) + min(high, 0) <= 0 for n, (low, high, _) in padded)
+    is_odd = any(inner and min(low, high) < 0 for low, high, inner in config)
+    if is_empty or is_odd or not is_zero(fill):
         return None
     # Negative padding takes entries away.
     cut = Slice(
         tuple(max(-low, 0) for low, _, _ in config),
-        tuple(size + min(high, 0) for size, (_, high, _) in zip(shape, config, strict=True)),
+        tuple(n + min(high, 0) for n, (_, high, _) in padded),
         (1,) * len(shape),
     )
     start = tuple(max(low, 0) for low, _, _ in config)
@@ -282,7 +289,7 @@ def _reverse(equation: Equation, value: Value) -> Tail:
 
 
 _READERS = {
-    p.reshape_p: _reshape,
+    p.reshape_p: _reordered,
     p.squeeze_p: _reshape,
     p.broadcast_in_dim_p: _reshape,
     p.reduce_sum_p: _reshape,  # over axes of size 1
