@@ -53,6 +53,7 @@ class Batch:
     treedef: Any  # of (args, kwargs)
     argnums: tuple[int, ...]
     size: int
+    gathered: Names = ()  # the mesh axes of examples that were too few to be shared out over them
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -100,7 +101,8 @@ class Batch:
             leaf if axis is None else take(leaf, start, size, axis)
             for leaf, axis in zip(self.leaves, self.axes, strict=True)
         ]
-        return replace(self, leaves=tuple(leaves), size=size)
+        taken = replace(self, leaves=tuple(leaves), size=size)
+        return taken if taken.mesh_axes else replace(taken, gathered=self._names)
 
     def chunks(self, chunk_size: int) -> Chunks:
         """Which examples are worked on together."""
@@ -137,6 +139,11 @@ class Batch:
         return next(filter(None, itertools.starmap(names_at, self._mapped)), ())
 
     @property
+    def _names(self) -> Names:
+        """Those, or those over which they were before some were taken."""
+        return self.mesh_axes or self.gathered
+
+    @property
     def _mapped(self) -> list[tuple[Any, int]]:
         """The leaves that differ between examples, each with its axis."""
         pairs = zip(self.leaves, self.axes, strict=True)
@@ -151,7 +158,7 @@ class Batch:
         sharded over the axes of the examples: they are gathered (as FSDP has it).
         """
         varying = frozenset[str]().union(*(_compat.varying_axes(x) for x, _ in self._mapped))
-        names = self.mesh_axes
+        names = self._names
 
         def own(leaf: Any, axis: int | None) -> Any:
             if axis is not None or not isinstance(leaf, jax.Array):

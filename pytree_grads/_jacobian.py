@@ -123,6 +123,9 @@ class Jacobian:
     def weighted_sum(self, c: PyTree) -> PyTree:
         """The weighted sum of rows, Jᵀ c = Σᵢ cᵢ Jᵢ, at the cost of one ordinary gradient.
 
+        Rows that are smaller than their factors, as those of kernels of convolutions may be, are
+        made with J. With ``recompute=True`` a sum alone costs no more there either.
+
         Args:
           c: a real number per row, traced.
 

@@ -152,16 +152,16 @@ def _flatten(source: Source) -> tuple[list[Any], Any]:
     batch, traced = source.batch, source.traced
     arrays = [x for x, yes in zip(batch.leaves, traced, strict=True) if yes]
     rest = tuple(None if yes else _Static(x) for x, yes in zip(batch.leaves, traced, strict=True))
-    static = (batch.axes, batch.treedef, batch.argnums, batch.size, rest)
+    static = (batch.axes, batch.treedef, batch.argnums, batch.size, batch.gathered, rest)
     settings = (source.has_aux, source.chunk_size, source.many, traced)
     return arrays, (_Static(source.fun), settings, static)
 
 
 def _unflatten(meta: Any, arrays: Any) -> Source:
-    fun, settings, (axes, treedef, argnums, size, rest) = meta
+    fun, settings, (axes, treedef, argnums, size, gathered, rest) = meta
     given = iter(arrays)
     leaves = tuple(next(given) if x is None else x.value for x in rest)
-    return Source(fun.value, Batch(leaves, axes, treedef, argnums, size), *settings)
+    return Source(fun.value, Batch(leaves, axes, treedef, argnums, size, gathered), *settings)
 
 
 jax.tree_util.register_pytree_node(Source, _flatten, _unflatten)

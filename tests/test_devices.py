@@ -220,6 +220,25 @@ def test_reports_of_sharded_rows(kind):
             assert tree_allclose(J[:8].norms(), np.asarray(J.norms())[:8])
 
 
+@pytest.mark.parametrize("settings", [{}, {"recompute": True}, {"chunk_size": 8}], ids=str)
+def test_slices_of_rows_with_parameters_that_are_sharded_as_the_batch_is(settings):
+    def f(params, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ params["w"]) @ params["v"]))
+
+    def products(params, x):
+        J = jacobian(f, **settings)(params, x)
+        return J[4:].norms(), J[3:6].clip(0.5).mean(), J[2:][1:4].sum()
+
+    params = {"w": jnp.linspace(-1, 1, 24).reshape(3, 8), "v": jnp.linspace(-1, 1, 8)}
+    want = jax.jit(products)(params, X / 48)
+    with jax.set_mesh(EIGHT[AxisType.Explicit]):
+        spec = {"w": P(None, "data"), "v": P("data")}
+        arrays = jax.device_put(params, spec), jax.device_put(X / 48, P("data"))
+        norms, *sums = jax.jit(products)(*arrays)
+        assert tree_allclose([norms, *sums], list(want))
+        assert all(jax.typeof(x[n]).sharding.spec == spec[n] for x in sums for n in spec)
+
+
 def test_an_accumulator_of_each_device():
     """``jax.lax.psum`` merges accumulators, and so the gradients of uneven local batches."""
 
