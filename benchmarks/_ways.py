@@ -78,7 +78,7 @@ def by_route(problem: Problem, product: str, route: Any) -> Callable[..., Any]:
 
     def run(*args):
         batch = resolve(problem.fun, args, {}, 0, problem.in_axes)
-        source = Source(problem.fun, batch, has_aux=False, chunk_size=None, many=False)
+        source = Source.of(problem.fun, batch, has_aux=False, chunk_size=None, many=False)
         made = source.factor(batch, route)
         outputs = Outputs.of(made.output_avals)
         J = Jacobian(Rows.of(source, made.leaves, outputs.rows(batch.size)), outputs)

@@ -124,7 +124,8 @@ class Jacobian:
         """The weighted sum of rows, Jᵀ c = Σᵢ cᵢ Jᵢ, at the cost of one ordinary gradient.
 
         Rows that are smaller than their factors, as those of kernels of convolutions may be, are
-        made with J. With ``recompute=True`` a sum alone costs no more there either.
+        made with J, and added up. Inside ``jit`` they are not, unless something else needs them, as
+        norms asked for before do.
 
         Args:
           c: a real number per row, traced.

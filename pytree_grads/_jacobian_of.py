@@ -131,15 +131,22 @@ def _make(
         source = Source.of(fun, batch, has_aux, chunk_size, many=isinstance(argnums, Sequence))
         if recompute or chunk_size is not None:
             outputs = Outputs.of(source.output_avals())
-            leaves = None
+            leaves = summands = None
             values, aux = source.outputs() if with_outputs or has_aux else (None, None)
         else:
             factored = source.factor(batch.localized())
             outputs = Outputs.of(factored.output_avals)
-            leaves = factored.leaves
+            leaves, summands = factored.leaves, factored.summands
             values, aux = factored.outputs, factored.aux
         shape = outputs.rows(batch.size)
-        rows = Rows.of(source, leaves, shape, one_pass=not recompute, axis_name=axis_name)
+        rows = Rows.of(
+            source,
+            leaves,
+            shape,
+            summands=summands,
+            one_pass=not recompute,
+            axis_name=axis_name,
+        )
         made = Jacobian(rows, outputs)
         if with_outputs:
             return ((values, aux) if has_aux else values), made

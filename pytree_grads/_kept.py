@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from ._checks import PyTree
@@ -54,11 +55,15 @@ class Rows:
         leaves: tuple[Leaf, ...] | None,
         shape: tuple[int, ...],
         *,
+        summands: tuple[Leaf, ...] | None = None,
         one_pass: bool = False,
         axis_name: AxisName = None,
     ) -> "Rows":
-        """The rows of one J."""
-        return cls(source, leaves, shape, _shapes(source.batch.primals), one_pass, axis_name)
+        """The rows of one J. Those in a trace have summands too: XLA drops what nothing uses."""
+        rows = cls(source, leaves, shape, _shapes(source.batch.primals), one_pass, axis_name)
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(summands)):
+            rows.__dict__["_summands"] = summands
+        return rows
 
     def __post_init__(self) -> None:
         self.__dict__["_made_in"] = trace_state()
@@ -155,7 +160,9 @@ class Rows:
 
     @property
     def _matrix(self) -> Matrix:
-        return Matrix(self.leaves or (), self.weights, self.valid)
+        needs_rows = self.weights is not None or self._norms_in_this_trace() is not None
+        summands = None if needs_rows else self.__dict__.get("_summands")
+        return Matrix(self.leaves or (), self.weights, self.valid, summands)
 
     def map(
         self,

@@ -69,7 +69,8 @@ class Source:
         return _rows.factor(self.fun, batch, has_aux=self.has_aux, route=route)
 
     def matrix(self, batch: Batch, weights: Any, valid: Any, route: Route = "auto") -> Matrix:
-        return Matrix(self.factor(batch, route).leaves, weights, valid)
+        factored = self.factor(batch, route)
+        return Matrix(factored.leaves, weights, valid, factored.summands)
 
     def map(
         self,

@@ -40,10 +40,12 @@ class Count:
 
 
 def products(J, c, v):
+    alone = J.weighted_sum(c)  # before norms, which may make rows that later sums take
     clipped = J.clip(0.7)
     return {
         "norms": J.norms(),
         "weighted_sum": J.weighted_sum(c),
+        "weighted_sum alone": alone,
         "clip": clipped.sum(),
         "gram": J.gram(),
         "square_sum": J.square_sum(c),
@@ -61,6 +63,7 @@ def expected(rows, c, v, outputs):
     return {
         "norms": rows.norms().reshape(shape),
         "weighted_sum": rows.weighted_sum(flat),
+        "weighted_sum alone": rows.weighted_sum(flat),
         "clip": rows.clip(0.7).weighted_sum(),
         "gram": rows.gram().reshape(shape + shape),
         "square_sum": rows.square_sum(flat),

@@ -116,9 +116,10 @@ jax.tree_util.register_dataclass(Given)
 # Every product, of a Jacobian and of the oracle.
 PRODUCTS = {
     "to_rows": (lambda J, _: J.to_rows(), lambda R, _: R.to_rows()),
+    # Before norms: a sum takes rows that these have made.
+    "weighted_sum": (lambda J, g: J.weighted_sum(g.c), lambda R, g: R.weighted_sum(g.c)),
     "norms": (lambda J, _: J.norms(), lambda R, _: R.norms()),
     "squared_norms": (lambda J, _: J.squared_norms(), lambda R, _: R.norms() ** 2),
-    "weighted_sum": (lambda J, g: J.weighted_sum(g.c), lambda R, g: R.weighted_sum(g.c)),
     "sum": (lambda J, _: J.sum(), lambda R, _: R.weighted_sum()),
     "mean": (lambda J, _: J.mean(), lambda R, _: R.mean()),
     "J @ v": (lambda J, g: J @ g.v, lambda R, g: R.apply(g.v)),
@@ -142,7 +143,7 @@ PRODUCTS = {
     "slice": (lambda J, g: J[1:4].T @ g.c[1:4], lambda R, g: R[1:4].weighted_sum(g.c[1:4])),
 }
 # Those that a mode may compute in a way of its own; the others are made from the same parts.
-CORE = ("norms", "weighted_sum", "sum", "gram", "square_sum(c)", "clip", "clip each", "J @ v")
+CORE = ("weighted_sum", "norms", "sum", "gram", "square_sum(c)", "clip", "clip each", "J @ v")
 
 
 def products(J, given, names=tuple(PRODUCTS)):

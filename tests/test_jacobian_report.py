@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import clips_cotangent
+from helpers import clips_cotangent, tree_allclose
 from models import MODELS
 
 from pytree_grads import jacobian, value_and_jacobian
@@ -471,6 +471,44 @@ class TestMemory:
         rows = temporary(lambda p, x: jax.vmap(jax.grad(mlp), (None, 0))(p, x), params, x)
         assert clipped < 4 * self.many * self.wide * 4 * len(params)
         assert rows + clipped > 0  # rows are an output here, not temporary
+
+    @pytest.mark.parametrize("mode", [{}, {"chunk_size": 32}], ids=["kept", "chunks"])
+    def test_a_sum_alone_makes_no_rows_that_are_smaller_than_their_factors(self, mode):
+        """Kernels of convolutions, small weights at many positions, tables of few lines."""
+        n, side, wide = 32, 12, 8
+
+        def loss(p, x, tokens):
+            x = jax.lax.conv(x[None], p["kernel"], (1, 1), "SAME")[0]
+            x = jnp.tanh(x.reshape(wide, -1).T) + p["table"][tokens]
+            return jnp.sum(jnp.tanh(x @ p["w"]))
+
+        keys = iter(jax.random.split(KEYS[3], 5))
+        shapes = {"kernel": (wide, wide, 7, 7), "table": (4, wide), "w": (wide, wide)}
+        params = {name: jax.random.normal(next(keys), shape) for name, shape in shapes.items()}
+        x = jax.random.normal(next(keys), (n, wide, side, side))
+        tokens = jax.random.randint(next(keys), (n, side**2), 0, 4)
+        c = jnp.linspace(-1, 1, n)
+
+        def alone(p, c):
+            return jacobian(loss, **mode)(p, x, tokens).weighted_sum(c)
+
+        def after_norms(p, c):
+            J = jacobian(loss, **mode)(p, x, tokens)
+            return J.norms(), J.weighted_sum(c)
+
+        def ordinary(p, c):
+            return jax.grad(lambda p: c @ jax.vmap(loss, (None, 0, 0))(p, x, tokens))(p)
+
+        def flops(fun):
+            return jax.jit(fun).lower(params, c).compile().cost_analysis()["flops"]
+
+        assert temporary(alone, params, c) < 1.1 * temporary(ordinary, params, c)
+        assert flops(alone) < 1.1 * flops(ordinary)
+        want = jax.jit(ordinary)(params, c)
+        assert tree_allclose(jax.jit(alone)(params, c), want)
+        assert tree_allclose(jax.jit(after_norms)(params, c)[1], want)
+        J = jax.jit(jacobian(loss, **mode))(params, x, tokens)  # outside, it has rows
+        assert tree_allclose(J.weighted_sum(c), want)
 
     def test_chunks_bound_the_memory(self):
         params, x = self.arguments()

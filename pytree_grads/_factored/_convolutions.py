@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from math import prod
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from . import _costs
 from ._graph import Equation
@@ -31,14 +29,10 @@ class WindowLayout:
 
     def __call__(self, operands: Sequence[jax.Array], frames: Sequence[Frame]) -> Windows:
         left, right = operands
-        first = frames[0].axes
-        config = [(0, 0, 0)] * left.ndim
-        for axis, sides in zip(self.left[2:], self.padding, strict=True):
-            config[first + axis] = sides
-        left = lax.pad(left, jnp.zeros((), left.dtype), config)
         return Windows(
             self._arranged(left, self.left, frames[0]),
             self._arranged(right, self.right, frames[1]),
+            self.padding,
             self.offsets,
             self.strides,
             self.dilation,

@@ -17,7 +17,9 @@ from ._norms import leaf_norms
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["leaves", "weights", "valid"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["leaves", "weights", "valid", "summands"],
+    meta_fields=[],
 )
 @dataclass(frozen=True)
 class Matrix:
@@ -30,6 +32,7 @@ class Matrix:
     leaves: tuple[Leaf, ...]
     weights: tuple[jax.Array, ...] | None = None
     valid: jax.Array | None = None
+    summands: tuple[Leaf, ...] | None = None  # the leaves for sums of rows that nothing else needs
 
     @property
     def dtype(self) -> Any:
@@ -72,9 +75,9 @@ class Matrix:
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         """One array per leaf, in its carried dtype."""
         rows = self.selected()
+        leaves = rows.leaves if rows.weights or not self.summands else self.summands
         return [
-            _products.weighted_sum(leaf, rows.weight(i, weights))
-            for i, leaf in enumerate(rows.leaves)
+            _products.weighted_sum(leaf, rows.weight(i, weights)) for i, leaf in enumerate(leaves)
         ]
 
     def square_sum(self, weights: jax.Array | None) -> list[jax.Array]:

@@ -26,6 +26,7 @@ class Factored:
     outputs: PyTree  # leaves (N, *k)
     aux: PyTree  # leaves (N, ...)
     leaves: tuple[Leaf, ...]
+    summands: tuple[Leaf, ...]  # the same, as a sum of rows alone takes them
     output_avals: PyTree  # of one example
 
 
@@ -62,10 +63,14 @@ def factor(
         trace = _trace(fun, batch, args, kwargs, has_aux)
         varying = trace.graph.downstream(trace.graph.inputs[len(batch.primal_positions) :])
         plan = [_plan.plan_leaf(leaf, varying, route) for leaf in trace.leaves]
-        sites = list(dict.fromkeys(piece.site for pieces in plan for piece in pieces))
+        sums = plan
+        if route == "auto":
+            sums = [_plan.plan_sum(*own) for own in zip(trace.leaves, plan, strict=True)]
+        sites = list(dict.fromkeys(piece.site for pieces in (*plan, *sums) for piece in pieces))
         keys = list(dict.fromkeys(key for site in sites for key in _execute.keys_of(site)))
         places = dict(zip(keys, _places(trace, batch, keys), strict=True))
-        known.update(trace=replace(trace, values=()), plan=plan, sites=sites, places=places)
+        known.update(trace=replace(trace, values=()), plan=plan, sums=sums)
+        known.update(sites=sites, places=places)
 
         def backward(cotangents: Sequence[jax.Array]) -> Any:
             inputs = [*trace.values, *cotangents]
@@ -90,11 +95,14 @@ def factor(
         levels = [known["places"][key].level for key in keys]
         terms[site] = _execute.assemble(site, [arrays[key] for key in keys], levels)
     primals = jax.tree.leaves(batch.primals)
-    leaves = tuple(
-        _leaf(primal, pieces, terms, batch.size, count)
-        for primal, pieces in zip(primals, known["plan"], strict=True)
+    leaves, summands = (
+        tuple(
+            _leaf(primal, pieces, terms, batch.size, count)
+            for primal, pieces in zip(primals, known[plan], strict=True)
+        )
+        for plan in ("plan", "sums")
     )
-    return Factored(outputs, aux, leaves, trace.output_avals)
+    return Factored(outputs, aux, leaves, summands, trace.output_avals)
 
 
 def _leaf(
