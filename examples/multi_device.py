@@ -1,11 +1,11 @@
 r"""One training script for one device, for many, and for several processes.
 
 A network learns to read handwritten digits, some of which carry a wrong label. The gradient of
-every image is clipped, so that no wrong label pulls harder than a right one. The images of a batch
-are shared out to all devices that the script finds; that is all it does about them. The rows of the
-Jacobian are then where their images are, norms are taken there, and the mean of the clipped rows is
-all that devices send to each other, beside a number or two to report. It prints the same losses in
-each of these ways to start it:
+every image is clipped, so that no label, however wrong, pulls harder than the bound. The images
+of a batch are shared out to all devices that the script finds; that is all it does about them.
+The rows of the Jacobian are then where their images are, norms are taken there, and the mean of
+the clipped rows is all that devices send to each other, beside a number or two to report. It
+prints the same losses in each of these ways to start it:
 
     python examples/multi_device.py
     JAX_NUM_CPU_DEVICES=8 python examples/multi_device.py
@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if jax.process_index() == 0:
             print(text, flush=True)
 
+    every, seen = max(1, options.steps // 5), []
     say(f"{jax.device_count()} devices in {jax.process_count()} processes")
     for step in range(1, options.steps + 1):
         chosen = random.choice(len(train_x), BATCH, replace=False)
@@ -114,8 +115,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         params, state, mean_loss, clipped = train_step(params, state, *batch)
         # A step at a time: simulated devices share the threads of one processor.
         jax.block_until_ready(params)
-        if step % max(1, options.steps // 5) == 0:
-            say(f"step {step:4}: loss {mean_loss:.3f}, {clipped:.0%} of the gradients clipped")
+        seen.append((float(mean_loss), float(clipped)))
+        if step % every == 0:
+            average, part = np.mean(seen[-every:], axis=0)
+            say(f"to step {step:4}: loss {average:.3f}, {part:.0%} of the gradients clipped")
     read = accuracy(params, place(test_x, everywhere), place(test_y, everywhere))
     say(f"test accuracy {read:.1%}, with {WRONG:.0%} of the training labels drawn at random")
 

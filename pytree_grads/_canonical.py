@@ -81,7 +81,8 @@ def _rewritten_convolution(equation: core.JaxprEqn) -> core.JaxprEqn:
         result = primitives.conv_general_dilated_p.bind(image, kernel, **params)
         return lax.transpose(result, np.argsort(_features_last(numbers.out_spec)))
 
-    (made,) = jax.make_jaxpr(call)(*(var.aval for var in equation.invars)).eqns
+    with equation.ctx.manager:  # its axes of a mesh may be Auto where those around it are Explicit
+        (made,) = jax.make_jaxpr(call)(*(var.aval for var in equation.invars)).eqns
     return made.replace(invars=equation.invars, outvars=equation.outvars)
 
 

@@ -4,7 +4,7 @@ JAX 0.12 made `ClosedJaxpr` and `Jaxpr` one class and describes the operands of 
 `ft_in` instead of `num_consts` and `num_carry`. Nothing outside this file may know.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,16 @@ def call_jaxpr(equation: core.JaxprEqn) -> Any:
     """The body of a call equation (`jit`, `closed_call`, `remat`)."""
     params = equation.params
     return params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+
+
+def all_equations(jaxpr: Any) -> Iterator[core.JaxprEqn]:
+    """The equations of a jaxpr and of all bodies in it."""
+    for equation in open_jaxpr(jaxpr)[0].eqns:
+        yield equation
+        for param in equation.params.values():
+            for body in param if isinstance(param, tuple | list) else [param]:
+                if isinstance(body, core.Jaxpr | core.ClosedJaxpr):
+                    yield from all_equations(body)
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

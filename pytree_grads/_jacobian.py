@@ -69,7 +69,7 @@ class Jacobian:
         return (len(self), *middle, sum(map(prod, self._rows.param_shapes)))
 
     def __repr__(self) -> str:
-        kept = "recomputed" if self._rows.leaves is None else "factored"
+        kept = "recomputed" if self._rows.leaves is None else "kept"
         text = f"Jacobian(shape={self.shape}, leaves={len(self._rows.param_shapes)}, rows {kept})"
         return f"a stack of {text}" if self._rows.is_stack else text
 
@@ -316,8 +316,9 @@ class Jacobian:
         Raises:
           TypeError: ``rows`` is not an integer, or J is traced.
           ValueError: a product is wrong by more than rounding, which is taken for 8·√eps of what
-            it adds up: 0.003 in float32, 0.7 in bfloat16 (the message names the leaf); or ``rows``
-            is not positive.
+            it adds up, at most a quarter, with the eps of the narrowest floats that the function
+            computes in: 0.003 in float32, a quarter in bfloat16 (the message names the leaf); or
+            ``rows`` is not positive.
         """
         _report.check(self, positive_int("rows", rows))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from jax.core import Tracer
 
 from ._batch import Batch
 from ._checks import PyTree, located
+from ._compat import all_equations
 from ._factored import _terms
 from ._factored._leaves import Leaf, Piece, materializes
 from ._factored._matrix import Matrix
@@ -152,7 +154,8 @@ def check(jacobian: "Jacobian", rows: int) -> None:
     weights = np.linspace(-1, 1, prod(bare.shape)).reshape(bare.shape)
     c = jnp.asarray(weights, jnp.zeros(()).dtype)
     got, (norms, excess), sums, alone, squares = _products(bare, c)
-    plain = [_wide(x) for x in _plain_rows(few)]
+    plain_rows, rounding = _plain_rows(few)
+    plain = [_wide(x) for x in plain_rows]
     axes = tuple(range(len(bare.shape)))
     flat = [x.reshape(*bare.shape, -1) for x in plain]
     sizes = [np.tensordot(np.abs(weights), np.abs(x), len(axes)) for x in plain]
@@ -166,11 +169,12 @@ def check(jacobian: "Jacobian", rows: int) -> None:
     in_squares = [
         weights.size * x * (2 * _largest(y) + x) for x, y in zip(left, plain, strict=True)
     ]
-    _compare(few, "to_rows", got, plain, plain, left)
-    _compare(few, "norms", norms, lengths, lengths, excess)
+    compare = partial(_compare, few, rounding)
+    compare("to_rows", got, plain, plain, left)
+    compare("norms", norms, lengths, lengths, excess)
     for found in (sums, alone):
-        _compare(few, "weighted_sum", found, signed, sizes, in_sums)
-    _compare(few, "square_sum", squares, totals, totals, in_squares)
+        compare("weighted_sum", found, signed, sizes, in_sums)
+    compare("square_sum", squares, totals, totals, in_squares)
 
 
 @jax.jit
@@ -182,8 +186,9 @@ def _products(rows: "Rows", c: jax.Array) -> tuple[Any, Any, Any, Any, Any]:
         return tuple(matrix.rows()), tuple(tuple(combined(x, [i]) for i in leaves) for x in both)
 
     stacked, norms = rows.map(of_rows)
-    made_again = replace(rows, leaves=None)  # with nothing but a sum to make rows for
-    sums, alone = (tuple(jax.tree.leaves(x.sum(c))) for x in (rows, made_again))
+    sums = tuple(jax.tree.leaves(rows.sum(c)))
+    # Of rows that are made for nothing but this.
+    alone = tuple(jax.tree.leaves(replace(rows, leaves=None).sum(c))) if rows.leaves else sums
     squares = rows.fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
     return stacked, norms, sums, alone, squares
 
@@ -198,6 +203,7 @@ def _largest(x: np.ndarray) -> float:
 
 def _compare(
     jacobian: "Jacobian",
+    rounding: float,
     product: str,
     found: Sequence[jax.Array],
     right: Sequence[np.ndarray],
@@ -206,14 +212,15 @@ def _compare(
 ) -> None:
     """Raise if a leaf is off by more than rounding of its summands, or of the other leaves.
 
-    What parts that cancel have `left` of their own rounding is allowed beside.
-    A leaf may have no gradient but the rounding of others (a bias that is subtracted again).
+    `rounding` is the eps of the narrowest numbers on the way to it. What parts that cancel have
+    `left` of their own rounding is allowed beside. A leaf may have no gradient but the rounding of
+    others (a bias that is subtracted again).
     """
     scales = list(map(_largest, summands))
     params = jax.tree.leaves_with_path(jacobian._rows.params)
     for (path, leaf), x, y, scale, own in zip(params, found, right, scales, left, strict=True):
-        eps = float(jnp.finfo(leaf.dtype).eps)
-        allowed = 8 * eps**0.5 * scale + 64 * eps * max(scales) + own
+        eps = max(rounding, float(jnp.finfo(leaf.dtype).eps))
+        allowed = min(8 * eps**0.5, 0.25) * scale + min(64 * eps, 0.25) * max(scales) + own
         both = np.isfinite(x) & np.isfinite(y)
         error = np.max(np.abs(_wide(x) - y), where=both, initial=0.0)
         if error > allowed or not np.array_equal(np.isfinite(x), np.isfinite(y)):
@@ -224,12 +231,14 @@ def _compare(
             )
 
 
-def _plain_rows(jacobian: "Jacobian") -> list[jax.Array]:
-    """The rows of each leaf by `jax.grad` or `jax.jacrev` of one example after the other."""
+def _plain_rows(jacobian: "Jacobian") -> tuple[list[jax.Array], float]:
+    """The rows of each leaf by `jax.grad` or `jax.jacrev` of one example after the other.
+
+    The second result is the largest eps of the floats that these make on the way.
+    """
     source = jacobian._rows.source
     differentiate = jax.grad if jacobian._outputs.is_scalar else jax.jacrev
 
-    @jax.jit
     def row(one: "Source") -> list[jax.Array]:
         def outputs(primals: PyTree) -> jax.Array:
             result = _call(one, one.batch.with_primals(primals))
@@ -242,8 +251,14 @@ def _plain_rows(jacobian: "Jacobian") -> list[jax.Array]:
         return jax.tree.leaves(differentiate(outputs)(one.batch.primals))
 
     examples = (source.batch.chunk(i, 1) for i in range(len(jacobian)))
-    rows = [row(replace(source, batch=one)) for one in examples]
-    return [jnp.stack(leaf) for leaf in zip(*rows, strict=True)]
+    traced = jax.jit(row).trace(replace(source, batch=source.batch.chunk(0, 1)))
+    made = [v.aval for equation in all_equations(traced.jaxpr) for v in equation.outvars]
+    kinds = {getattr(aval, "dtype", jnp.dtype(int)) for aval in made}
+    dtypes = [kind for kind in kinds if jnp.issubdtype(kind, jnp.inexact)]
+    compiled = traced.lower().compile()
+    rows = [compiled(replace(source, batch=one)) for one in examples]
+    stacked = [jnp.stack(leaf) for leaf in zip(*rows, strict=True)]
+    return stacked, max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
 
 
 def _call(source: "Source", one: Batch) -> PyTree:

@@ -90,7 +90,9 @@ def placed_like(tree: PyTree, other: PyTree) -> PyTree:
 
 def zeros(aval: Any, shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
     """Zeros of some shape, laid out, and varying, as a leaf is."""
-    array = jax.lax.full_like(aval, 0, dtype=dtype, shape=shape)
+    # The sharding of an abstract leaf may say of Auto axes what arrays cannot be made with.
+    bare = aval if isinstance(aval, jax.Array) else jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    array = jax.lax.full_like(bare, 0, dtype=dtype, shape=shape)
     mesh = _mesh(aval)
     if mesh is not None:
         array = jax.sharding.reshard(array, NamedSharding(mesh, layout(aval)))

@@ -235,6 +235,7 @@ class Layout:
                     of,
                     in_specs=(P(), P("data"), P("data")),
                     out_specs=(P("data"), P()),
+                    axis_names={"data"},
                     check_vma=self.manual,
                 )
             numbers, sums = jax.jit(of)(params, *batch)
@@ -266,4 +267,5 @@ LAYOUTS = {
 } | {
     "shard_map, checked": Layout((8,), manual=True),
     "shard_map, unchecked": Layout((8,), manual=False),
+    "shard_map over one of two axes": Layout((4, 2), params="split", manual=True),
 }

@@ -239,6 +239,23 @@ def test_slices_of_rows_with_parameters_that_are_sharded_as_the_batch_is(setting
         assert all(jax.typeof(x[n]).sharding.spec == spec[n] for x in sums for n in spec)
 
 
+@pytest.mark.parametrize("shape", [(4, 2, 3, 3), (32, 32, 3, 3)], ids=["rows", "windows"])
+def test_chunked_sums_of_convolutions_over_explicit_axes(shape):
+    def f(kernel, x):
+        return jnp.sum(jnp.tanh(jax.lax.conv(x[None], kernel, (1, 1), "SAME")))
+
+    def sums(kernel, x):
+        J = jacobian(f, chunk_size=8)(kernel, x)
+        return J.sum(), J.clip(0.5).sum(), J.T @ jnp.arange(16.0)
+
+    kernel = jnp.sin(jnp.arange(float(np.prod(shape)))).reshape(shape) / 3
+    x = jnp.cos(jnp.arange(16.0 * shape[1] * 9)).reshape(16, shape[1], 3, 3)
+    want = jax.jit(sums)(kernel, x)
+    with jax.set_mesh(EIGHT[AxisType.Explicit]):
+        arrays = jax.device_put(kernel, P()), jax.device_put(x, P("data"))
+        assert tree_allclose(jax.jit(sums)(*arrays), want)
+
+
 def test_an_accumulator_of_each_device():
     """``jax.lax.psum`` merges accumulators, and so the gradients of uneven local batches."""
 

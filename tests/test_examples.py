@@ -103,6 +103,8 @@ def test_weights():
     tasks = dict(re.findall(r"^(.*\S) +reads ([\d.]+)% of 0 to 4", printed, re.MULTILINE))
     before, after = float(tasks["the start"]), float(tasks["with the task of 0 to 4"])
     assert after > before > float(tasks["without the task of 0 to 4"]) + 50
+    of_all = dict(re.findall(r"^(.*\S) +reads .* ([\d.]+)% of all", printed, re.MULTILINE))
+    assert float(of_all["with half of both"]) > float(of_all["the start"]) + 5
     carried, by_hand = map(float, re.findall(r"off by ([\d.]+)% of its way", printed))
     assert carried < 2  # the last rounding to bfloat16
     assert by_hand > 20  # stalled
@@ -127,7 +129,7 @@ def test_multi_device():
     assert "step" not in other  # one of them tells
     one = run("multi_device.py", *flags)
     eight = run("multi_device.py", *flags, JAX_NUM_CPU_DEVICES="8")
-    told = [re.findall(r"^(?:step|test).*", text, re.MULTILINE) for text in (one, eight, both)]
+    told = [re.findall(r"^(?:to step|test).*", text, re.MULTILINE) for text in (one, eight, both)]
     assert len(told[0]) == 6
     losses, *rest = [[float(x) for x in re.findall(r"loss ([\d.]+)", str(ls))] for ls in told]
     assert rest == [pytest.approx(losses, abs=2e-3)] * 2

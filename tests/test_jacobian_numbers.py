@@ -469,16 +469,21 @@ def _wide(x):
     return x.astype(float) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
+@pytest.mark.parametrize("name", ["dot_general", "conv_general_dilated"])
 @pytest.mark.parametrize("precision", [None, jax.lax.Precision.HIGHEST])
-def test_sums_of_rows_are_contracted_in_the_precision_that_the_function_asks_for(precision):
+def test_sums_of_rows_are_contracted_in_the_precision_that_the_function_asks_for(precision, name):
     def fun(w, x):
-        return jnp.sum(jnp.tanh(jnp.dot(x, w, precision=precision)))
+        if name == "dot_general":
+            return jnp.sum(jnp.tanh(jnp.dot(x, w, precision=precision)))
+        x, w = x.T[None], w.T[..., None]
+        return jnp.sum(jnp.tanh(jax.lax.conv(x, w, (1,), "SAME", precision=precision)))
 
     def total(w, x):
         return jacobian(fun)(w, x).sum()
 
     jaxpr = jax.make_jaxpr(total)(jnp.ones((9, 8)), jnp.ones((7, 2, 9)))
-    asked = [e.params["precision"] for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    asked = [e.params["precision"] for e in equations(jaxpr) if e.primitive.name == name]
+    assert len(asked) > 1
     assert asked[-1] in (precision, (precision, precision))
 
 

@@ -189,6 +189,23 @@ class TestCheck:
         lengths = jnp.linalg.norm(J.to_rows()["w"].reshape(4, -1), axis=1)
         assert jnp.max(lengths) < 1e-2 * jnp.max(J.norms())
 
+    @pytest.mark.parametrize("params", [jnp.float32, jnp.bfloat16], ids=["mixed", "narrow"])
+    def test_what_is_computed_in_bfloat16(self, params):
+        """The rounding is that of the narrowest numbers, not of the parameters."""
+
+        def deep(p, x):
+            for w in p.values():
+                x = jax.nn.gelu(x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16))
+            return jnp.mean(x.astype(jnp.float32) ** 2)
+
+        keys = jax.random.split(KEYS[4], 4)
+        p = {f"w{i}": (jax.random.normal(key, (64, 64)) / 8) for i, key in enumerate(keys)}
+        p = jax.tree.map(lambda w: w.astype(params), p)
+        J = jax.jit(jacobian(deep))(p, jax.random.normal(KEYS[5], (8, 64)))
+        J.check()
+        with pytest.raises(ValueError, match=re.escape("params['w2']: to_rows differs")):
+            damaged(J, "w2").check()
+
     def test_rows_that_are_not_finite_do_not_hide_others(self):
         params, x, token = problem(9)
         J = jax.jit(jacobian(network))(params, x.at[0, 0, 0].set(jnp.nan), token)
@@ -474,13 +491,15 @@ class TestMemory:
 
     @pytest.mark.parametrize("mode", [{}, {"chunk_size": 32}], ids=["kept", "chunks"])
     def test_a_sum_alone_makes_no_rows_that_are_smaller_than_their_factors(self, mode):
-        """Kernels of convolutions, small weights at many positions, tables of few lines."""
+        """Kernels of convolutions, tables of few lines, small weights at many positions."""
         n, side, wide = 32, 12, 8
 
         def loss(p, x, tokens):
             x = jax.lax.conv(x[None], p["kernel"], (1, 1), "SAME")[0]
             x = jnp.tanh(x.reshape(wide, -1).T) + p["table"][tokens]
-            return jnp.sum(jnp.tanh(x @ p["w"]))
+            for _ in range(6):
+                x = jnp.tanh(x @ p["w"])
+            return jnp.sum(x)
 
         keys = iter(jax.random.split(KEYS[3], 5))
         shapes = {"kernel": (wide, wide, 7, 7), "table": (4, wide), "w": (wide, wide)}

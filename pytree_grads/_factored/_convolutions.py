@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import jax
 
@@ -26,6 +27,7 @@ class WindowLayout:
     offsets: Shape
     strides: Shape
     dilation: Shape
+    precision: Any
 
     def __call__(self, operands: Sequence[jax.Array], frames: Sequence[Frame]) -> Windows:
         left, right = operands
@@ -36,6 +38,7 @@ class WindowLayout:
             self.offsets,
             self.strides,
             self.dilation,
+            self.precision,
         )
 
     def _arranged(self, x: jax.Array, axes: Shape, frame: Frame) -> jax.Array:
@@ -98,6 +101,7 @@ def window_layout(equation: Equation) -> tuple[WindowLayout, Tail] | None:
         offsets,
         tuple(strides),
         tuple(dilation),
+        params["precision"],
     )
     m, n = left[numbers.lhs_spec[0]] // groups, right[numbers.rhs_spec[0]] // groups
     last = len(offsets) + 1  # the axis of m in (groups, *offsets, m, n)

@@ -95,14 +95,13 @@ def factor(
         levels = [known["places"][key].level for key in keys]
         terms[site] = _execute.assemble(site, [arrays[key] for key in keys], levels)
     primals = jax.tree.leaves(batch.primals)
-    leaves, summands = (
-        tuple(
-            _leaf(primal, pieces, terms, batch.size, count)
-            for primal, pieces in zip(primals, known[plan], strict=True)
-        )
-        for plan in ("plan", "sums")
-    )
-    return Factored(outputs, aux, leaves, summands, trace.output_avals)
+    leaves, summands = [], []
+    for primal, pieces, alone in zip(primals, known["plan"], known["sums"], strict=True):
+        leaf = _leaf(primal, pieces, terms, batch.size, count)
+        leaves.append(replace(leaf, pieces=_joined(leaf.pieces)))
+        same = alone is pieces
+        summands.append(leaves[-1] if same else _leaf(primal, alone, terms, batch.size, count))
+    return Factored(outputs, aux, tuple(leaves), tuple(summands), trace.output_avals)
 
 
 def _leaf(
@@ -125,7 +124,7 @@ def _leaf(
         for piece in pieces
     )
     shape = _plan.shape_of(pieces, primal.shape)
-    return Leaf(_joined(found), shape, primal.dtype, size, outputs)
+    return Leaf(found, shape, primal.dtype, size, outputs)
 
 
 def _joined(pieces: Sequence[Piece]) -> tuple[Piece, ...]:

@@ -20,7 +20,7 @@ from ._tails import Shape
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["left", "right"],
-    meta_fields=["padding", "offsets", "strides", "dilation"],
+    meta_fields=["padding", "offsets", "strides", "dilation", "precision"],
 )
 @dataclass(frozen=True)
 class Windows:
@@ -37,6 +37,7 @@ class Windows:
     offsets: Shape  # how many along each axis
     strides: Shape
     dilation: Shape
+    precision: Any = None  # of sums over rows
 
     @property
     def factors(self) -> tuple[jax.Array, ...]:
@@ -149,6 +150,7 @@ class Windows:
             lhs_dilation=[interior + 1 for *_, interior in self.padding],
             rhs_dilation=self.dilation,
             dimension_numbers=numbers,
+            precision=self.precision,
         )
         return lines.reshape(term.shape)
 
