@@ -239,6 +239,7 @@ def _plain_rows(jacobian: "Jacobian") -> tuple[list[jax.Array], float]:
     source = jacobian._rows.source
     differentiate = jax.grad if jacobian._outputs.is_scalar else jax.jacrev
 
+    @jax.jit
     def row(one: "Source") -> list[jax.Array]:
         def outputs(primals: PyTree) -> jax.Array:
             result = _call(one, one.batch.with_primals(primals))
@@ -250,15 +251,13 @@ def _plain_rows(jacobian: "Jacobian") -> tuple[list[jax.Array], float]:
 
         return jax.tree.leaves(differentiate(outputs)(one.batch.primals))
 
-    examples = (source.batch.chunk(i, 1) for i in range(len(jacobian)))
-    traced = jax.jit(row).trace(replace(source, batch=source.batch.chunk(0, 1)))
-    made = [v.aval for equation in all_equations(traced.jaxpr) for v in equation.outvars]
+    examples = [replace(source, batch=source.batch.chunk(i, 1)) for i in range(len(jacobian))]
+    jaxpr = row.trace(examples[0]).jaxpr
+    made = [v.aval for equation in all_equations(jaxpr) for v in equation.outvars]
     kinds = {getattr(aval, "dtype", jnp.dtype(int)) for aval in made}
     dtypes = [kind for kind in kinds if jnp.issubdtype(kind, jnp.inexact)]
-    compiled = traced.lower().compile()
-    rows = [compiled(replace(source, batch=one)) for one in examples]
-    stacked = [jnp.stack(leaf) for leaf in zip(*rows, strict=True)]
-    return stacked, max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    stacked = [jnp.stack(leaf) for leaf in zip(*map(row, examples), strict=True)]
+    return stacked, max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
 
 
 def _call(source: "Source", one: Batch) -> PyTree:
