@@ -124,8 +124,8 @@ class Jacobian:
         """The weighted sum of rows, Jᵀ c = Σᵢ cᵢ Jᵢ, at the cost of one ordinary gradient.
 
         Rows that are smaller than their factors, as those of kernels of convolutions may be, are
-        made with J, and added up. Inside ``jit`` they are not, unless something else needs them, as
-        norms asked for before do.
+        made with J, and added up. But inside ``jit``, a sum that is the first product of its J, and
+        not in a loop, needs no rows, and XLA makes none.
 
         Args:
           c: a real number per row, traced.
@@ -316,9 +316,10 @@ class Jacobian:
         Raises:
           TypeError: ``rows`` is not an integer, or J is traced.
           ValueError: a product is wrong by more than rounding, which is taken for 8·√eps of what
-            it adds up, at most a quarter, with the eps of the narrowest floats that the function
-            computes in: 0.003 in float32, a quarter in bfloat16 (the message names the leaf); or
-            ``rows`` is not positive.
+            it adds up, at most a quarter, and 64·eps of the largest leaf's, at most a sixteenth;
+            eps is that of the narrowest floats that the function makes anywhere, so that 0.003 is
+            allowed in float32, a quarter in bfloat16 (the message names the leaf). Or ``rows`` is
+            not positive.
         """
         _report.check(self, positive_int("rows", rows))
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from ._checks import PyTree
@@ -59,10 +58,9 @@ class Rows:
         one_pass: bool = False,
         axis_name: AxisName = None,
     ) -> "Rows":
-        """The rows of one J. Those in a trace have summands too: XLA drops what nothing uses."""
+        """The rows of one J, with what a sum takes if it is the first product."""
         rows = cls(source, leaves, shape, _shapes(source.batch.primals), one_pass, axis_name)
-        if any(isinstance(x, Tracer) for x in jax.tree.leaves(summands)):
-            rows.__dict__["_summands"] = summands
+        rows.__dict__["_summands"] = summands
         return rows
 
     def __post_init__(self) -> None:
@@ -129,7 +127,7 @@ class Rows:
         """The rows times numbers of their own."""
         self.require_one()
         rows = self._settled()
-        return rows._weighted(rows._matrix.scaled([factors] * len(self.primals)), alike=True)
+        return rows._weighted(rows._matrix().scaled([factors] * len(self.primals)), alike=True)
 
     def clipped(self, clip: Clip) -> "Rows":
         """The rows clipped: at once where that is free or norms are there, else in each product."""
@@ -151,17 +149,21 @@ class Rows:
         return self if self.clip is None else self._unclipped._clipped_now(self.clip)
 
     def _clipped_now(self, clip: Clip) -> "Rows":
-        clipped = clip(self._matrix, self.norms)
+        clipped = clip(self._matrix(), self.norms)
         return self._weighted(clipped, alike=len(clip.members) == 1)
 
     def _weighted(self, matrix: Matrix, *, alike: bool) -> "Rows":
         uniform = self.uniform and alike
         return replace(self, weights=matrix.weights, valid=matrix.valid, uniform=uniform)
 
-    @property
     def _matrix(self) -> Matrix:
-        needs_rows = self.weights is not None or self._norms_in_this_trace() is not None
-        summands = None if needs_rows else self.__dict__.get("_summands")
+        """What is kept, for a product. The first one may be a sum that needs no rows.
+
+        Later ones share the rows, as the turns of a loop do, which is another trace.
+        """
+        summands = self.__dict__.pop("_summands", None)
+        if trace_state() != self.__dict__["_made_in"]:
+            summands = None
         return Matrix(self.leaves or (), self.weights, self.valid, summands)
 
     def map(
@@ -182,7 +184,7 @@ class Rows:
         """The same for a function that sees to layouts by itself."""
         self.require_one()
         if self.leaves is not None:
-            return fun(self._matrix)
+            return fun(self._matrix())
         return self.source.map(lambda m: fun(self._clip(m)[0]), self.weights, self.valid, route)
 
     def stacked(self) -> tuple[jax.Array, ...]:
@@ -215,7 +217,7 @@ class Rows:
         self.require_one()
         own = in_auto(fun, [layout(x) for x in self.primals])
         if self.leaves is not None:
-            return sum_over(own(self._matrix, extra), self.axis_name)
+            return sum_over(own(self._matrix(), extra), self.axis_name)
         # Rows that had weights before the clip take a pass that gives no norms; see `Source.fold`.
         before = self.__dict__.get("_before") if self.weights is None else None
 

@@ -206,6 +206,17 @@ class TestCheck:
         with pytest.raises(ValueError, match=re.escape("params['w2']: to_rows differs")):
             damaged(J, "w2").check()
 
+    def test_what_makes_no_floats_or_next_to_nothing(self):
+        jacobian(lambda p, x: p)(jnp.ones(()), jnp.arange(N)).check()
+        jacobian(lambda p, x: x * p * 1e-21)(jnp.ones(()), jnp.ones(N)).check()
+        J = jacobian(lambda p, x: x @ p[:, :0])(jnp.ones((4, 3)), jnp.ones((N, 4)))
+        J.check()
+        assert J.sketch(KEYS[0], 3).shape == (N, 0, 3)
+
+    def test_without_jit(self):
+        with jax.disable_jit():
+            jacobian(mlp)([(jnp.eye(3), jnp.ones(3))], jnp.ones((N, 3))).check()
+
     def test_rows_that_are_not_finite_do_not_hide_others(self):
         params, x, token = problem(9)
         J = jax.jit(jacobian(network))(params, x.at[0, 0, 0].set(jnp.nan), token)
@@ -528,6 +539,27 @@ class TestMemory:
         assert tree_allclose(jax.jit(after_norms)(params, c)[1], want)
         J = jax.jit(jacobian(loss, **mode))(params, x, tokens)  # outside, it has rows
         assert tree_allclose(J.weighted_sum(c), want)
+
+    def test_sums_in_a_loop_or_after_another_product_share_the_rows(self):
+        def loss(kernel, x):
+            return jnp.sum(jnp.tanh(jax.lax.conv(x[None], kernel, (1, 1), "SAME")))
+
+        kernel, x = jnp.ones((8, 8, 3, 3)), jnp.ones((5, 8, 9, 9))
+
+        def convolutions(product):
+            jaxpr = jax.make_jaxpr(lambda p, x: product(jacobian(loss)(p, x)))(kernel, x).jaxpr
+            return str(jaxpr).count("conv_general_dilated[")
+
+        def turns(J):
+            return jax.lax.scan(lambda v, _: (J.T @ (J @ v), None), kernel, length=9)
+
+        bare = convolutions(lambda J: J._rows.leaves)
+        assert convolutions(lambda J: J.sum()) == bare + 1
+        assert convolutions(turns) == bare
+        assert convolutions(lambda J: jax.lax.cond(True, J.sum, J.mean)) == bare
+        assert convolutions(lambda J: (J @ kernel, J.sum())) == bare
+        assert convolutions(lambda J: (J.norms(), J.T @ x[:, 0, 0, 0])) == bare
+        assert convolutions(lambda J: (J.clip(1.0).sum(), J.sum())) == bare
 
     def test_chunks_bound_the_memory(self):
         params, x = self.arguments()

@@ -32,7 +32,7 @@ class Matrix:
     leaves: tuple[Leaf, ...]
     weights: tuple[jax.Array, ...] | None = None
     valid: jax.Array | None = None
-    summands: tuple[Leaf, ...] | None = None  # the leaves for sums of rows that nothing else needs
+    summands: tuple[Leaf, ...] | None = None  # the leaves for sums, where nothing else needs rows
 
     @property
     def dtype(self) -> Any:

@@ -180,7 +180,7 @@ def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> tuple[Piece
 
 
 def plan_sum(leaf: Atom, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
-    """The same for a sum of rows alone, which costs less from terms than from rows made of them.
+    """The same for one sum of rows alone: from terms it costs less than from rows made of them.
 
     Terms of a scan are not kept for it: a sum over steps takes less memory.
     """

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from .._batch import Batch
 from .._checks import check_arrays, describe, split_aux
@@ -26,7 +27,7 @@ class Factored:
     outputs: PyTree  # leaves (N, *k)
     aux: PyTree  # leaves (N, ...)
     leaves: tuple[Leaf, ...]
-    summands: tuple[Leaf, ...]  # the same, as a sum of rows alone takes them
+    summands: tuple[Leaf, ...] | None  # the same for a sum of rows alone; XLA drops what is idle
     output_avals: PyTree  # of one example
 
 
@@ -58,13 +59,14 @@ def factor(
 ) -> Factored:
     """Outputs, aux and all rows of J, each leaf in the form that its route asks for."""
     known: dict[str, Any] = {}  # what one example's trace says, apart from arrays
+    has_sums = route == "auto" and any(isinstance(x, Tracer) for x in batch.leaves)
 
     def example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         trace = _trace(fun, batch, args, kwargs, has_aux)
         varying = trace.graph.downstream(trace.graph.inputs[len(batch.primal_positions) :])
         plan = [_plan.plan_leaf(leaf, varying, route) for leaf in trace.leaves]
         sums = plan
-        if route == "auto":
+        if has_sums:
             sums = [_plan.plan_sum(*own) for own in zip(trace.leaves, plan, strict=True)]
         sites = list(dict.fromkeys(piece.site for pieces in (*plan, *sums) for piece in pieces))
         keys = list(dict.fromkeys(key for site in sites for key in _execute.keys_of(site)))
@@ -101,7 +103,8 @@ def factor(
         leaves.append(replace(leaf, pieces=_joined(leaf.pieces)))
         same = alone is pieces
         summands.append(leaves[-1] if same else _leaf(primal, alone, terms, batch.size, count))
-    return Factored(outputs, aux, tuple(leaves), tuple(summands), trace.output_avals)
+    sums = tuple(summands) if has_sums else None
+    return Factored(outputs, aux, tuple(leaves), sums, trace.output_avals)
 
 
 def _leaf(
