@@ -54,7 +54,7 @@ class Rows:
         leaves: tuple[Leaf, ...] | None,
         shape: tuple[int, ...],
         *,
-        summands: tuple[Leaf, ...] | None = None,
+        summands: Callable[[], tuple[Leaf, ...]] | None = None,
         one_pass: bool = False,
         axis_name: AxisName = None,
     ) -> "Rows":
@@ -156,15 +156,15 @@ class Rows:
         uniform = self.uniform and alike
         return replace(self, weights=matrix.weights, valid=matrix.valid, uniform=uniform)
 
-    def _matrix(self) -> Matrix:
+    def _matrix(self, *, needs_rows: bool = True) -> Matrix:
         """What is kept, for a product. The first one may be a sum that needs no rows.
 
         Later ones share the rows, as the turns of a loop do, which is another trace.
         """
         summands = self.__dict__.pop("_summands", None)
-        if trace_state() != self.__dict__["_made_in"]:
-            summands = None
-        return Matrix(self.leaves or (), self.weights, self.valid, summands)
+        is_here = trace_state() == self.__dict__["_made_in"]
+        own = summands() if summands and is_here and not needs_rows else None
+        return Matrix(self.leaves or (), self.weights, self.valid, own)
 
     def map(
         self,
@@ -212,12 +212,14 @@ class Rows:
         fun: Callable[[Matrix, Any], list[jax.Array]],
         extra: jax.Array | None,
         dtype: Callable[[Any], Any] = lambda dtype: dtype,
+        *,
+        needs_rows: bool = True,
     ) -> list[jax.Array]:
         """`fun` of the rows, which gives sums over them: arrays like the leaves, carried."""
         self.require_one()
         own = in_auto(fun, [layout(x) for x in self.primals])
         if self.leaves is not None:
-            return sum_over(own(self._matrix(), extra), self.axis_name)
+            return sum_over(own(self._matrix(needs_rows=needs_rows), extra), self.axis_name)
         # Rows that had weights before the clip take a pass that gives no norms; see `Source.fold`.
         before = self.__dict__.get("_before") if self.weights is None else None
 
@@ -226,7 +228,9 @@ class Rows:
             return own(clipped, extra), None if before is None else norms
 
         init = [zeros(x, x.shape, dtype(carried_dtype(x.dtype))) for x in self.primals]
-        sums, norms = self.source.fold(of_chunk, init, self.weights, self.valid, extra)
+        sums, norms = self.source.fold(
+            of_chunk, init, self.weights, self.valid, extra, needs_rows=needs_rows
+        )
         if before is not None:
             before._remember_norms(norms)
         return sum_over(sums, self.axis_name)
@@ -247,7 +251,8 @@ class Rows:
             own = ones if self.weights is None else product(ones, self.weights[0])
             sums = self.source.pull_back(own, alone=self.weights is not None)
             return sum_over(sums, self.axis_name)
-        return self.fold(lambda matrix, c: matrix.weighted_sum(c), c)
+        needs_rows = any(x is not None for x in (self.weights, self.valid, self.clip))
+        return self.fold(lambda matrix, c: matrix.weighted_sum(c), c, needs_rows=needs_rows)
 
     @property
     def _can_pull_back(self) -> bool:

@@ -68,9 +68,18 @@ class Source:
     def factor(self, batch: Batch, route: Route = "auto") -> _rows.Factored:
         return _rows.factor(self.fun, batch, has_aux=self.has_aux, route=route)
 
-    def matrix(self, batch: Batch, weights: Any, valid: Any, route: Route = "auto") -> Matrix:
+    def matrix(
+        self,
+        batch: Batch,
+        weights: Any,
+        valid: Any,
+        route: Route = "auto",
+        *,
+        needs_rows: bool = True,
+    ) -> Matrix:
         factored = self.factor(batch, route)
-        return Matrix(factored.leaves, weights, valid, factored.summands)
+        summands = None if needs_rows or not factored.summands else factored.summands()
+        return Matrix(factored.leaves, weights, valid, summands)
 
     def map(
         self,
@@ -93,6 +102,8 @@ class Source:
         weights: Any,
         valid: Any,
         extra: Any,
+        *,
+        needs_rows: bool = True,
     ) -> tuple[list[jax.Array], PyTree]:
         """`sums, numbers = fun(matrix, extra)` of each chunk: added up, and put together.
 
@@ -103,7 +114,8 @@ class Source:
         def step(carry: Any, chunk: Batch, place: Place) -> Any:
             rows = jax.tree.map(place.cut, (weights, valid, extra))
             own_weights, own_valid, own_extra = rows
-            sums, numbers = fun(self.matrix(chunk, own_weights, own_valid), own_extra)
+            matrix = self.matrix(chunk, own_weights, own_valid, needs_rows=needs_rows)
+            sums, numbers = fun(matrix, own_extra)
             return jax.tree.map(jnp.add, carry, sums), numbers
 
         batch = self.batch.localized()

@@ -75,7 +75,7 @@ class Matrix:
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         """One array per leaf, in its carried dtype."""
         rows = self.selected()
-        leaves = rows.leaves if rows.weights or not self.summands else self.summands
+        leaves = self.summands or rows.leaves
         return [
             _products.weighted_sum(leaf, rows.weight(i, weights)) for i, leaf in enumerate(leaves)
         ]

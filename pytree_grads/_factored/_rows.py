@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class Factored:
     outputs: PyTree  # leaves (N, *k)
     aux: PyTree  # leaves (N, ...)
     leaves: tuple[Leaf, ...]
-    summands: tuple[Leaf, ...] | None  # the same for a sum of rows alone; XLA drops what is idle
+    summands: Callable[[], tuple[Leaf, ...]] | None  # makes the same for a sum of rows alone
     output_avals: PyTree  # of one example
 
 
@@ -71,8 +72,7 @@ def factor(
         sites = list(dict.fromkeys(piece.site for pieces in (*plan, *sums) for piece in pieces))
         keys = list(dict.fromkeys(key for site in sites for key in _execute.keys_of(site)))
         places = dict(zip(keys, _places(trace, batch, keys), strict=True))
-        known.update(trace=replace(trace, values=()), plan=plan, sums=sums)
-        known.update(sites=sites, places=places)
+        known.update(trace=replace(trace, values=()), plan=plan, sums=sums, places=places)
 
         def backward(cotangents: Sequence[jax.Array]) -> Any:
             inputs = [*trace.values, *cotangents]
@@ -87,41 +87,47 @@ def factor(
 
     axes = [place.depth if place.level else None for place in _PLACES]
     found, results = batch.vmap(example, out_axes=(axes, 0))
-    trace, sites = known["trace"], known["sites"]
+    trace = known["trace"]
     arrays = _by_key(found, known["places"])
     outputs, aux = jax.tree.unflatten(trace.result_tree, results)
     count = _count(trace.output_avals)
-    terms = {}
-    for site in sites:
+
+    @cache
+    def term(site: _plan.Site) -> tuple[Term, tuple[int, ...]]:
         keys = _execute.keys_of(site)
         levels = [known["places"][key].level for key in keys]
-        terms[site] = _execute.assemble(site, [arrays[key] for key in keys], levels)
-    primals = jax.tree.leaves(batch.primals)
-    leaves, summands = [], []
-    for primal, pieces, alone in zip(primals, known["plan"], known["sums"], strict=True):
-        leaf = _leaf(primal, pieces, terms, batch.size, count)
-        leaves.append(replace(leaf, pieces=_joined(leaf.pieces)))
-        same = alone is pieces
-        summands.append(leaves[-1] if same else _leaf(primal, alone, terms, batch.size, count))
-    sums = tuple(summands) if has_sums else None
-    return Factored(outputs, aux, tuple(leaves), sums, trace.output_avals)
+        return _execute.assemble(site, [arrays[key] for key in keys], levels)
+
+    primals, plan, sums = jax.tree.leaves(batch.primals), known["plan"], known["sums"]
+    leaves = tuple(
+        _joined(_leaf(primal, pieces, term, batch.size, count))
+        for primal, pieces in zip(primals, plan, strict=True)
+    )
+
+    def summands() -> tuple[Leaf, ...]:
+        return tuple(
+            leaf if alone is pieces else _leaf(primal, alone, term, batch.size, count)
+            for leaf, primal, pieces, alone in zip(leaves, primals, plan, sums, strict=True)
+        )
+
+    return Factored(outputs, aux, leaves, summands if has_sums else None, trace.output_avals)
 
 
 def _leaf(
     primal: jax.Array,
     pieces: Sequence[_plan.Piece],
-    terms: dict[_plan.Site, tuple[Term, tuple[int, ...]]],
+    term: Callable[[_plan.Site], tuple[Term, tuple[int, ...]]],
     size: int,
     outputs: int | None,
 ) -> Leaf:
     found = tuple(
         Piece(
-            term=terms[piece.site][0],
+            term=term(piece.site)[0],
             shape=piece.site.shape,
             axis=_execute.rows_axis(piece.site),
             tail=piece.tail,
             factor=piece.factor,
-            levels=terms[piece.site][1],
+            levels=term(piece.site)[1],
             reason=piece.reason,
         )
         for piece in pieces
@@ -130,10 +136,10 @@ def _leaf(
     return Leaf(found, shape, primal.dtype, size, outputs)
 
 
-def _joined(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+def _joined(leaf: Leaf) -> Leaf:
     """The same with many pieces of one form as one: a weight that is used in an unrolled loop."""
     forms: dict[Any, list[Piece]] = {}
-    for i, x in enumerate(pieces):
+    for i, x in enumerate(leaf.pieces):
         alike = _terms.form(x.term) or i
         forms.setdefault((x.shape, x.tail, x.factor, x.levels, alike), []).append(x)
     found: list[Piece] = []
@@ -141,7 +147,7 @@ def _joined(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
         terms = [x.term for x in group]
         apart = 1 if isinstance(terms[0], Scatter) else _costs.APART  # lines of one index meet
         found += [replace(group[0], term=_terms.joined(terms))] if len(group) > apart else group
-    return tuple(found)
+    return replace(leaf, pieces=tuple(found))
 
 
 def _trace(fun: Callable[..., Any], batch: Batch, args: Any, kwargs: Any, has_aux: bool) -> _Trace:
