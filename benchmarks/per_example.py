@@ -205,13 +205,13 @@ def summary(results: Mapping[str, Sequence[Entry]]) -> str:
     rows = []
     for product, entries in results.items():
         families = {entry.model.name: entry.model.family for entry in entries}
-        columns = {
-            name: {entry.model.name: getattr(entry.ours, name) for entry in entries}
-            for name in ("time", "memory", "flops", "build")
-        }
         # One example is its own sum: what it takes beside is next to nothing, and would say much.
         several = [entry for entry in entries if entry.problem.size > 1]
-        columns["memory"] = {entry.model.name: entry.ours.memory for entry in several}
+        counted = {"time": entries, "memory": several, "flops": entries, "build": entries}
+        columns = {
+            name: {entry.model.name: getattr(entry.ours, name) for entry in own}
+            for name, own in counted.items()
+        }
         columns["peer"] = {entry.model.name: entry.over_best_peer for entry in entries}
         columns["at best"] = {entry.model.name: entry.best_over_best_peer for entry in entries}
         row = [PRODUCTS[product]]

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from pytree_grads import chain_rule_grad, jacobian
 from pytree_grads._canonical import with_canonical_convolutions
+from pytree_grads._compat import all_equations
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -27,11 +28,9 @@ def bodies(equation):
 
 def convolutions(jaxpr):
     """The dimension numbers of all convolutions of a program, those in bodies too."""
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    for equation in all_equations(jaxpr):
         if equation.primitive.name == "conv_general_dilated":
             yield equation.params["dimension_numbers"]
-        for body in bodies(equation):
-            yield from convolutions(body)
 
 
 def inside(jaxpr):

@@ -11,6 +11,7 @@ from helpers import clips_cotangent, tree_allclose
 from models import MODELS
 
 from pytree_grads import jacobian, value_and_jacobian
+from pytree_grads._compat import all_equations
 from pytree_grads._factored._leaves import Leaf
 
 N = 5
@@ -446,14 +447,8 @@ def test_only_keys_that_differ_are_listed():
 
 def sizes(jaxpr):
     """The sizes of all arrays that a jaxpr makes, bodies included."""
-    for equation in jaxpr.eqns:
+    for equation in all_equations(jaxpr):
         yield from (getattr(v.aval, "size", 0) for v in equation.outvars)
-        for value in equation.params.values():
-            inner = value if isinstance(value, tuple | list) else [value]
-            for body in inner:
-                body = getattr(body, "jaxpr", body)
-                if hasattr(body, "eqns"):
-                    yield from sizes(body)
 
 
 def temporary(fun, *args):

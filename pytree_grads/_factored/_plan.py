@@ -155,18 +155,29 @@ class Piece:
     reason: str = ""  # why the term is dense, where it is
 
 
-def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> tuple[Piece, ...]:
+@dataclass(frozen=True)
+class LeafPlan:
+    """The pieces of a leaf, and those that one sum of its rows alone costs least from."""
+
+    pieces: tuple[Piece, ...]
+    summands: tuple[Piece, ...]
+
+
+def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> LeafPlan:
     """The pieces of a leaf: its terms, or the leaf itself where those would be no smaller.
 
-    `varying` holds what differs between examples; what does not is kept once, so its size is free.
+    A sum alone takes the terms there too, but not those of a scan, whose sum over the steps takes
+    less memory. `varying` holds what differs between examples; what does not is kept once, so its
+    size is free.
     """
     if route == "rows":
-        return (Piece(AtValue(leaf), reason="asked for"),)
+        rows = (Piece(AtValue(leaf), reason="asked for"),)
+        return LeafPlan(rows, rows)
     pieces = tuple(
         replace(piece, reason=f"stopped at {origin(piece.site)}") if is_dense(piece.site) else piece
         for piece in decompose(leaf)
     )
-    sites = [piece.site for piece in pieces]
+    terms, sites = pieces, [piece.site for piece in pieces]
     own = [site for site in sites if not (isinstance(site, AtValue) and site.value not in varying)]
     kept = sum(site.size * (_costs.DEARER if _is_convolution(site) else 1) for site in own)
     if route != "factored" and kept >= max(1, prod(leaf.aval.shape)):
@@ -176,18 +187,8 @@ def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> tuple[Piece
             pieces = tuple(replace(q, site=_row_at(q.site), reason=reason) for q in pieces)
         else:
             pieces = (Piece(AtValue(leaf), reason=reason),)
-    return _norms_of(pieces) if route == "norms" else pieces
-
-
-def plan_sum(leaf: Atom, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
-    """The same for one sum of rows alone: from terms it costs less than from rows made of them.
-
-    Terms of a scan are not kept for it: a sum over steps takes less memory.
-    """
-    if not all(is_dense(piece.site) for piece in pieces):
-        return pieces
-    terms = decompose(leaf)
-    return terms if all(isinstance(piece.site, AtTerm) for piece in terms) else pieces
+    summands = terms if all(isinstance(site, AtTerm) for site in sites) else pieces
+    return LeafPlan(_norms_of(pieces) if route == "norms" else pieces, summands)
 
 
 def _norms_of(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:

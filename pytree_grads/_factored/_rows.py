@@ -66,13 +66,11 @@ def factor(
         trace = _trace(fun, batch, args, kwargs, has_aux)
         varying = trace.graph.downstream(trace.graph.inputs[len(batch.primal_positions) :])
         plan = [_plan.plan_leaf(leaf, varying, route) for leaf in trace.leaves]
-        sums = plan
-        if has_sums:
-            sums = [_plan.plan_sum(*own) for own in zip(trace.leaves, plan, strict=True)]
-        sites = list(dict.fromkeys(piece.site for pieces in (*plan, *sums) for piece in pieces))
+        asked = [own.pieces + own.summands if has_sums else own.pieces for own in plan]
+        sites = list(dict.fromkeys(piece.site for pieces in asked for piece in pieces))
         keys = list(dict.fromkeys(key for site in sites for key in _execute.keys_of(site)))
         places = dict(zip(keys, _places(trace, batch, keys), strict=True))
-        known.update(trace=replace(trace, values=()), plan=plan, sums=sums, places=places)
+        known.update(trace=replace(trace, values=()), plan=plan, places=places)
 
         def backward(cotangents: Sequence[jax.Array]) -> Any:
             inputs = [*trace.values, *cotangents]
@@ -98,16 +96,18 @@ def factor(
         levels = [known["places"][key].level for key in keys]
         return _execute.assemble(site, [arrays[key] for key in keys], levels)
 
-    primals, plan, sums = jax.tree.leaves(batch.primals), known["plan"], known["sums"]
+    primals, plan = jax.tree.leaves(batch.primals), known["plan"]
     leaves = tuple(
-        _joined(_leaf(primal, pieces, term, batch.size, count))
-        for primal, pieces in zip(primals, plan, strict=True)
+        _joined(_leaf(primal, own.pieces, term, batch.size, count))
+        for primal, own in zip(primals, plan, strict=True)
     )
 
     def summands() -> tuple[Leaf, ...]:
         return tuple(
-            leaf if alone is pieces else _leaf(primal, alone, term, batch.size, count)
-            for leaf, primal, pieces, alone in zip(leaves, primals, plan, sums, strict=True)
+            leaf
+            if own.summands is own.pieces
+            else _leaf(primal, own.summands, term, batch.size, count)
+            for leaf, primal, own in zip(leaves, primals, plan, strict=True)
         )
 
     return Factored(outputs, aux, leaves, summands if has_sums else None, trace.output_avals)
