@@ -33,7 +33,14 @@ def even_chunk(size: int, most: int) -> int:
 def loop_chunk(size: int, chunk_size: int | None) -> int | None:
     """The size of the chunks to loop over, or None where one direct call takes the whole batch."""
     check_chunk_size(chunk_size)
-    return None if chunk_size is None or size <= chunk_size else int(chunk_size)
+    if chunk_size is None:
+        return None
+    if not isinstance(size, int):
+        raise ValueError(
+            f"argument chunk_size={chunk_size} cuts a batch of known size, and the number of "
+            f"examples is symbolic, {size}: leave it out, or export with a number"
+        )
+    return None if size <= chunk_size else int(chunk_size)
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,86 @@ def all_equations(jaxpr: Any) -> Iterator[core.JaxprEqn]:
     """The equations of a jaxpr and of all bodies in it."""
     for equation in open_jaxpr(jaxpr)[0].eqns:
         yield equation
-        for param in equation.params.values():
-            for body in param if isinstance(param, tuple | list) else [param]:
-                if isinstance(body, core.Jaxpr | core.ClosedJaxpr):
-                    yield from all_equations(body)
+        for body in _bodies(equation):
+            yield from all_equations(body)
+
+
+def custom_rule(jaxpr: Any) -> str | None:
+    """What in a function makes JAX differentiate it right one example at a time only, if anything.
+
+    A `jax.custom_vjp` may close over the example, or not be linear in its cotangent. Products of
+    the sparse matrices of `jax.experimental.sparse` lose their gradient under `jax.vmap`.
+    """
+    for equation in all_equations(jaxpr):
+        if equation.primitive is primitives.custom_vjp_call_p:
+            return "a jax.custom_vjp"
+        if equation.primitive.name.startswith(("bcoo_", "bcsr_")):
+            return f"the sparse product {equation.primitive.name}"
+    return None
+
+
+def effectful_equations(jaxpr: Any) -> Iterator[core.JaxprEqn]:
+    """The equations that have effects of their own, at every depth; not the calls around them."""
+    for equation in open_jaxpr(jaxpr)[0].eqns:
+        if not equation.effects:
+            continue
+        bodies = list(_bodies(equation))
+        if not bodies:
+            yield equation
+        for body in bodies:
+            yield from effectful_equations(body)
+
+
+def _bodies(equation: core.JaxprEqn) -> Iterator[Any]:
+    for param in equation.params.values():
+        for body in param if isinstance(param, tuple | list) else [param]:
+            if isinstance(body, core.Jaxpr | core.ClosedJaxpr):
+                yield body
+
+
+def effect_name(effect: Any) -> str:
+    """What an effect is called: the name of its class, which no release exports."""
+    return type(effect).__name__
+
+
+def is_reference(value: Any) -> bool:
+    """Whether a value is a mutable reference, as `jax.new_ref` makes it."""
+    return isinstance(value, jax.Ref)
+
+
+# `discharge_state` turns reads and writes of references into pure values. It is not public.
+try:
+    from jax._src.state.discharge import discharge_state as _discharge_state
+except ImportError:  # a future release may move it: functions with references are refused then
+    _discharge_state = None
+
+
+def without_references(jaxpr: Any) -> Any:
+    """A closed jaxpr whose references, made inside of it, have become pure values.
+
+    References from outside that are only read are read now. What is left keeps its effects.
+    """
+    if _discharge_state is None:
+        return jaxpr
+    values = open_jaxpr(jaxpr)[1]
+    if any(is_reference(x) for x in values):
+        jaxpr = _with_references_of_its_own(jaxpr, values)
+    return _discharge_state(jaxpr, lower=False)
+
+
+def _with_references_of_its_own(jaxpr: Any, values: Sequence[Any]) -> Any:
+    """A jaxpr that holds references from outside as constants, with copies in their place."""
+    opened, _ = open_jaxpr(jaxpr)
+    # Read outside of the new trace: inside, the read itself would be an effect.
+    found = [x[...] if is_reference(x) else x for x in values]
+
+    def copied(*args: Any) -> Any:
+        own = [
+            jax.new_ref(x) if is_reference(was) else x for x, was in zip(found, values, strict=True)
+        ]
+        return core.jaxpr_as_fun(core.ClosedJaxpr(opened, own))(*args)
+
+    return jax.make_jaxpr(copied)(*(var.aval for var in opened.invars))
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

@@ -58,7 +58,13 @@ class Jacobian:
     __array_ufunc__ = None  # NumPy arrays leave operators to us
 
     def __len__(self) -> int:
-        return self._rows.shape[0]
+        size = self._rows.shape[0]
+        if not isinstance(size, int):
+            raise TypeError(
+                f"the number of examples is symbolic, {size}, and len(J) would be an int: use "
+                "J.shape[0], or J.mean() for the sum divided by it"
+            )
+        return size
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,7 +72,7 @@ class Jacobian:
         outputs = self._outputs
         is_array = jax.tree_util.treedef_is_leaf(outputs.treedef)
         middle = outputs.shapes[0] if is_array else (outputs.count,)
-        return (len(self), *middle, sum(map(prod, self._rows.param_shapes)))
+        return (self._rows.shape[0], *middle, sum(map(prod, self._rows.param_shapes)))
 
     def __repr__(self) -> str:
         kept = "recomputed" if self._rows.leaves is None else "kept"
@@ -143,7 +149,7 @@ class Jacobian:
         >>> J.weighted_sum(jnp.array([1.0, -1.0]))
         {'w': Array([-2., -2.], dtype=float32)}
         """
-        return self._rows.sum(self._outputs.flatten("c", c, len(self)))
+        return self._rows.sum(self._outputs.flatten("c", c, self._rows.shape[0]))
 
     def sum(self) -> PyTree:
         """The sum of all rows: a tree like the parameters, zero where there are no rows."""
@@ -220,14 +226,14 @@ class Jacobian:
           A tree like the parameters, real, in their precision; of factors beyond 1e±19 in float32,
           as for ``gram``.
         """
-        c = None if c is None else self._outputs.flatten("c", c, len(self))
+        c = None if c is None else self._outputs.flatten("c", c, self._rows.shape[0])
         sums = self._rows.fold(lambda matrix, c: matrix.square_sum(c), c, _real)
         narrow = [x.astype(_real(p.dtype)) for x, p in zip(sums, self._rows.primals, strict=True)]
         return self._rows.like_params(narrow)
 
     def scale(self, s: PyTree) -> "Jacobian":
         """diag(s) J: every row times a real number of its own."""
-        factors = self._outputs.flatten("s", s, len(self))
+        factors = self._outputs.flatten("s", s, self._rows.shape[0])
         return replace(self, _rows=self._rows.scaled(factors))
 
     def clip(self, max_norm: PyTree, *, nan_safe: bool = False) -> "Jacobian":

@@ -35,7 +35,8 @@ def jacobian(
 
     Args:
       fun: the function of one example; returns a real floating-point scalar, array or tree of
-        arrays, and with ``has_aux`` a pair of that and auxiliary data. Its effects
+        arrays, and with ``has_aux`` a pair of that and auxiliary data. It may use references
+        (``jax.new_ref``) that it makes itself, and read others. Effects that no result depends on
         (``jax.debug.print``, ``checkify.check``) may not take place, or several times: only what is
         asked is computed.
       argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
@@ -46,9 +47,10 @@ def jacobian(
       chunk_size: keep nothing, and make each product from this many examples at a time. It need
         not divide N.
       recompute: keep nothing between products. Norms are taken where rows arise (inside the body
-        of a scan over layers), and a weighted sum is one vector-Jacobian product: its weights go
-        through every ``jax.custom_vjp`` in ``fun``, which has to be linear in its cotangent, and
-        through its dtypes: in float16, weights of 1e-6 lose digits and those of 1e-9 are zero.
+        of a scan over layers), and a weighted sum is one vector-Jacobian product, whose weights go
+        through the dtypes of ``fun``: in float16, weights of 1e-6 lose digits and those of 1e-9
+        are zero. If ``fun`` has a ``jax.custom_vjp``, which need not be linear in its cotangent,
+        a weighted sum is made from factors instead.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which sums of rows (``sum``,
         ``mean``, ``weighted_sum``, ``square_sum``) are those of all devices. By default they are
         those of the rows on the device; norms and all else per row always are.
@@ -62,6 +64,9 @@ def jacobian(
         is not real and floating-point.
       ValueError: a differentiated argument is mapped, there are no parameters, an axis is out of
         range, or sizes disagree.
+      NotImplementedError: ``fun`` has an effect that changes results: it writes to a reference
+        that was made outside of it; or, where nothing is kept, it reads such a reference or calls
+        out for a result (``jax.experimental.io_callback``).
 
     >>> import jax.numpy as jnp
     >>> loss = lambda p, x, y: (jnp.dot(p["w"], x) + p["b"] - y) ** 2
@@ -128,9 +133,20 @@ def _make(
         batch = resolve(fun, args, kwargs, argnums, in_axes, shared=True)
         if not jax.tree.leaves(batch.primals):
             raise ValueError("the arguments to differentiate hold no arrays")
-        source = Source.of(fun, batch, has_aux, chunk_size, many=isinstance(argnums, Sequence))
-        if recompute or chunk_size is not None:
-            outputs = Outputs.of(source.output_avals())
+        keeps_nothing = recompute or chunk_size is not None
+        source = Source.of(
+            fun,
+            batch,
+            has_aux,
+            chunk_size,
+            many=isinstance(argnums, Sequence),
+            runs_again=bool(keeps_nothing),
+        )
+        pulls_back = False
+        if keeps_nothing:
+            avals, is_linear = source.examined()
+            outputs = Outputs.of(avals)
+            pulls_back = bool(recompute) and is_linear
             leaves = summands = None
             values, aux = source.outputs() if with_outputs or has_aux else (None, None)
         else:
@@ -145,6 +161,7 @@ def _make(
             shape,
             summands=summands,
             one_pass=not recompute,
+            pulls_back=pulls_back,
             axis_name=axis_name,
         )
         made = Jacobian(rows, outputs)

@@ -25,7 +25,7 @@ from ._tree import carried_dtype
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["source", "leaves", "weights", "valid", "clip"],
-    meta_fields=["shape", "param_shapes", "one_pass", "axis_name", "uniform"],
+    meta_fields=["shape", "param_shapes", "one_pass", "pulls_back", "axis_name", "uniform"],
 )
 @dataclass(frozen=True)
 class Rows:
@@ -41,6 +41,7 @@ class Rows:
     shape: tuple[int, ...]
     param_shapes: tuple[tuple[int, ...], ...]  # of the parameters' leaves: of one J, in a stack too
     one_pass: bool = False
+    pulls_back: bool = False  # whether sums may be one vector-Jacobian product
     axis_name: AxisName = None
     weights: tuple[jax.Array, ...] | None = None  # of rows, for each leaf
     valid: jax.Array | None = None  # rows that count; the others are zero
@@ -56,10 +57,12 @@ class Rows:
         *,
         summands: Callable[[], tuple[Leaf, ...]] | None = None,
         one_pass: bool = False,
+        pulls_back: bool = False,
         axis_name: AxisName = None,
     ) -> "Rows":
         """The rows of one J, with what a sum takes if it is the first product."""
-        rows = cls(source, leaves, shape, _shapes(source.batch.primals), one_pass, axis_name)
+        params = _shapes(source.batch.primals)
+        rows = cls(source, leaves, shape, params, one_pass, pulls_back, axis_name)
         rows.__dict__["_summands"] = summands
         return rows
 
@@ -259,7 +262,7 @@ class Rows:
         """Whether a sum of rows that are not kept may be one backward pass in their own dtype."""
         wide = all(carried_dtype(x.dtype) == x.dtype for x in self.primals)
         alike = self.uniform and self.valid is None and self.clip is None
-        recomputed = self.leaves is None and not self.one_pass
+        recomputed = self.leaves is None and self.pulls_back
         return recomputed and len(self.shape) == 1 and wide and alike
 
     def norms(self, leaves: Collection[int] | None = None) -> jax.Array:

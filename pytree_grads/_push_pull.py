@@ -1,12 +1,13 @@
 """Products with the Jacobian of a batch's outputs, forward and reverse, chunk by chunk."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import jax
 
-from . import _tree
+from . import _compat, _tree
 from ._batch import Batch, fold_chunks, map_chunks
 from ._checks import PyTree
 from ._chunks import Place
@@ -16,12 +17,44 @@ from ._sharding import zeros
 Apply = Callable[[Batch], tuple[PyTree, PyTree]]
 
 
+@contextlib.contextmanager
+def differentiated(apply: Apply, batch: Batch) -> Iterator[None]:
+    """A block that differentiates ``apply``: its errors say so if a custom rule is in the way."""
+    try:
+        yield
+    except Exception as error:
+        rule = _rule_in(apply, batch)
+        if rule is None:
+            raise
+        raise NotImplementedError(
+            f"fun has {rule}, which JAX cannot differentiate together with jax.vmap: pass all that "
+            "a jax.custom_vjp uses of the example as its arguments, so that it closes over "
+            "nothing; or differentiate example by example, by c = jax.grad(outer)(outputs) and "
+            "jacobian(fun)(...).weighted_sum(c)"
+        ) from error
+
+
+def _rule_in(apply: Apply, batch: Batch) -> str | None:
+    """The custom rule that differentiates a function, if it has one and can be evaluated."""
+    try:
+        jaxpr = jax.make_jaxpr(lambda: apply(batch))()
+    except Exception:
+        return None
+    return _compat.custom_rule(jaxpr)
+
+
 def vjp(apply: Apply, batch: Batch) -> tuple[PyTree, Callable[..., Any], PyTree]:
     """``(outputs, pull, aux)``; ``pull(cotangents)`` is the gradient of ``batch.primals``."""
-    outputs, pull, aux = jax.vjp(
-        lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
-    )
-    return outputs, lambda cotangents: pull(cotangents)[0], aux
+    with differentiated(apply, batch):
+        outputs, pull, aux = jax.vjp(
+            lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
+        )
+
+    def pulled(cotangents: PyTree) -> tuple[PyTree, ...]:
+        with differentiated(apply, batch):
+            return pull(cotangents)[0]
+
+    return outputs, pulled, aux
 
 
 def push_chunks(apply: Apply, batch: Batch, chunk_size: int, tangents: PyTree) -> PyTree:
@@ -34,12 +67,13 @@ def push_chunks(apply: Apply, batch: Batch, chunk_size: int, tangents: PyTree) -
     def push(both: Batch) -> PyTree:
         chunk = replace(both, leaves=both.leaves[:count], axes=batch.axes)
         part = jax.tree.unflatten(treedef, both.leaves[count:])
-        _, out, _ = jax.jvp(
-            lambda primals: apply(chunk.with_primals(primals)),
-            (chunk.primals,),
-            (part,),
-            has_aux=True,
-        )
+        with differentiated(apply, chunk):
+            _, out, _ = jax.jvp(
+                lambda primals: apply(chunk.with_primals(primals)),
+                (chunk.primals,),
+                (part,),
+                has_aux=True,
+            )
         return out
 
     return map_chunks(push, both, chunk_size)

@@ -22,7 +22,7 @@ from ._checks import (
     split_aux,
 )
 from ._chunks import loop_chunk
-from ._push_pull import pull_chunks, push_chunks
+from ._push_pull import differentiated, pull_chunks, push_chunks
 from ._sharding import AxisName, device_count, placed_like, sum_over
 
 
@@ -118,13 +118,15 @@ def gauss_newton_product(
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
         if chunk is None:
-            outputs, push, fixed = jax.linearize(
-                lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
-            )
+            with differentiated(apply, batch):
+                outputs, push, fixed = jax.linearize(
+                    lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
+                )
             transposed = jax.linear_transpose(push, batch.primals)
 
             def pull(cotangents: PyTree) -> tuple[PyTree, ...]:
-                return transposed(cotangents)[0]
+                with differentiated(apply, batch):
+                    return transposed(cotangents)[0]
 
         else:
             outputs, fixed = map_chunks(apply, batch, chunk)

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import _compat
 from ._batch import Batch, fold_chunks, map_chunks
 from ._checks import PyTree, split_aux
 from ._chunks import Place
+from ._effects import made_pure
 from ._factored import _rows
 from ._factored._matrix import Matrix
 from ._factored._plan import Route
@@ -49,6 +51,7 @@ class Source:
     has_aux: bool
     chunk_size: int | None
     many: bool  # whether argnums is a sequence: trees like the parameters are then tuples
+    runs_again: bool  # whether each product makes the rows it needs, since none are kept
     traced: tuple[bool, ...]  # which leaves of the batch are children of the pytree, the arrays
 
     @classmethod
@@ -60,13 +63,16 @@ class Source:
         chunk_size: int | None,
         *,
         many: bool,
+        runs_again: bool,
     ) -> "Source":
-        """That of a batch whose leaves are there: what stands in for them later may be no array."""
+        """Record which leaves are arrays now: after unflattening they may be placeholders."""
         traced = tuple(isinstance(x, jax.Array) for x in batch.leaves)
-        return cls(fun, batch, has_aux, chunk_size, many, traced)
+        return cls(fun, batch, has_aux, chunk_size, many, runs_again, traced)
 
     def factor(self, batch: Batch, route: Route = "auto") -> _rows.Factored:
-        return _rows.factor(self.fun, batch, has_aux=self.has_aux, route=route)
+        return _rows.factor(
+            self.fun, batch, has_aux=self.has_aux, route=route, runs_again=self.runs_again
+        )
 
     def matrix(
         self,
@@ -152,13 +158,23 @@ class Source:
 
         return map_chunks(of_chunk, self.batch.localized(), self.chunk_size)
 
-    def output_avals(self) -> PyTree:
-        """The output of one example, abstract."""
-        batch = self.batch.localized()
-        stacked = jax.eval_shape(lambda: batch.vmap(self._of_one)[0])
-        avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
-        _rows.check_outputs(avals)
-        return avals
+    def examined(self) -> tuple[PyTree, bool]:
+        """The output of one example, abstract, and whether sums may be a vjp of the whole batch.
+
+        They may not where a custom rule or a reference makes the gradient of the mapped function
+        fail, or differ from the mapped gradient.
+        """
+        found: list[tuple[PyTree, bool]] = []
+
+        def one(args: Any, kwargs: Any) -> None:
+            trace = jax.make_jaxpr(lambda: self._of_one(args, kwargs)[0], return_shape=True)
+            jaxpr, avals = trace()
+            _rows.check_outputs(avals)
+            pure = made_pure(jaxpr, runs_again=self.runs_again)
+            found.append((avals, pure is jaxpr and _compat.custom_rule(pure) is None))
+
+        jax.eval_shape(lambda: self.batch.localized().vmap(one))
+        return found[0]
 
 
 def _flatten(source: Source) -> tuple[list[Any], Any]:
@@ -166,7 +182,7 @@ def _flatten(source: Source) -> tuple[list[Any], Any]:
     arrays = [x for x, yes in zip(batch.leaves, traced, strict=True) if yes]
     rest = tuple(None if yes else _Static(x) for x, yes in zip(batch.leaves, traced, strict=True))
     static = (batch.axes, batch.treedef, batch.argnums, batch.size, batch.gathered, rest)
-    settings = (source.has_aux, source.chunk_size, source.many, traced)
+    settings = (source.has_aux, source.chunk_size, source.many, source.runs_again, traced)
     return arrays, (_Static(source.fun), settings, static)
 
 

@@ -72,6 +72,24 @@ def expected(rows, c, v, outputs):
     }
 
 
+def plain_rows(made, params, x, tokens):
+    """The rows by `jax.grad` of plain JAX, mapped, unless `jax.vmap` cannot map references."""
+    if "remember" not in made.names:
+        plain = jax.grad if made.outputs is None else jax.jacrev
+        return jax.vmap(plain(made.fun), (None, 0, 0))(params, x, tokens)
+
+    def of_one(i):
+        if made.outputs is None:
+            return jax.grad(made.fun)(params, x[i], tokens[i])
+        rows = [
+            jax.grad(lambda p, k=k: made.fun(p, x[i], tokens[i])[k])(params)
+            for k in range(made.outputs)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(of_one, range(N)))
+
+
 def check(made, seed, mode, count=None):
     """Raise if a product of a program differs from the oracle's, by any of the routes."""
     params, x, tokens = made.arguments(seed)
@@ -79,14 +97,13 @@ def check(made, seed, mode, count=None):
     shape = (N,) if made.outputs is None else (N, made.outputs)
     c = jnp.asarray(rng.standard_normal(shape))
     v = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape)), params)
-    plain = jax.grad if made.outputs is None else jax.jacrev
 
     @jax.jit
     def of_all(params, x, tokens, c, v):
         auto = products(jacobian(made.fun)(params, x, tokens), c, v)
         with factors_kept():
             forced = products(jacobian(made.fun, **MODES[mode])(params, x, tokens), c, v)
-        return (auto, forced), jax.vmap(plain(made.fun), (None, 0, 0))(params, x, tokens)
+        return (auto, forced), plain_rows(made, params, x, tokens)
 
     got, rows = of_all(params, x, tokens, c, v)
     leaves, treedef = jax.tree.flatten(rows)

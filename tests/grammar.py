@@ -242,6 +242,27 @@ def again(scope):
     return whole
 
 
+def remember(scope):
+    """A reference that a body reads and writes: at once, in a call, or in a loop."""
+    step, how = body(scope), scope.choose(["at once", "in a call", "in a loop"])
+
+    def whole(p, h, example):
+        memory = jax.new_ref(h)
+
+        def write():
+            memory[...] = 0.5 * step(p, memory[...], example)
+            memory[0] += jnp.sin(memory[-1])
+
+        if how == "in a loop":
+            lax.scan(lambda *_: (write(), None), None, length=2)
+        else:
+            (jax.jit(write) if how == "in a call" else write)()
+        memory[0] = memory[-1] * memory[0]
+        return memory[...]
+
+    return whole
+
+
 def layers(scope):
     """A body with parameters of its own for each of a few layers."""
     count, unroll = scope.number(1, 3), scope.choose([1, 2])
@@ -314,7 +335,7 @@ def pool(scope):
 
 SIMPLE = [dense, dense, dense, bias, scale, nonlinear, softmax, normalize, words, convolve, attend]
 SIMPLE += [over_time]
-NESTED = [residual, remat, call, branch, again, layers]
+NESTED = [residual, remat, call, branch, again, layers, remember]
 SHAPES = [transpose, reshape, part, widen, pool]
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(pytree_grads.__file__).parent
 # Each module imports only from earlier layers; modules of one layer know nothing of each other.
 LAYERS = [
     {"_checks", "_compat"},
-    {"_canonical", "_chunks", "_sharding", "_tree"},
+    {"_canonical", "_chunks", "_effects", "_sharding", "_tree"},
     {"_axes"},
     {"_batch"},
     {"_push_pull"},

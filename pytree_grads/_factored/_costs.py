@@ -4,6 +4,24 @@ No number changes a result beyond rounding. `benchmarks/constants.py` times the 
 of each, on whatever device there is, and `benchmarks/README.md` has its tables.
 """
 
+from typing import Any
+
+from jax.errors import InconclusiveDimensionOperation
+
+
+def exceeds(size: Any, bound: Any) -> bool:
+    """Whether a size is known to be larger than a bound.
+
+    In a program that is exported for any size of the batch, sizes are symbolic. One that may be
+    larger or not does not exceed the bound: the way for small sizes needs no number, has no loops
+    over parts, and no work in the square of a size that the way for large ones spares.
+    """
+    try:
+        return bool(size > bound)
+    except InconclusiveDimensionOperation:
+        return False
+
+
 # --------------------------------------------------------------------------------------------------
 # Factors or rows
 

@@ -239,7 +239,7 @@ def _run_scan(equation: Equation, needs: _ScanNeeds, env: dict[Key, Any]) -> dic
         step,
         ([read(i) for i in carries_at], zeros),
         [read(i) for i in steps_at],
-        length=params["length"],
+        length=None if steps_at else params["length"],  # which may be symbolic
         reverse=params["reverse"],
         unroll=params["unroll"],
     )

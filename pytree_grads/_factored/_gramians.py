@@ -40,7 +40,7 @@ def _adds_one(leaf: Leaf) -> bool:
 
 def _gram_of_counts(leaf: Leaf, other: Leaf) -> jax.Array:
     """The Gramian of rows that add one vector to many lines, from how often two rows share one."""
-    if other.size < leaf.size:
+    if _costs.exceeds(leaf.size, other.size):
         return _gram_of_counts(other, leaf).conj().T
 
     # There are as many numbers of a row at once as it has lines, not entries.
@@ -80,7 +80,7 @@ def _prefers_rows(leaf: Leaf, other: Leaf) -> bool:
     by_factors = sum(pairs * _terms.inner_cost(x, y) for x in terms for y in others)
     make = prod(leaf.rows) * sum(_terms.row_cost(x) for x in terms if not isinstance(x, Dense))
     make += prod(other.rows) * sum(_terms.row_cost(y) for y in others if not isinstance(y, Dense))
-    return by_factors >= make + 2 * pairs * size
+    return _costs.exceeds(by_factors, make + 2 * pairs * size - 1)
 
 
 def _gram_of_parts(leaf: Leaf, other: Leaf, parts: Parts) -> jax.Array:
@@ -99,7 +99,7 @@ def _gram_of_rows(leaf: Leaf, other: Leaf) -> jax.Array:
 
     def against(block: Leaf) -> jax.Array:  # (*block.rows, *other.rows)
         mine = rows(block, carried=True).reshape(-1, size).conj()
-        if other.size * (other.outputs or 1) * size <= _costs.ENTRIES_AT_ONCE:
+        if not _costs.exceeds(prod(other.rows) * size, _costs.ENTRIES_AT_ONCE):
             theirs = rows(other, carried=True).reshape(-1, size)
             products = dot("ip,jp->ij", mine, theirs)
         else:

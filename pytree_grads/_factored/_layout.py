@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._tree import carried_dtype
+from . import _costs
 from ._graph import Atom, Equation
 from ._tails import Reshape, Shape, Slice, Tail, Transpose, arranged, is_zero, same_along
 from ._terms import Outer, Scatter
@@ -32,12 +33,17 @@ class _Dim:
 
     @property
     def size(self) -> int:
-        return len(range(self.start, self.limit, self.stride))
+        return _length(self.start, self.limit, self.stride)
 
     def sliced(self, start: int, limit: int, stride: int) -> "_Dim":
         end = min(self.start + limit * self.stride, self.limit)
         begin, stride = self.start + start * self.stride, self.stride * stride
         return replace(self, start=begin, limit=end, stride=stride)
+
+
+def _length(start: int, limit: int, stride: int) -> int:
+    """How many entries a slice takes; its bounds may be symbolic."""
+    return -((start - limit) // stride)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Side:
     def sizes(self) -> Shape:
         """(B, T, m), without the steps of scans."""
         bounds = zip(self.start, self.limit, self.strides, strict=True)
-        sizes = [1 if i in self.summed else len(range(*b)) for i, b in enumerate(bounds)]
+        sizes = [1 if i in self.summed else _length(*b) for i, b in enumerate(bounds)]
         return tuple(
             prod(sizes[i] for i in group) for group in (self.blocks, self.steps, self.free)
         )
@@ -222,7 +228,8 @@ class ScatterLayout:
             _with_rows(_wide(x[..., i]), rows, 1) for x in indices for i in range(x.shape[-1])
         ]
         pairs = list(zip(numbers, self.lengths, strict=True))
-        if 1 < lines.shape[-2] < numbers[0].shape[-1]:  # one line goes to all places of a step
+        # One line goes to all places of a step.
+        if lines.shape[-2] != 1 and _costs.exceeds(numbers[0].shape[-1], lines.shape[-2]):
             lines = jnp.repeat(lines, numbers[0].shape[-1] // lines.shape[-2], axis=-2)
         if self.clips:
             index = self._flat([jnp.clip(x, 0, length - 1) for x, length in pairs])

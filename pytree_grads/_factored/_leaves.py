@@ -157,6 +157,12 @@ def _unshared(piece: Piece, depth: int) -> list[int]:
     return [i for i, level in enumerate(piece.levels) if i >= first and level == depth]
 
 
+def at_once(leaf: Leaf, entries: int) -> int:
+    """Of how many examples the rows have so many entries; 1 where those of one have more."""
+    per_example = prod(leaf.shape) * (leaf.outputs or 1)
+    return max(1, entries // per_example) if _costs.exceeds(per_example, 0) else entries
+
+
 def over_rows(
     fun: Callable[..., Any], leaf: Leaf, *numbers: Any, materializes: bool = False
 ) -> Any:
@@ -170,8 +176,7 @@ def over_rows(
         axes = [piece.in_axes(level) for piece in leaf.pieces], *own
         size = leaf.size if level == 1 else leaf.outputs
         if level == 1 and materializes:
-            at_once = _costs.ENTRIES_AT_ONCE // max(1, prod(leaf.shape) * (leaf.outputs or 1))
-            fun = _some_at_once(fun, axes, leaf.size, max(1, at_once))
+            fun = _some_at_once(fun, axes, leaf.size, at_once(leaf, _costs.ENTRIES_AT_ONCE))
         else:
             fun = jax.vmap(fun, in_axes=axes, axis_size=size)
     return fun(leaf.terms, *numbers)
@@ -181,7 +186,7 @@ def _some_at_once(
     fun: Callable[..., Any], in_axes: Any, size: int, at_once: int
 ) -> Callable[..., Any]:
     shared = all(axis is None for axis in jax.tree.leaves(in_axes, is_leaf=lambda x: x is None))
-    if size <= at_once or shared:
+    if shared or not _costs.exceeds(size, at_once):
         return jax.vmap(fun, in_axes=in_axes, axis_size=size)
 
     def mapped(*args: Any) -> Any:

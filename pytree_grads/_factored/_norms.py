@@ -21,7 +21,7 @@ from ._leaves import Leaf, Piece, materializes, over_rows, row, squeezed
 from ._norm_parts import Norms, combined, root_of
 from ._row_norms import product_count, squared_norm, squared_sum
 from ._tails import isometric
-from ._terms import Dense, Term, pair_count
+from ._terms import Dense, Term, has_many_pairs, pair_count
 
 
 def norm(term: Term) -> jax.Array:
@@ -78,7 +78,7 @@ class _Factor:
 
     @cached_property
     def _square_and_scale(self) -> tuple[jax.Array, jax.Array]:
-        if self.value.size < _costs.LARGE_FACTOR:
+        if not _costs.exceeds(self.value.size, _costs.LARGE_FACTOR - 1):
             return _scaled(self)
         return lax.platform_dependent(self, cpu=_scaled_if_needed, default=_scaled)
 
@@ -119,7 +119,7 @@ def leaf_norms(leaves: Sequence[Leaf]) -> list[Norms]:
     vectors = [_vectors(leaf) for leaf in leaves]
     groups: dict[Any, list[int]] = {}
     for i, (leaf, own) in enumerate(zip(leaves, vectors, strict=True)):
-        is_small = own and all(x.value.size <= _costs.SMALL for x in own)
+        is_small = own and not any(_costs.exceeds(x.value.size, _costs.SMALL) for x in own)
         form = (leaf.real, *(x.form for x in own)) if is_small else i
         groups.setdefault(form, []).append(i)
     found = []
@@ -150,7 +150,7 @@ def _vectors(leaf: Leaf) -> list[_Factor]:
         return []
     (piece,) = leaf.pieces
     term = piece.term
-    is_vectors = isinstance(term, Dense) or (pair_count(term) <= 1 and term.shape[0] == 1)
+    is_vectors = isinstance(term, Dense) or (not has_many_pairs(term) and term.shape[0] == 1)
     return _factors(piece) if is_vectors else []
 
 

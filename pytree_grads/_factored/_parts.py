@@ -37,7 +37,8 @@ class Parts:
         """How to cut rows of these leaves, if they fill too many entries and can be cut."""
         sizes = [prod(leaf.rows) * prod(leaf.shape) for leaf in leaves]
         pieces = [piece for leaf in leaves for piece in leaf.pieces]
-        if max(sizes) <= _costs.ENTRIES_AT_ONCE or not all(are_alike(pieces[0], x) for x in pieces):
+        is_large = any(_costs.exceeds(size, _costs.ENTRIES_AT_ONCE) for size in sizes)
+        if not is_large or not all(are_alike(pieces[0], x) for x in pieces):
             return None
         terms = [piece.of_one_row for piece in pieces]
         kinds = {x.offsets if isinstance(x, Windows) else () for x in terms}

@@ -180,7 +180,8 @@ def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> LeafPlan:
     terms, sites = pieces, [piece.site for piece in pieces]
     own = [site for site in sites if not (isinstance(site, AtValue) and site.value not in varying)]
     kept = sum(site.size * (_costs.DEARER if _is_convolution(site) else 1) for site in own)
-    if route != "factored" and kept >= max(1, prod(leaf.aval.shape)):
+    is_larger = _costs.exceeds(kept, max(1, prod(leaf.aval.shape)) - 1)
+    if route != "factored" and is_larger:
         stops = dict.fromkeys(piece.reason for piece in pieces)
         reason = ", ".join(stops) if all(stops) else "factors are larger than the row"
         if all(_is_convolution(site) for site in sites):

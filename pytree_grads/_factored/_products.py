@@ -17,6 +17,7 @@ from ._dot import dot, times_rows
 from ._leaves import (
     Leaf,
     Piece,
+    at_once,
     over_rows,
     row,
     squeezed,
@@ -63,18 +64,17 @@ def over_blocks(
 
     `fresh` is False for the rows of the last block that the block before it has had already.
     """
-    per_example = max(1, prod(leaf.shape) * (leaf.outputs or 1))
-    most = max(1, entries // per_example)
-    if leaf.size <= most:
+    most = at_once(leaf, entries)
+    if not _costs.exceeds(leaf.size, most):
         return step(init, leaf, jnp.asarray(0), jnp.ones(leaf.size, bool))
-    at_once = even_chunk(leaf.size, most)
-    starts = chunk_starts(leaf.size, at_once)
-    firsts = jnp.arange(len(starts), dtype=starts.dtype) * at_once
+    size = even_chunk(leaf.size, most)
+    starts = chunk_starts(leaf.size, size)
+    firsts = jnp.arange(len(starts), dtype=starts.dtype) * size
 
     def body(carry: jax.Array, xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         start, first = xs
-        fresh = start + jnp.arange(at_once, dtype=start.dtype) >= first
-        return step(carry, take(leaf, start, at_once), start, fresh), None
+        fresh = start + jnp.arange(size, dtype=start.dtype) >= first
+        return step(carry, take(leaf, start, size), start, fresh), None
 
     return jax.lax.scan(body, init, (jnp.asarray(starts), firsts))[0]
 
@@ -103,7 +103,7 @@ def square_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
 def _has_squares(leaf: Leaf) -> bool:
     """Whether the squares of the entries of its only piece are a term, and take little place."""
     (piece,) = leaf.pieces
-    is_large = prod(leaf.rows) * prod(leaf.shape) > _costs.SQUARES_AT_ONCE
+    is_large = _costs.exceeds(prod(leaf.rows) * prod(leaf.shape), _costs.SQUARES_AT_ONCE)
     is_dense = isinstance(piece.term, Dense) and any(piece.levels)
     return _terms.has_squares(piece.term) and not (is_dense and is_large)
 
@@ -111,7 +111,7 @@ def _has_squares(leaf: Leaf) -> bool:
 def _squared(leaf: Leaf, piece: Piece) -> Piece:
     """The piece with the squares of its entries, for a term that `has_squares`."""
     term, levels, depth = piece.term, piece.levels, len(leaf.rows)
-    if isinstance(term, Scatter) and _terms.pair_count(term) > 1:  # lines of one index meet
+    if isinstance(term, Scatter) and _terms.has_many_pairs(term):  # lines of one index meet
         own = replace(leaf, pieces=(piece,))
         right = over_rows(lambda terms: _terms.collapsed(terms[0]).right, own)
         right = jnp.moveaxis(right, range(depth), range(piece.axis, piece.axis + depth))
@@ -184,7 +184,7 @@ def _contract(weights: jax.Array | None, x: jax.Array, *, axis: int) -> jax.Arra
     if y.ndim - first <= 2:
         if weights is None:
             return lax.reduce_sum(x, (axis,))
-        if x.size < _costs.LARGE_PRODUCT:
+        if not _costs.exceeds(x.size, _costs.LARGE_PRODUCT - 1):
             return lax.reduce_sum(_weighted(weights, x, axis), (axis,))
     # XLA on CPUs takes up to a hundred times as long for a sum of arrays with several axes.
     weights = jnp.ones(x.shape[axis], x.dtype) if weights is None else weights.astype(x.dtype)
@@ -213,7 +213,8 @@ def _contract_outer(
 ) -> jax.Array:
     """The sum over rows and pairs: (B, N, T, m) and (B, N, T, n) to (B, m, n)."""
     # Of vectors, the right ones: a bias adds up the same.
-    shorter = left.shape[-1] * (_costs.SHARED if left.shape[2] == 1 else 1) < right.shape[-1]
+    much = _costs.SHARED if left.shape[2] == 1 else 1
+    shorter = _costs.exceeds(right.shape[-1], left.shape[-1] * much)
     if weights is not None and shorter:
         left = _weighted(weights, left, 1)
     elif weights is not None:
@@ -225,12 +226,18 @@ def _contract_outer(
         return dot("bzm,bzn->bmn", left, right, precision=precision)
     left, right = (lax.squeeze(x, (0,)) for x in (left, right))
     m, n = left.shape[-1], right.shape[-1]
-    is_narrow = n <= min(_costs.NARROW, m // _costs.FEWER, left.shape[0] // _costs.FEWER)
-    if is_narrow and left.size * n >= _costs.LARGE_NARROW:
+    if _is_narrow(n, m, left.shape[0]):
         lines = dot("zn,zm->nm", right, left, precision=precision)
         return lax.optimization_barrier(lines).T[None]
     block = dot("zm,zn->mn", left, right, precision=precision)
     return lax.expand_dims(block, (0,))
+
+
+def _is_narrow(n: int, m: int, z: int) -> bool:
+    """Whether a sum of z outer products, of m lines and n columns, has few columns."""
+    many = min(_costs.NARROW, m // _costs.FEWER)
+    is_long = not _costs.exceeds(n, many) and _costs.exceeds(z // _costs.FEWER, n - 1)
+    return is_long and _costs.exceeds(z * m * n, _costs.LARGE_NARROW - 1)
 
 
 def _weighted(weights: jax.Array, x: jax.Array, axis: int) -> jax.Array:

@@ -26,6 +26,7 @@ from ._terms import (
     Term,
     collapsed,
     equal_places,
+    has_many_pairs,
     pair_count,
     pair_factors,
     scaled,
@@ -65,7 +66,7 @@ def squared_norm(term: Term) -> Squared:
     square = lax.reduce_sum(
         lax.real(products) if jnp.iscomplexobj(products) else products, (0, 1, 2)
     )
-    if pair_count(unit) <= 1:
+    if not has_many_pairs(unit):
         return square, None, scale
     # Not abs(lefts * rights): XLA on CPUs would keep the products for both sums.
     absolute = lax.reduce_sum(lax.mul(lax.abs(lefts), lax.abs(rights)), (0, 1, 2))
@@ -160,9 +161,10 @@ def squared_sum(leaf: Leaf, terms: Sequence[Term]) -> Squared:
 
 
 def _has_large_blocks(term: Term) -> bool:
-    if isinstance(term, Dense | Windows) or pair_count(term) <= 1 or term.right.shape[0] <= 1:
+    if isinstance(term, Dense | Windows) or not has_many_pairs(term) or term.right.shape[0] <= 1:
         return False
-    return sum(x.size for x in jax.tree.leaves(term)) // term.right.shape[0] >= _costs.LARGE_BLOCK
+    size = sum(x.size for x in jax.tree.leaves(term)) // term.right.shape[0]
+    return _costs.exceeds(size, _costs.LARGE_BLOCK - 1)
 
 
 def mass(term: Term) -> jax.Array:

@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from .._batch import Batch
 from .._checks import check_arrays, describe, split_aux
+from .._effects import made_pure
 from .._sharding import placed_like
 from . import _costs, _execute, _graph, _plan, _terms
 from ._leaves import Leaf, Piece
@@ -56,14 +57,22 @@ class _NotScalar(Exception):
 
 
 def factor(
-    fun: Callable[..., Any], batch: Batch, *, has_aux: bool, route: _plan.Route = "auto"
+    fun: Callable[..., Any],
+    batch: Batch,
+    *,
+    has_aux: bool,
+    route: _plan.Route = "auto",
+    runs_again: bool = False,
 ) -> Factored:
-    """Outputs, aux and all rows of J, each leaf in the form that its route asks for."""
+    """Outputs, aux and all rows of J, each leaf in the form that its route asks for.
+
+    `runs_again` says that each product of J calls this, so that effects must not change results.
+    """
     known: dict[str, Any] = {}  # what one example's trace says, apart from arrays
     has_sums = route == "auto" and any(isinstance(x, Tracer) for x in batch.leaves)
 
     def example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        trace = _trace(fun, batch, args, kwargs, has_aux)
+        trace = _trace(fun, batch, args, kwargs, has_aux, runs_again)
         varying = trace.graph.downstream(trace.graph.inputs[len(batch.primal_positions) :])
         plan = [_plan.plan_leaf(leaf, varying, route) for leaf in trace.leaves]
         asked = [own.pieces + own.summands if has_sums else own.pieces for own in plan]
@@ -150,7 +159,14 @@ def _joined(leaf: Leaf) -> Leaf:
     return replace(leaf, pieces=tuple(found))
 
 
-def _trace(fun: Callable[..., Any], batch: Batch, args: Any, kwargs: Any, has_aux: bool) -> _Trace:
+def _trace(
+    fun: Callable[..., Any],
+    batch: Batch,
+    args: Any,
+    kwargs: Any,
+    has_aux: bool,
+    runs_again: bool,
+) -> _Trace:
     flat, treedef = jax.tree.flatten((args, kwargs))
     primal_at = batch.primal_positions
     mapped_at = [i for i, axis in enumerate(batch.axes) if axis is not None and i not in primal_at]
@@ -184,7 +200,7 @@ def _trace(fun: Callable[..., Any], batch: Batch, args: Any, kwargs: Any, has_au
     except _NotScalar as error:
         (avals,) = error.args
         jaxpr, (leaves, results) = make(*values, jax.tree.map(_zeros, avals))
-    graph = _graph.build(jaxpr)
+    graph = _graph.build(made_pure(jaxpr, runs_again=runs_again))
     inputs = [*values[0], *values[1]]
     return _Trace(graph, inputs, len(leaves), jax.tree.structure(results), results[0])
 

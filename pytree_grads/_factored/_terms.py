@@ -178,6 +178,12 @@ def apply_own(term: Term, v: jax.Array) -> jax.Array:
     return jnp.sum(materialize(term) * v) if isinstance(term, Outer) else apply_row(term, v)
 
 
+def has_many_pairs(term: Term) -> bool:
+    """Whether T > 1; a symbolic T, which may be anything, counts as many."""
+    count = pair_count(term)
+    return not isinstance(count, int) or count > 1
+
+
 def pair_count(term: Term) -> int:
     """T: how many outer products add up in a block; one where the row is an array."""
     match term:
@@ -252,7 +258,7 @@ def equal_places(term: Scatter) -> jax.Array:
 
 def _has_few_pairs(term: Scatter) -> bool:
     """Whether to compare all pairs of places costs less than an array of a number for each line."""
-    return _pairs_cost(term) <= _costs.PAIRS * term.shape[0] * term.length
+    return not _costs.exceeds(_pairs_cost(term), _costs.PAIRS * term.shape[0] * term.length)
 
 
 def _pairs_cost(term: Scatter) -> int:
@@ -266,7 +272,7 @@ def _pairs_cost(term: Scatter) -> int:
 
 def meeting_cost(term: Term) -> int:
     """Operations that find the look-ups of one row that share an index."""
-    if not isinstance(term, Scatter) or pair_count(term) <= 1:
+    if not isinstance(term, Scatter) or not has_many_pairs(term):
         return 0
     return _pairs_cost(term) if _has_few_pairs(term) else prod(term.shape[:2]) + term.right.size
 
@@ -279,7 +285,7 @@ def _counts(term: Scatter, dtype: Any) -> jax.Array:
 
 def adds_one(term: Term) -> TypeGuard[Scatter]:
     """Whether a row adds one vector to many lines."""
-    return isinstance(term, Scatter) and term.right.shape[1] == 1 < pair_count(term)
+    return isinstance(term, Scatter) and term.right.shape[1] == 1 and has_many_pairs(term)
 
 
 def _equal_lines(x: Scatter, y: Scatter) -> jax.Array:
@@ -319,7 +325,7 @@ def squared(term: Term) -> Term:
 
 def has_squares(term: Term) -> bool:
     """Whether squares of entries are cheaper as a term of the same kind than from the row."""
-    return isinstance(term, Scatter) or (pair_count(term) <= 1 and not isinstance(term, Windows))
+    return isinstance(term, Scatter) or not (has_many_pairs(term) or isinstance(term, Windows))
 
 
 def _square(x: jax.Array) -> jax.Array:
