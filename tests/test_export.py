@@ -28,7 +28,8 @@ PRODUCTS = {
 
 
 def mlp(p, x):
-    return jnp.sum(jnp.tanh(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]))
+    h = (x @ p["w"]).reshape(-1, 5) + p["b"][None]
+    return jnp.sum(jnp.tanh(jnp.tanh(h) @ p["v"]))
 
 
 def look_up(p, x):
@@ -132,7 +133,7 @@ CALLS = {
 
 @pytest.mark.any_release
 @pytest.mark.parametrize(
-    "name", ["perceptron", "tied_embedding", "equinox", "scan_over_layers", "conv_net"]
+    "name", ["perceptron", "tied_embedding", "equinox", "scan_over_layers", "image_convolutions"]
 )
 @pytest.mark.parametrize("call", CALLS)
 def test_every_call_lowers_for_other_platforms(name, call):
