@@ -7,13 +7,14 @@ import jax
 
 from ._batch import map_chunks, resolve
 from ._checks import check_callable, check_chunk_size, check_scalar, like, split_aux
+from ._notes import note_of_fun
 
 
 def per_example_value_and_grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:
@@ -24,9 +25,9 @@ def per_example_value_and_grad(
     Args:
       fun: the function of one example; returns a real scalar, or ``(scalar, aux)``.
       argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
-      in_axes: an int, or a tuple with an entry per positional argument, as in ``jax.vmap``. By
-        default None for the differentiated arguments and 0 for all others. Keyword arguments are
-        mapped over axis 0.
+      in_axes: an int, None, or a tuple with an entry per positional argument, as in ``jax.vmap``.
+        ``"default"`` is None for the differentiated arguments and 0 for all others. Keyword
+        arguments are mapped over axis 0.
       has_aux: whether ``fun`` also returns auxiliary data, which is stacked like the values.
       chunk_size: how many examples to work on at once; None means all. It need not divide N.
 
@@ -72,9 +73,12 @@ def per_example_value_and_grad(
     def rows(*args: Any, **kwargs: Any) -> Any:
         batch = resolve(fun, args, kwargs, argnums, in_axes).localized()
         row = jax.value_and_grad(checked, argnums, has_aux=True)
-        (values, aux), grads = map_chunks(
-            lambda chunk: chunk.vmap(lambda args, kwargs: row(*args, **kwargs)), batch, chunk_size
-        )
+        with note_of_fun(fun, batch):
+            (values, aux), grads = map_chunks(
+                lambda chunk: chunk.vmap(lambda args, kwargs: row(*args, **kwargs)),
+                batch,
+                chunk_size,
+            )
         return ((values, aux) if has_aux else values), grads
 
     return rows
@@ -90,7 +94,7 @@ def per_example_grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from ._chunks import Place
 from ._factored import _rows
 from ._factored._matrix import Matrix
 from ._factored._plan import Route
+from ._notes import Note, note_of_fun
 from ._sharding import placed_like, zeros
 from ._tree import carried_dtype
 
@@ -65,8 +66,14 @@ class Source:
         traced = tuple(isinstance(x, jax.Array) for x in batch.leaves)
         return cls(fun, batch, has_aux, chunk_size, many, traced)
 
+    @property
+    def note(self) -> Note:
+        """What an error says where the function is evaluated or differentiated."""
+        return note_of_fun(self.fun, self.batch)
+
     def factor(self, batch: Batch, route: Route = "auto") -> _rows.Factored:
-        return _rows.factor(self.fun, batch, has_aux=self.has_aux, route=route)
+        with self.note:
+            return _rows.factor(self.fun, batch, has_aux=self.has_aux, route=route)
 
     def matrix(
         self,
@@ -134,7 +141,8 @@ class Source:
             return jax.tree.map(jnp.add, carry, placed_like(jax.tree.leaves(sums), primals)), None
 
         init = [zeros(x, x.shape) for x in primals]
-        return fold_chunks(step, init, self.batch.localized(), self.chunk_size, alone=alone)[0]
+        with self.note:
+            return fold_chunks(step, init, self.batch.localized(), self.chunk_size, alone=alone)[0]
 
     def _of_one(self, args: Any, kwargs: Any) -> tuple[PyTree, PyTree]:
         """The output and aux of one example."""
@@ -150,14 +158,16 @@ class Source:
         def of_chunk(chunk: Batch) -> Any:
             return chunk.vmap(self._of_one)
 
-        return map_chunks(of_chunk, self.batch.localized(), self.chunk_size)
+        with self.note:
+            return map_chunks(of_chunk, self.batch.localized(), self.chunk_size)
 
     def output_avals(self) -> PyTree:
         """The output of one example, abstract."""
         batch = self.batch.localized()
-        stacked = jax.eval_shape(lambda: batch.vmap(self._of_one)[0])
-        avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
-        _rows.check_outputs(avals)
+        with self.note:
+            stacked = jax.eval_shape(lambda: batch.vmap(self._of_one)[0])
+            avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
+            _rows.check_outputs(avals)
         return avals
 
 
