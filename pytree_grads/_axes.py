@@ -60,7 +60,7 @@ def _given(value: Any) -> str:
 def shared_mend(keyword: str | None) -> str:
     """How an argument that all examples share is passed, by position or by a keyword."""
     if keyword is None:
-        return "give it None in in_axes if all examples share it"
+        return "in_axes takes the axis of its examples, or None if they share it"
     return (
         "keyword arguments are mapped over axis 0; what all examples share is bound beforehand, "
         f"with functools.partial(fun, {keyword}=...) or a lambda"

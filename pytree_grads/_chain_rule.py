@@ -52,6 +52,8 @@ def chain_rule_value_and_grad(
       fun: the function of one example: any pytree of arrays, or ``(outputs, aux)``. Outputs may be
         complex; integer outputs reach ``outer`` and have no gradient.
       argnums: the positional argument of ``fun``, or arguments, to differentiate.
+        Of a flax model it is ``variables["params"]``, or ``params`` of
+        ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
       in_axes: an int, None, or a tuple with an entry per positional argument, as in ``jax.vmap``.
         ``"default"`` is None for the differentiated arguments and 0 for all others. Keyword
         arguments are mapped over axis 0.
@@ -74,8 +76,8 @@ def chain_rule_value_and_grad(
       both, ``((value, (aux, outer_aux)), grads)``.
 
     Raises:
-      TypeError: a differentiated leaf is not a real or complex floating-point array, or ``outer``
-        returns something other than a real floating-point value.
+      TypeError: a differentiated leaf is not a real or complex floating-point array, or is one that
+        flax does not train, or ``outer`` returns something other than a real floating-point value.
       ValueError: ``outer`` does not return a scalar, an axis is out of range, or sizes disagree.
 
     ===========================  =================================================================

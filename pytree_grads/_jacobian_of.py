@@ -39,6 +39,8 @@ def jacobian(
         (``jax.debug.print``, ``checkify.check``) may not take place, or several times: only what is
         asked is computed.
       argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
+        Of a flax model it is ``variables["params"]``, or ``params`` of
+        ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
       in_axes: an int, None, or a tuple with an entry per positional argument, as in ``jax.vmap``.
         ``"default"`` is None for the differentiated arguments and 0 for all others. Keyword
         arguments are mapped over axis 0.
@@ -58,8 +60,8 @@ def jacobian(
       pair of a ``Jacobian`` and the auxiliary data.
 
     Raises:
-      TypeError: a differentiated leaf is not a real or complex floating-point array, or an output
-        is not real and floating-point.
+      TypeError: a differentiated leaf is not a real or complex floating-point array, or is one that
+        flax does not train, or an output is not real and floating-point.
       ValueError: a differentiated argument is mapped, there are no parameters, an axis is out of
         range, or sizes disagree.
 

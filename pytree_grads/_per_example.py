@@ -25,6 +25,8 @@ def per_example_value_and_grad(
     Args:
       fun: the function of one example; returns a real scalar, or ``(scalar, aux)``.
       argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
+        Of a flax model it is ``variables["params"]``, or ``params`` of
+        ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
       in_axes: an int, None, or a tuple with an entry per positional argument, as in ``jax.vmap``.
         ``"default"`` is None for the differentiated arguments and 0 for all others. Keyword
         arguments are mapped over axis 0.
@@ -38,8 +40,8 @@ def per_example_value_and_grad(
       of such trees.
 
     Raises:
-      TypeError: a differentiated leaf is not a real or complex floating-point array, or ``fun``
-        returns something other than a real floating-point value.
+      TypeError: a differentiated leaf is not a real or complex floating-point array, or is one that
+        flax does not train, or ``fun`` returns something other than a real floating-point value.
       ValueError: ``fun`` does not return a scalar, an axis is out of range, or sizes disagree.
 
     ===========================  =================================================================
