@@ -52,7 +52,7 @@ def chain_rule_value_and_grad(
       fun: the function of one example: any pytree of arrays, or ``(outputs, aux)``. Outputs may be
         complex; integer outputs reach ``outer`` and have no gradient.
       argnums: the positional argument of ``fun``, or arguments, to differentiate.
-        Of a flax model it is ``variables["params"]``, or ``params`` of
+        The argument of a flax model is ``variables["params"]``, or ``params`` of
         ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
       in_axes: an int, None, or a tuple with an entry per positional argument, as in ``jax.vmap``.
         ``"default"`` is None for the differentiated arguments and 0 for all others. Keyword

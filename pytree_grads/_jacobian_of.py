@@ -39,7 +39,7 @@ def jacobian(
         (``jax.debug.print``, ``checkify.check``) may not take place, or several times: only what is
         asked is computed.
       argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
-        Of a flax model it is ``variables["params"]``, or ``params`` of
+        The argument of a flax model is ``variables["params"]``, or ``params`` of
         ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
       in_axes: an int, None, or a tuple with an entry per positional argument, as in ``jax.vmap``.
         ``"default"`` is None for the differentiated arguments and 0 for all others. Keyword

@@ -25,7 +25,7 @@ def per_example_value_and_grad(
     Args:
       fun: the function of one example; returns a real scalar, or ``(scalar, aux)``.
       argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
-        Of a flax model it is ``variables["params"]``, or ``params`` of
+        The argument of a flax model is ``variables["params"]``, or ``params`` of
         ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
       in_axes: an int, None, or a tuple with an entry per positional argument, as in ``jax.vmap``.
         ``"default"`` is None for the differentiated arguments and 0 for all others. Keyword
