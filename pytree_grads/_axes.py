@@ -8,19 +8,22 @@ import numpy as np
 
 from ._checks import PyTree, describe, describe_node, is_array
 
+# A string, as `jax.vmap` takes none: all that it takes means the same here.
+DEFAULT = "default"
+
 
 def argument_specs(
-    in_axes: int | Sequence[Any] | None, count: int, argnums: tuple[int, ...]
+    in_axes: int | Sequence[Any] | str | None, count: int, argnums: tuple[int, ...]
 ) -> list[Any]:
     """One axis specification per positional argument."""
-    if in_axes is None:
+    if isinstance(in_axes, str) and in_axes == DEFAULT:
         return [None if i in argnums else 0 for i in range(count)]
-    if isinstance(in_axes, int):
+    if in_axes is None or isinstance(in_axes, int):
         return [in_axes] * count
     if not isinstance(in_axes, tuple | list):
         raise TypeError(
-            "argument in_axes must be an int, or a tuple with an entry for each positional "
-            f"argument, got {describe(in_axes)}"
+            "argument in_axes must be an int, None, a tuple with an entry for each positional "
+            f"argument, or {DEFAULT!r}, got {_given(in_axes)}"
         )
     if len(in_axes) != count:
         raise ValueError(
@@ -50,33 +53,42 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-def checked_axis(where: str, leaf: Any, axis: int) -> int:
+def _given(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else describe(value)
+
+
+def shared_mend(keyword: str | None) -> str:
+    """How an argument that all examples share is passed, by position or by a keyword."""
+    if keyword is None:
+        return "in_axes takes the axis of its examples, or None if they share it"
+    return (
+        "keyword arguments are mapped over axis 0; what all examples share is bound beforehand, "
+        f"with functools.partial(fun, {keyword}=...) or a lambda"
+    )
+
+
+def checked_axis(where: str, leaf: Any, axis: int, keyword: str | None = None) -> int:
     """The axis as a non-negative int, if the leaf has it."""
+    wrong = f"{where} would be mapped over axis {axis}, but it is {describe(leaf)}, "
     if not is_array(leaf):
-        raise TypeError(
-            f"{where} would be mapped over axis {axis}, but it is {describe(leaf)}, not an array: "
-            "give it None in in_axes, or bind it beforehand with functools.partial"
-        )
+        raise TypeError(f"{wrong}not an array: {shared_mend(keyword)}")
     if not -leaf.ndim <= axis < leaf.ndim:
-        raise ValueError(
-            f"{where} would be mapped over axis {axis}, but it is {describe(leaf)}, of rank "
-            f"{leaf.ndim}: in_axes says which axis holds the examples, or None if they share it"
-        )
+        raise ValueError(f"{wrong}of rank {leaf.ndim}: {shared_mend(keyword)}")
     return int(axis) % leaf.ndim
 
 
-def common_size(sizes: list[tuple[int, str]]) -> int:
-    """The N on which all batched leaves agree."""
+def common_size(sizes: list[tuple[int, str, str | None]]) -> int:
+    """The N on which all batched leaves agree; each has a size, its place, and its keyword."""
     if not sizes:
         raise ValueError(
             "no argument is batched: at least one leaf needs an axis of examples in in_axes "
-            "(by default every argument that is not differentiated is mapped over axis 0)"
+            "(without in_axes, every argument that is not differentiated is mapped over axis 0)"
         )
-    first_size, first_where = sizes[0]
-    for size, where in sizes:
+    first_size, first_where, _ = sizes[0]
+    for size, where, keyword in sizes:
         if size != first_size:
             raise ValueError(
                 f"the batch sizes disagree: {first_where} has size {first_size}, "
-                f"but {where} has size {size}"
+                f"but {where} has size {size}: {shared_mend(keyword)}"
             )
     return first_size

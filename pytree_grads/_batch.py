@@ -31,16 +31,11 @@ from jax import lax
 from jax.core import Tracer
 
 from . import _compat
-from ._axes import argument_specs, checked_axis, common_size, leaf_axes
+from ._axes import DEFAULT, argument_specs, checked_axis, common_size, leaf_axes
 from ._canonical import with_canonical_convolutions
-from ._checks import (
-    PyTree,
-    argument_names,
-    check_differentiable,
-    located,
-    normalize_argnums,
-)
+from ._checks import PyTree, argument_names, located, normalize_argnums
 from ._chunks import Chunks, Place, loop_chunk
+from ._differentiable import check_differentiable
 from ._sharding import Names, count_at, laid_out, layout, names_at, take, without, zeros
 
 
@@ -181,7 +176,7 @@ def resolve(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     argnums: int | Sequence[int],
-    in_axes: int | Sequence[Any] | None = None,
+    in_axes: int | Sequence[Any] | str | None = DEFAULT,
     *,
     shared: bool = False,
 ) -> Batch:
@@ -192,8 +187,8 @@ def resolve(
       args: the positional arguments that the caller passed.
       kwargs: the keyword arguments, mapped over axis 0.
       argnums: position or positions to differentiate.
-      in_axes: an int, or a tuple with a pytree prefix of ints and Nones per positional argument;
-        None means None for the differentiated arguments and 0 for all others.
+      in_axes: an int, None, or a tuple with a pytree prefix of ints and Nones per positional
+        argument; ``"default"`` is None for the differentiated arguments and 0 for all others.
       shared: whether all examples must share the differentiated arguments.
 
     Raises:
@@ -212,11 +207,12 @@ def resolve(
     specs = argument_specs(in_axes, len(args), positions)
     leaves: list[Any] = []
     axes: list[int | None] = []
-    sizes: list[tuple[int, str]] = []
+    sizes: list[tuple[int, str, str | None]] = []
     named = [(name, arg, spec) for name, arg, spec in zip(names, args, specs, strict=True)]
     named += [(key, kwargs[key], 0) for key in sorted(kwargs)]  # the order of a flattened dict
     for i, (name, arg, spec) in enumerate(named):
-        prefix = f"in_axes[{i}]" if i < len(args) else "the axis of a keyword argument"
+        keyword = name if i >= len(args) else None
+        prefix = f"in_axes[{i}]" if keyword is None else "the axis of a keyword argument"
         for path, leaf, axis in leaf_axes(prefix, name, arg, spec):
             where = located(name, path)
             if axis is not None:
@@ -226,9 +222,9 @@ def resolve(
                         "gradients needs parameters that all examples share; give it None in "
                         "in_axes"
                     )
-                axis = checked_axis(where, leaf, axis)
+                axis = checked_axis(where, leaf, axis, keyword)
                 leaf = jnp.asarray(leaf)
-                sizes.append((leaf.shape[axis], f"axis {axis} of {where}"))
+                sizes.append((leaf.shape[axis], f"axis {axis} of {where}", keyword))
             leaves.append(leaf)
             axes.append(axis)
     treedef = jax.tree.structure((args, kwargs))

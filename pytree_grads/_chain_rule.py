@@ -19,6 +19,7 @@ from ._checks import (
     split_aux,
 )
 from ._chunks import loop_chunk
+from ._notes import note_of_fun, note_of_outer
 from ._push_pull import pull_chunks, vjp
 from ._sharding import AxisName, placed_like, sum_over, value_over
 
@@ -28,7 +29,7 @@ def chain_rule_value_and_grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
     outer_has_params: bool = False,
@@ -51,9 +52,11 @@ def chain_rule_value_and_grad(
       fun: the function of one example: any pytree of arrays, or ``(outputs, aux)``. Outputs may be
         complex; integer outputs reach ``outer`` and have no gradient.
       argnums: the positional argument of ``fun``, or arguments, to differentiate.
-      in_axes: an int, or a tuple with an entry per positional argument, as in ``jax.vmap``. By
-        default None for the differentiated arguments and 0 for all others. Keyword arguments are
-        mapped over axis 0.
+        The argument of a flax model is ``variables["params"]``, or ``params`` of
+        ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
+      in_axes: an int, None, or a tuple with an entry per positional argument, as in ``jax.vmap``.
+        ``"default"`` is None for the differentiated arguments and 0 for all others. Keyword
+        arguments are mapped over axis 0.
       has_aux: whether ``fun`` also returns auxiliary data, which is stacked.
       chunk_size: how many examples to work on at once; None means all. It need not divide N, but
         what is left over is a chunk of its own, and its program compiled as well. Call the result
@@ -73,8 +76,8 @@ def chain_rule_value_and_grad(
       both, ``((value, (aux, outer_aux)), grads)``.
 
     Raises:
-      TypeError: a differentiated leaf is not a real or complex floating-point array, or ``outer``
-        returns something other than a real floating-point value.
+      TypeError: a differentiated leaf is not a real or complex floating-point array, or is one that
+        flax does not train, or ``outer`` returns something other than a real floating-point value.
       ValueError: ``outer`` does not return a scalar, an axis is out of range, or sizes disagree.
 
     ===========================  =================================================================
@@ -113,9 +116,11 @@ def chain_rule_value_and_grad(
             lambda args, kwargs: split_aux(fun(*args, **kwargs), has_aux, "the result of fun")
         )
 
+    def passed(primals: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+        return (primals[0] if is_single else primals,) if outer_has_params else ()
+
     def loss(outputs: PyTree, primals: tuple[PyTree, ...], outer_args: Sequence[Any]) -> Any:
-        params = (primals[0] if is_single else primals,) if outer_has_params else ()
-        result = outer(outputs, *params, *outer_args)
+        result = outer(outputs, *passed(primals), *outer_args)
         value, aux = split_aux(result, outer_has_aux, "the result of outer")
         check_outer_value(value)
         return value, aux
@@ -134,13 +139,18 @@ def chain_rule_value_and_grad(
         resolved = resolve(fun, args, kwargs, argnums, in_axes)
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
-        if chunk is None:
-            outputs, pull, aux = vjp(apply, batch)
-        else:
-            outputs, aux = map_chunks(apply, batch, chunk, apart=True)
-            pull = functools.partial(pull_chunks, apply, batch, chunk)
-        (value, outer_aux), (cotangents, *direct) = pull_loss(outputs, batch.primals, outer_args)
-        total = _tree.carry(pull(cotangents))
+        in_fun = note_of_fun(fun, batch)
+        with in_fun:
+            if chunk is None:
+                outputs, pull, aux = vjp(apply, batch)
+            else:
+                outputs, aux = map_chunks(apply, batch, chunk, apart=True)
+                pull = functools.partial(pull_chunks, apply, batch, chunk)
+        primals = batch.primals
+        with note_of_outer(outputs, passed(primals), outer_args):
+            (value, outer_aux), (cotangents, *direct) = pull_loss(outputs, primals, outer_args)
+        with in_fun:
+            total = _tree.carry(pull(cotangents))
         for grads in direct:
             total = jax.tree.map(jnp.add, total, _tree.carry(grads))
         value, total = value_over(value, axis_name), sum_over(total, axis_name)
@@ -158,7 +168,7 @@ def chain_rule_grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
     outer_has_params: bool = False,

@@ -140,24 +140,6 @@ def normalize_argnums(argnums: int | Sequence[int], count: int) -> tuple[int, ..
     return positions
 
 
-def check_differentiable(name: str, tree: PyTree) -> None:
-    """Raise a TypeError that names the first leaf of ``tree`` that has no gradient."""
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        if is_inexact(leaf):
-            continue
-        if is_array(leaf) or isinstance(leaf, bool | int):
-            mend = "move it to an argument that is not differentiated, or cast it to a float dtype"
-        else:
-            mend = (
-                "split the arrays from the rest, with eqx.partition(model, eqx.is_inexact_array) "
-                "and eqx.combine inside the function, or keep only arrays with eqx.filter"
-            )
-        raise TypeError(
-            f"{located(name, path)} is differentiated and must be a real or complex floating-point "
-            f"array, got {describe(leaf)}: {mend}"
-        )
-
-
 def check_arrays(name: str, tree: PyTree) -> None:
     """Raise a TypeError that names the first leaf of ``tree`` that is no array to JAX."""
     for path, leaf in jax.tree.leaves_with_path(tree):

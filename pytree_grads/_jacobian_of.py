@@ -19,7 +19,7 @@ def jacobian(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
     recompute: bool = False,
@@ -40,9 +40,11 @@ def jacobian(
         (``jax.debug.print``, ``checkify.check``) may not take place, or several times: only what is
         asked is computed.
       argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
-      in_axes: an int, or a tuple with an entry per positional argument, as in ``jax.vmap``. By
-        default None for the differentiated arguments and 0 for all others. Keyword arguments are
-        mapped over axis 0.
+        The argument of a flax model is ``variables["params"]``, or ``params`` of
+        ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
+      in_axes: an int, None, or a tuple with an entry per positional argument, as in ``jax.vmap``.
+        ``"default"`` is None for the differentiated arguments and 0 for all others. Keyword
+        arguments are mapped over axis 0.
       has_aux: whether ``fun`` also returns auxiliary data, stacked like the outputs.
       chunk_size: keep nothing, and make each product from this many examples at a time. It need
         not divide N.
@@ -60,8 +62,8 @@ def jacobian(
       pair of a ``Jacobian`` and the auxiliary data.
 
     Raises:
-      TypeError: a differentiated leaf is not a real or complex floating-point array, or an output
-        is not real and floating-point.
+      TypeError: a differentiated leaf is not a real or complex floating-point array, or is one that
+        flax does not train, or an output is not real and floating-point.
       ValueError: a differentiated argument is mapped, there are no parameters, an axis is out of
         range, or sizes disagree.
       NotImplementedError: ``fun`` has an effect that changes results: it writes to a reference
@@ -87,7 +89,7 @@ def value_and_jacobian(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
     recompute: bool = False,

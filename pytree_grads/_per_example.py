@@ -7,13 +7,14 @@ import jax
 
 from ._batch import map_chunks, resolve
 from ._checks import check_callable, check_chunk_size, check_scalar, like, split_aux
+from ._notes import note_of_fun
 
 
 def per_example_value_and_grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:
@@ -24,9 +25,11 @@ def per_example_value_and_grad(
     Args:
       fun: the function of one example; returns a real scalar, or ``(scalar, aux)``.
       argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
-      in_axes: an int, or a tuple with an entry per positional argument, as in ``jax.vmap``. By
-        default None for the differentiated arguments and 0 for all others. Keyword arguments are
-        mapped over axis 0.
+        The argument of a flax model is ``variables["params"]``, or ``params`` of
+        ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
+      in_axes: an int, None, or a tuple with an entry per positional argument, as in ``jax.vmap``.
+        ``"default"`` is None for the differentiated arguments and 0 for all others. Keyword
+        arguments are mapped over axis 0.
       has_aux: whether ``fun`` also returns auxiliary data, which is stacked like the values.
       chunk_size: how many examples to work on at once; None means all. It need not divide N.
 
@@ -37,8 +40,8 @@ def per_example_value_and_grad(
       of such trees.
 
     Raises:
-      TypeError: a differentiated leaf is not a real or complex floating-point array, or ``fun``
-        returns something other than a real floating-point value.
+      TypeError: a differentiated leaf is not a real or complex floating-point array, or is one that
+        flax does not train, or ``fun`` returns something other than a real floating-point value.
       ValueError: ``fun`` does not return a scalar, an axis is out of range, or sizes disagree.
 
     ===========================  =================================================================
@@ -72,9 +75,12 @@ def per_example_value_and_grad(
     def rows(*args: Any, **kwargs: Any) -> Any:
         batch = resolve(fun, args, kwargs, argnums, in_axes).localized()
         row = jax.value_and_grad(checked, argnums, has_aux=True)
-        (values, aux), grads = map_chunks(
-            lambda chunk: chunk.vmap(lambda args, kwargs: row(*args, **kwargs)), batch, chunk_size
-        )
+        with note_of_fun(fun, batch):
+            (values, aux), grads = map_chunks(
+                lambda chunk: chunk.vmap(lambda args, kwargs: row(*args, **kwargs)),
+                batch,
+                chunk_size,
+            )
         return ((values, aux) if has_aux else values), grads
 
     return rows
@@ -90,7 +96,7 @@ def per_example_grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:

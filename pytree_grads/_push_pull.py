@@ -24,7 +24,7 @@ def differentiated(apply: Apply, batch: Batch) -> Iterator[None]:
         yield
     except Exception as error:
         rule = _rule_in(apply, batch)
-        if rule is None:
+        if rule is None or not _is_of_jax(error):
             raise
         raise NotImplementedError(
             f"fun has {rule}, which JAX cannot differentiate together with jax.vmap: pass all that "
@@ -32,6 +32,15 @@ def differentiated(apply: Apply, batch: Batch) -> Iterator[None]:
             "nothing; or differentiate example by example, by c = jax.grad(outer)(outputs) and "
             "jacobian(fun)(...).weighted_sum(c)"
         ) from error
+
+
+def _is_of_jax(error: Exception) -> bool:
+    """Whether an error was raised by JAX, not by a rule of the user's own."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return isinstance(error, jax.errors.JAXTypeError) or raised_in.split(".")[0] == "jax"
 
 
 def _rule_in(apply: Apply, batch: Batch) -> str | None:

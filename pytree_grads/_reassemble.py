@@ -19,6 +19,7 @@ from ._checks import (
     is_inexact,
     located,
 )
+from ._notes import note_of_outer
 from ._sharding import in_auto, rest
 
 
@@ -80,7 +81,8 @@ def reassemble(outer: Callable[[PyTree], Any], outputs: PyTree, rows: PyTree) ->
         check_outer_value(value)
         return value
 
-    weights = jax.tree.leaves(jax.grad(loss)(outputs))
+    with note_of_outer(outputs):
+        weights = jax.tree.leaves(jax.grad(loss)(outputs))
     return _contracted(weights, parts)
 
 

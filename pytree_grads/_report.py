@@ -259,7 +259,8 @@ def _plain_rows(jacobian: "Jacobian") -> tuple[list[jax.Array], float]:
         return jax.tree.leaves(differentiate(outputs)(one.batch.primals))
 
     examples = [replace(source, batch=source.batch.chunk(i, 1)) for i in range(len(jacobian))]
-    equations = all_equations(jax.make_jaxpr(row)(examples[0]))
+    with source.note:
+        equations = all_equations(jax.make_jaxpr(row)(examples[0]))
     made = [v.aval for equation in equations for v in equation.outvars]
     kinds = {getattr(aval, "dtype", jnp.dtype(int)) for aval in made}
     dtypes = [kind for kind in kinds if jnp.issubdtype(kind, jnp.inexact)]

@@ -22,6 +22,7 @@ from ._checks import (
     split_aux,
 )
 from ._chunks import loop_chunk
+from ._notes import note_of_fun, note_of_outer
 from ._push_pull import differentiated, pull_chunks, push_chunks
 from ._sharding import AxisName, device_count, placed_like, sum_over
 
@@ -31,7 +32,7 @@ def gauss_newton_product(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
     outer_has_params: bool = False,
@@ -117,32 +118,37 @@ def gauss_newton_product(
         resolved = resolve(fun, args, kwargs, argnums, in_axes)
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
+        in_fun = note_of_fun(fun, batch)
         if chunk is None:
-            with differentiated(apply, batch):
+            with in_fun, differentiated(apply, batch):
                 outputs, push, fixed = jax.linearize(
                     lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
                 )
-            transposed = jax.linear_transpose(push, batch.primals)
+                transposed = jax.linear_transpose(push, batch.primals)
 
             def pull(cotangents: PyTree) -> tuple[PyTree, ...]:
                 with differentiated(apply, batch):
                     return transposed(cotangents)[0]
 
         else:
-            outputs, fixed = map_chunks(apply, batch, chunk)
+            with in_fun:
+                outputs, fixed = map_chunks(apply, batch, chunk)
 
             push = functools.partial(push_chunks, apply, batch, chunk)
             pull = functools.partial(pull_chunks, apply, batch, chunk)
 
+        def passed(primals: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+            return (primals[0] if is_single else primals,) if outer_has_params else ()
+
         def loss(outputs: PyTree, *primals: PyTree) -> jax.Array:
-            params = (primals[0] if is_single else primals,) if outer_has_params else ()
-            result = outer(_joined(outputs, fixed), *params, *outer_args)
+            result = outer(_joined(outputs, fixed), *passed(primals), *outer_args)
             value, _ = split_aux(result, outer_has_aux, "the result of outer")
             check_outer_value(value)
             return value
 
         at = (outputs, *batch.primals) if outer_has_params else (outputs,)
-        _, curve = jax.linearize(jax.grad(loss, tuple(range(len(at)))), *at)
+        with note_of_outer(_joined(outputs, fixed), passed(batch.primals), outer_args):
+            _, curve = jax.linearize(jax.grad(loss, tuple(range(len(at)))), *at)
 
         def product(v: PyTree) -> PyTree:
             """Jᵀ H J v, for a tree like the differentiated argument."""
@@ -150,8 +156,9 @@ def gauss_newton_product(
             check_matching(batch.primals[0] if is_single else batch.primals, v, "params", "v")
             tangents = placed_like((v,) if is_single else v, batch.primals)
             direct = tangents if outer_has_params else ()
-            cotangents, *more = curve(push(tangents), *direct)
-            total = _tree.carry(pull(cotangents))
+            with in_fun:
+                cotangents, *more = curve(push(tangents), *direct)
+                total = _tree.carry(pull(cotangents))
             if more:
                 total = jax.tree.map(jnp.add, total, _tree.carry(tuple(more)))
             total = placed_like(sum_over(total, axis_name), resolved.primals)
@@ -167,7 +174,7 @@ def fisher_product(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
     axis_name: AxisName = None,

@@ -16,6 +16,7 @@ from ._effects import made_pure
 from ._factored import _rows
 from ._factored._matrix import Matrix
 from ._factored._plan import Route
+from ._notes import Note, note_of_fun
 from ._sharding import placed_like, zeros
 from ._tree import carried_dtype
 
@@ -69,10 +70,16 @@ class Source:
         traced = tuple(isinstance(x, jax.Array) for x in batch.leaves)
         return cls(fun, batch, has_aux, chunk_size, many, runs_again, traced)
 
+    @property
+    def note(self) -> Note:
+        """What an error says where the function is evaluated or differentiated."""
+        return note_of_fun(self.fun, self.batch)
+
     def factor(self, batch: Batch, route: Route = "auto") -> _rows.Factored:
-        return _rows.factor(
-            self.fun, batch, has_aux=self.has_aux, route=route, runs_again=self.runs_again
-        )
+        with self.note:
+            return _rows.factor(
+                self.fun, batch, has_aux=self.has_aux, route=route, runs_again=self.runs_again
+            )
 
     def matrix(
         self,
@@ -140,7 +147,8 @@ class Source:
             return jax.tree.map(jnp.add, carry, placed_like(jax.tree.leaves(sums), primals)), None
 
         init = [zeros(x, x.shape) for x in primals]
-        return fold_chunks(step, init, self.batch.localized(), self.chunk_size, alone=alone)[0]
+        with self.note:
+            return fold_chunks(step, init, self.batch.localized(), self.chunk_size, alone=alone)[0]
 
     def _of_one(self, args: Any, kwargs: Any) -> tuple[PyTree, PyTree]:
         """The output and aux of one example."""
@@ -156,7 +164,8 @@ class Source:
         def of_chunk(chunk: Batch) -> Any:
             return chunk.vmap(self._of_one)
 
-        return map_chunks(of_chunk, self.batch.localized(), self.chunk_size)
+        with self.note:
+            return map_chunks(of_chunk, self.batch.localized(), self.chunk_size)
 
     def examined(self) -> tuple[PyTree, bool]:
         """The output of one example, abstract, and whether sums may be a vjp of the whole batch.
@@ -173,7 +182,8 @@ class Source:
             pure = made_pure(jaxpr, runs_again=self.runs_again)
             found.append((avals, pure is jaxpr and _compat.custom_rule(pure) is None))
 
-        jax.eval_shape(lambda: self.batch.localized().vmap(one))
+        with self.note:
+            jax.eval_shape(lambda: self.batch.localized().vmap(one))
         return found[0]
 
 

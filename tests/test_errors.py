@@ -282,7 +282,9 @@ TABLE = {
         rows({"w": jnp.ones(2), "step": jnp.int32(3)}, X),
         TypeError,
         "argument params['step'] is differentiated and must be a real or complex floating-point "
-        "array, got int32[]: move it to an argument that is not differentiated",
+        "array, got int32[]: move it to an argument that is not differentiated, with None in "
+        "in_axes if all examples share it, or close over it in the function; if it is trained, "
+        "make it an array of a float dtype",
     ),
     "number parameter": (
         rows({"w": 3}, X),
@@ -292,14 +294,14 @@ TABLE = {
     "function parameter": (
         rows({"w": jnp.ones(2), "act": jnp.tanh}, X),
         TypeError,
-        "split the arrays from the rest, with eqx.partition(model, eqx.is_inexact_array) and "
-        "eqx.combine inside the function, or keep only arrays with eqx.filter",
+        "got a value of type PjitFunction: move it to an argument that is not differentiated, with "
+        "None in in_axes if all examples share it, or close over it in the function",
     ),
     "sizes": (
         rows(W, {"a": X, "b": jnp.ones(4)}),
         ValueError,
         "the batch sizes disagree: axis 0 of argument x['a'] has size 5, but axis 0 of argument "
-        "x['b'] has size 4",
+        "x['b'] has size 4: in_axes takes the axis of its examples, or None if they share it",
     ),
     "rank": (
         rows(W, X, in_axes=(None, 2)),
@@ -314,14 +316,34 @@ TABLE = {
     "a function batch": (
         rows(W, jnp.tanh),
         TypeError,
-        "not an array: give it None in in_axes, or bind it beforehand with functools.partial",
+        "not an array: in_axes takes the axis of its examples, or None if they share it",
     ),
     "a keyword flag": (
         lambda: per_example_grad(lambda p, x, train: p)(jnp.ones(()), X, train=True),
         TypeError,
-        "argument train would be mapped over axis 0, but it is a value of type bool, not an array",
+        "argument train would be mapped over axis 0, but it is a value of type bool, not an "
+        "array: keyword arguments are mapped over axis 0; what all examples share is bound "
+        "beforehand, with functools.partial(fun, train=...) or a lambda",
+    ),
+    "a keyword scalar": (
+        lambda: per_example_grad(lambda p, x, scale: p)(jnp.ones(()), X, scale=jnp.ones(())),
+        ValueError,
+        "it is float32[], of rank 0: keyword arguments are mapped over axis 0; what all examples "
+        "share is bound beforehand, with functools.partial(fun, scale=...) or a lambda",
+    ),
+    "a keyword of another size": (
+        lambda: per_example_grad(lambda p, x, scale: p)(jnp.ones(()), X, scale=jnp.ones(3)),
+        ValueError,
+        "axis 0 of argument scale has size 3: keyword arguments are mapped over axis 0; what all",
     ),
     "nothing batched": (rows(W, X, in_axes=(None, None)), ValueError, "no argument is batched"),
+    "in_axes none": (rows(W, X, in_axes=None), ValueError, "no argument is batched"),
+    "in_axes string": (
+        rows(W, X, in_axes="0"),
+        TypeError,
+        "must be an int, None, a tuple with an entry for each positional argument, or 'default', "
+        "got '0'",
+    ),
     "in_axes length": (
         rows(W, X, in_axes=(None, 0, 0)),
         ValueError,
@@ -335,7 +357,8 @@ TABLE = {
     "in_axes dict": (
         rows(W, X, in_axes={"x": 0}),
         TypeError,
-        "argument in_axes must be an int, or a tuple with an entry for each positional argument",
+        "must be an int, None, a tuple with an entry for each positional argument, or 'default', "
+        "got a value of type dict",
     ),
     "in_axes words": (
         rows(W, X, in_axes=(None, "0")),

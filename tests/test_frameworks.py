@@ -91,7 +91,7 @@ def test_a_real_layer(make, chunk_size):
 def test_an_equinox_module_with_static_leaves_says_how_to_split_it():
     model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(1))
     with pytest.raises(
-        TypeError, match=r"argument model\.activation is .*eqx\.partition.*eqx\.filter"
+        TypeError, match=r"argument model\.activation is .*eqx\.partition.*eqx\.combine"
     ):
         per_example_grad(lambda model, x: jnp.sum(model(x)))(model, X)
     params = eqx.filter(model, eqx.is_inexact_array)
