@@ -1,5 +1,5 @@
 # From a Python >= 3.11, its pip, and make: `make demo` runs the main job, `make test` the tests,
-# `make quick` those of them that say most in a minute or two.
+# `make quick` some of them, in about a minute.
 # The environment is made once in $(VENV) and again when pyproject.toml changes.
 
 PYTHON ?= python3
