@@ -1,4 +1,27 @@
-"""Gradients as vectors: combinations, per-example rows and the chain rule on plain pytrees."""
+"""Linear algebra on gradients: combine them, take them per example, apply the chain rule.
+
+Parameters and gradients are plain pytrees; ``f(params, *example)`` is a function of one example.
+J is the matrix whose row i is the gradient of ``f`` at example i.
+
+=======================================  =========================================================
+what you want                            call
+=======================================  =========================================================
+a sum of gradients that you hold         ``linear_combination(coefficients, trees)``
+the same, written with + and *           ``(2 * Vector(g1) - Vector(g2)).tree``
+the mean of what arrives bit by bit      ``Accumulator.zeros_like(g).add(g, weight).mean()``
+the gradient of every example, stacked   ``per_example_grad(f)(params, *batch)``
+their norms                              ``J = jacobian(f)(params, *batch)``, then ``J.norms()``
+their clipped sum                        ``J.clip(max_norm).sum()``
+the gradient of a loss of all outputs    ``chain_rule_grad(outer, f)(params, *batch)``
+the same, from rows that you hold        ``reassemble(outer, outputs, rows)``
+products with the Gauss-Newton matrix    ``gauss_newton_product(outer, f)(params, *batch)(v)``
+products with the empirical Fisher       ``fisher_product(f)(params, *batch)(v)``
+=======================================  =========================================================
+
+The outputs or the loss come too from ``per_example_value_and_grad``, ``value_and_jacobian`` and
+``chain_rule_value_and_grad``. J is no tree of rows: ``help(Jacobian)`` lists what it computes, and
+``J.to_rows()`` gives the rows.
+"""
 
 from importlib import metadata as _metadata
 
@@ -15,6 +38,23 @@ from ._reassemble import reassemble as reassemble
 from ._second_order import fisher_product as fisher_product
 from ._second_order import gauss_newton_product as gauss_newton_product
 from ._vector import Vector as Vector
+
+# ``help(pytree_grads)`` shows what is listed here, in spite of the modules where it is defined.
+__all__ = [
+    "Accumulator",
+    "Jacobian",
+    "Vector",
+    "chain_rule_grad",
+    "chain_rule_value_and_grad",
+    "fisher_product",
+    "gauss_newton_product",
+    "jacobian",
+    "linear_combination",
+    "per_example_grad",
+    "per_example_value_and_grad",
+    "reassemble",
+    "value_and_jacobian",
+]
 
 try:
     __version__ = _metadata.version("pytree_grads")

@@ -53,6 +53,11 @@ def test_digits(tmp_path):
     assert len(norms) == 5
     assert norms == sorted(norms, reverse=True)
     assert norms[-1] > 0
+    ways = re.findall(r"^  (\S.*?) +[\d.]+ ms, +([\d.]+) MiB", printed, re.MULTILINE)
+    assert len(ways) == 6  # of a batch, and of all training images
+    for plain, ours, rows in (map(float, dict(ways[i : i + 3]).values()) for i in (0, 3)):
+        assert ours < 2 * plain
+        assert ours < rows / 10
     header = figure.read_bytes()[:24]
     assert header.startswith(b"\x89PNG\r\n")
     assert struct.unpack(">II", header[16:24]) > (1000, 500)  # width and height

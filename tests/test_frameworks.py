@@ -12,6 +12,7 @@ from helpers import tree_allclose
 from pytree_grads import (
     Vector,
     chain_rule_value_and_grad,
+    jacobian,
     linear_combination,
     per_example_grad,
     per_example_value_and_grad,
@@ -86,6 +87,53 @@ def test_a_real_layer(make, chunk_size):
         weighted, jax.tree.map(lambda r: jnp.tensordot(jnp.arange(5.0), r, 1), rows)
     )
     assert tree_allclose((2 * Vector(weighted) - Vector(weighted)).tree, weighted)
+
+
+class _LinenNormed(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+        return nn.Dense(2)(nn.tanh(x))
+
+
+def linen_batch_norm():
+    net = _LinenNormed()
+    start = net.init(jax.random.key(1), X)
+    _, updated = net.apply(start, X, train=True, mutable=["batch_stats"])
+
+    def apply(params, statistics, x):
+        return net.apply({"params": params, **statistics}, x)
+
+    return start["params"], updated, apply
+
+
+def nnx_batch_norm():
+    def dense(inputs, outputs, seed):
+        return nnx.Linear(inputs, outputs, rngs=nnx.Rngs(seed))
+
+    model = nnx.Sequential(dense(3, 4, 0), nnx.BatchNorm(4, rngs=nnx.Rngs(1)), dense(4, 2, 2))
+    model(X)  # updates the running statistics
+    model.eval()
+    graph, params, statistics = nnx.split(model, nnx.Param, ...)
+    return params, statistics, lambda p, statistics, x: nnx.merge(graph, p, statistics)(x)
+
+
+@pytest.mark.parametrize("make", [linen_batch_norm, nnx_batch_norm])
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"recompute": True}])
+def test_batch_norm_with_statistics_that_all_examples_share(make, options):
+    """In evaluation mode rows are those of `vmap(grad)`, and no example has the row of another."""
+    params, statistics, apply = make()
+
+    def loss(params, statistics, x):
+        return jnp.sum(jnp.sin(apply(params, statistics, x)))
+
+    J = jax.jit(jacobian(loss, in_axes=(None, None, 0), **options))(params, statistics, X)
+    rows = jax.vmap(jax.grad(loss), (None, None, 0))(params, statistics, X)
+    assert tree_allclose(J.to_rows(), rows)
+    assert tree_allclose(J.sum(), jax.tree.map(lambda x: x.sum(0), rows))
+    flat = jnp.concatenate([x.reshape(len(X), -1) for x in jax.tree.leaves(rows)], axis=1)
+    assert tree_allclose(J.norms(), jnp.linalg.norm(flat, axis=1))
+    assert jnp.linalg.matrix_rank(flat) == len(X)
 
 
 def test_an_equinox_module_with_static_leaves_says_how_to_split_it():

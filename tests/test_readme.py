@@ -1,4 +1,4 @@
-"""The README is run: its Python blocks print what they say, its Zygote table gives what it says."""
+"""README and docs are run: blocks print what they say, the Zygote table gives what it says."""
 
 import contextlib
 import io
@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 
 import jax
-import jax.flatten_util
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import MODELS
 
 import pytree_grads
 
@@ -17,18 +16,40 @@ pytestmark = pytest.mark.any_release
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS]
+MAKEFILE = (ROOT / "Makefile").read_text()
 PUBLIC = {
     name: value
     for name, value in vars(pytree_grads).items()
     if getattr(value, "__module__", "").startswith("pytree_grads.") and not name.startswith("_")
 }
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+ZYGOTE = (ROOT / "docs" / "zygote.md").read_text()
+
+
+def every(paths):
+    return pytest.mark.parametrize("page", paths, ids=[path.name for path in paths])
+
+
+def run(page):
+    """What the blocks of a page define, run in order as a reader would; and what they printed."""
+    names: dict = {"__name__": page.stem}
+    printed, said = io.StringIO(), []
+    text = page.read_text()
+    for block in BLOCK.finditer(text):
+        # Errors and warnings show the line of the page.
+        code = "\n" * text.count("\n", 0, block.start(1)) + block[1]
+        # optax and equinox promote dtypes, as JAX does for the reader.
+        with contextlib.redirect_stdout(printed), jax.numpy_dtype_promotion("standard"):
+            exec(compile(code, str(page), "exec"), names)
+        said += re.findall(r"^ *print\(.*\)  +# (.*)$", block[1], re.MULTILINE)
+    return names, printed.getvalue().splitlines(), said
 
 
 def zygote_rows():
     """The code and the result of every row of the table."""
-    section = README.split("## Coming from Zygote")[1].split("\n## ")[0]
-    for line in section.splitlines():
+    for line in ZYGOTE.splitlines():
         cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
         if len(cells) == 3 and "`" in cells[2]:
             _, code, result = (cell.strip().replace(r"\|", "|") for cell in cells)
@@ -37,32 +58,21 @@ def zygote_rows():
 
 @pytest.fixture(scope="module")
 def zygote_names():
-    section = README.split("## Coming from Zygote")[1].split("\n## ")[0]
-    named = {}
-    for assignment in re.findall(r"`((?:gs1|gs2|xs) = [^`]*)`", section):
-        exec(assignment, {"jnp": jnp}, named)
-    ps = re.search(r"`ps` are the parameters `([^`]*)`", section)
-    assert ps is not None
-    named["ps"] = eval(ps[1])
-    source = re.search(r"^def f\(.*?\n\n", README, re.DOTALL | re.MULTILINE)
-    assert source is not None
-    exec(source[0], {}, named)
-    return {"jax": jax, "jnp": jnp, **PUBLIC, **named}
+    return run(ROOT / "docs" / "zygote.md")[0]
 
 
-def test_python_blocks_print_what_they_say():
-    assert len(BLOCKS) >= 4
-    names: dict = {}
-    compared = 0
-    for block in BLOCKS:  # one after the other, as a reader would
-        printed = io.StringIO()
-        # optax and equinox promote dtypes, as JAX does for the reader of the README.
-        with contextlib.redirect_stdout(printed), jax.numpy_dtype_promotion("standard"):
-            exec(compile(block, "README.md", "exec"), names)
-        said = re.findall(r"^ *print\(.*\)  +# (.*)$", block, re.MULTILINE)
-        assert printed.getvalue().splitlines() == said
-        compared += len(said)
-    assert compared >= 6
+@every(PAGES)
+def test_python_blocks_print_what_they_say(page):
+    names, printed, said = run(page)
+    assert printed == said
+    if "```python" in page.read_text():
+        assert len(names) > 1
+
+
+def test_enough_is_said_to_be_checked():
+    counts = {page.stem: len(re.findall(r"print\(.*\)  +# ", page.read_text())) for page in PAGES}
+    assert counts["README"] >= 2
+    assert sum(counts.values()) >= 20
 
 
 @pytest.mark.parametrize("code, result", list(zygote_rows()))
@@ -82,17 +92,16 @@ def test_zygote_table(code, result, zygote_names):
 
 
 def test_zygote_table_names_what_it_must():
-    section = README.split("## Coming from Zygote")[1].split("\n## ")[0]
     for name in (
         "gs1 .+ gs2", "2 .* gs", "map(", "keys must match", "copy!(x", "copy!(gs", "merge!",
         "withgradient", "pullback", "jacobian", "destructure",
     ):  # fmt: skip
-        assert name in section, name
+        assert name in ZYGOTE, name
 
 
-def test_real_example_by_line_thirty():
-    before = README.split("import jax")[0].count("\n") + 1
-    assert before <= 30
+def test_the_readme_is_short_and_has_an_example_by_line_25():
+    assert README.count("\n") <= 200
+    assert README.split("import jax")[0].count("\n") + 1 <= 25
 
 
 def test_every_public_call_is_named():
@@ -101,6 +110,34 @@ def test_every_public_call_is_named():
         assert re.search(rf"\b{name}\b", README), name
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([\w./-]*[a-zA-Z])\)", README):
-        assert (ROOT / target).exists(), target
+@every(PAGES)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    for target, heading in re.findall(r"\]\(([\w./-]*[a-zA-Z])?(?:#([\w-]+))?\)", text):
+        other = (page.parent / target).resolve() if target else page
+        assert other.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+            assert heading in anchors, (target, heading)
+
+
+@every(DOCS)
+def test_the_readme_links_to_every_page(page):
+    assert f"(docs/{page.name})" in README
+
+
+def test_readme_and_makefile_name_the_same_targets():
+    phony = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)
+    assert phony is not None
+    assert set(re.findall(r"\bmake ([a-z]+)\b", README)) <= set(phony[1].split())
+
+
+def test_make_quick_runs_what_is_there():
+    quick = re.search(r"\$\(addprefix tests/test_,(.*?)\)", MAKEFILE, re.DOTALL)
+    models = re.search(r"^QUICK_MODELS \?= (.*?[^\\])\n", MAKEFILE, re.DOTALL | re.MULTILINE)
+    assert quick is not None
+    assert models is not None
+    for name in quick[1].replace("\\", " ").split():
+        assert (ROOT / "tests" / f"test_{name}").exists(), name
+    assert set(models[1].replace("\\", " ").split()) <= set(MODELS)

@@ -14,7 +14,7 @@ KEY = jax.random.key(0)
 
 def _as_default(tree):
     """Frameworks start in float32; the tests also run in float64."""
-    return jax.tree.map(lambda x: x.astype(float), tree)
+    return jax.tree.map(lambda x: x.astype(float) if eqx.is_inexact_array(x) else x, tree)
 
 
 class _Linen(nn.Module):
@@ -75,6 +75,69 @@ def flax_nnx(draw):
     graph, params = nnx.split(_Nnx(nnx.Rngs(0)), nnx.Param)
     params = _as_default(params)
     return lambda p, x: jnp.sum(jnp.sin(nnx.merge(graph, p)(x))), params, (draw(N, 5, 2),)
+
+
+class _BatchNormed(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(2, 4, (3,), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.hidden = nnx.Linear(4, 6, rngs=rngs)
+        self.normed = nnx.BatchNorm(6, rngs=rngs)
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = jnp.tanh(self.norm(self.conv(x))).mean(0)
+        return self.head(jnp.tanh(self.normed(self.hidden(x))))
+
+
+@model("['conv']['kernel'].value", promotes=True)
+def flax_nnx_batch_norm(draw):
+    """In evaluation mode, where the statistics are constants: see docs/batch_norm.md."""
+    net = _BatchNormed(nnx.Rngs(0))
+    net.eval()
+    graph, params, statistics = map(_as_default, nnx.split(net, nnx.Param, ...))
+    # As after some training: neither zero nor one.
+    statistics = jax.tree.map(lambda x: 0.5 + draw(*x.shape) ** 2, statistics)
+    x = draw(N, 5, 2)
+
+    def apply(p, statistics, x):
+        return jnp.sum(jnp.sin(nnx.merge(graph, p, statistics)(x)))
+
+    return lambda p, x: apply(p, statistics, x), params, (x,)
+
+
+class _EquinoxBatchNormed(eqx.Module):
+    hidden: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jax.random.split(key)
+        self.hidden = eqx.nn.Linear(3, 5, key=keys[0])
+        self.norm = eqx.nn.BatchNorm(5, axis_name="batch", mode="batch")
+        self.head = eqx.nn.Linear(5, 4, key=keys[1])
+
+    def __call__(self, x, state):
+        x, state = self.norm(self.hidden(x), state)
+        return self.head(jnp.tanh(x)), state
+
+
+@model(promotes=True)
+def equinox_batch_norm(draw):
+    """In inference mode, which looks at no axis of a batch: see docs/batch_norm.md."""
+    x = draw(N, 3)
+    with jax.enable_x64(False):  # the same random numbers in either precision
+        net, state = eqx.nn.make_with_state(_EquinoxBatchNormed)(KEY)
+        train = jax.vmap(net, in_axes=(0, None), out_axes=(0, None), axis_name="batch")
+        _, state = train(x.astype("float32"), state)
+    state = _as_default(state)
+    params, static = eqx.partition(eqx.nn.inference_mode(net), eqx.is_inexact_array)
+
+    def fun(p, x):
+        outputs, _ = eqx.combine(p, static)(x, state)
+        return jnp.sum(jnp.sin(outputs))
+
+    return fun, _as_default(params), (x,)
 
 
 @model(promotes=True)
