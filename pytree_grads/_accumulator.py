@@ -83,10 +83,10 @@ class Accumulator:
           TypeError: the weight is not a real number, or a leaf cannot be summed.
           ValueError: the weight is not a scalar, or the trees disagree.
         """
-        if not isinstance(weight, jax.Array):
-            if not (is_array(weight) or isinstance(weight, int | float | complex)):
-                raise TypeError(f"argument weight must be a real scalar, got {describe(weight)}")
-            weight = _tree.host_array("argument weight", weight)
+        if not (is_array(weight) or isinstance(weight, int | float | complex)):
+            raise TypeError(f"argument weight must be a real scalar, got {describe(weight)}")
+        meets = _tree.carried_reals(self.total, self.weight)
+        weight = _tree.floating("argument weight", weight, meets)
         return _tree.call(_added, self, weight, grads=grads)
 
     def merge(self, other: "Accumulator") -> "Accumulator":
@@ -134,7 +134,6 @@ def _added(accumulator: Accumulator, weight: jax.Array, grads: PyTree) -> Accumu
         )
     if jnp.iscomplexobj(weight):
         raise TypeError(f"argument weight must be real, got {describe(weight)}")
-    _tree.check_numbers("argument weight", weight)
     _tree.check_summable("grads", grads)
     check_matching(accumulator._declared(), grads, "total", "grads")
     weight = weight.astype(accumulator.weight.dtype)

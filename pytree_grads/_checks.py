@@ -168,7 +168,7 @@ def check_arrays(name: str, tree: PyTree) -> None:
             raise TypeError(f"{where} must be an array or a number, got {describe(leaf)}") from None
 
 
-def check_numbers(name: str, tree: PyTree) -> None:
+def check_tree_of_numbers(name: str, tree: PyTree) -> None:
     """Raise a TypeError that names the first leaf of ``tree`` that is no array of numbers."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         is_integer = is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.integer)

@@ -10,6 +10,7 @@ from ._batch import resolve
 from ._checks import check_callable, check_chunk_size, like
 from ._jacobian import Jacobian
 from ._kept import Rows
+from ._once import compiled_once
 from ._outputs import Outputs
 from ._sharding import AxisName
 from ._source import Source
@@ -132,7 +133,7 @@ def _make(
         if recompute or chunk_size is not None:
             outputs = Outputs.of(source.output_avals())
             leaves = summands = None
-            values, aux = source.outputs() if with_outputs or has_aux else (None, None)
+            values, aux = _outputs(source) if with_outputs or has_aux else (None, None)
         else:
             factored = source.factor(batch.localized())
             outputs = Outputs.of(factored.output_avals)
@@ -153,3 +154,6 @@ def _make(
         return (made, aux) if has_aux else made
 
     return jacobian_of
+
+
+_outputs = compiled_once()(Source.outputs)

@@ -144,8 +144,9 @@ def gauss_newton_product(
 
         def product(v: PyTree) -> PyTree:
             """Jᵀ H J v, for a tree like the differentiated argument."""
-            v = jax.tree.map(jnp.asarray, v)
-            check_matching(batch.primals[0] if is_single else batch.primals, v, "params", "v")
+            params = batch.primals[0] if is_single else batch.primals
+            v = _tree.floating_like("v", v, params, "params", carried=False)
+            check_matching(params, v, "params", "v")
             tangents = placed_like((v,) if is_single else v, batch.primals)
             direct = tangents if outer_has_params else ()
             cotangents, *more = curve(push(tangents), *direct)
