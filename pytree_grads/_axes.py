@@ -1,5 +1,6 @@
 """Which axis of which leaf holds the examples: ``in_axes`` read and checked against arguments."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,9 +54,15 @@ def _is_none(x: Any) -> bool:
 def checked_axis(where: str, leaf: Any, axis: int) -> int:
     """The axis as a non-negative int, if the leaf has it."""
     if not is_array(leaf):
+        mend = "give it None in in_axes, or bind it beforehand with functools.partial"
+        if isinstance(leaf, int | float | complex) and re.search(r"\[\d+\]$", where):
+            mend = (
+                "if the list holds a number for each example, make it one array with jnp.asarray; "
+                f"if not, {mend}"
+            )
         raise TypeError(
             f"{where} would be mapped over axis {axis}, but it is {describe(leaf)}, not an array: "
-            "give it None in in_axes, or bind it beforehand with functools.partial"
+            f"{mend}"
         )
     if not -leaf.ndim <= axis < leaf.ndim:
         raise ValueError(

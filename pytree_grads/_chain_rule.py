@@ -19,6 +19,7 @@ from ._checks import (
     split_aux,
 )
 from ._chunks import loop_chunk
+from ._misuse import explained_fun, explained_outer
 from ._push_pull import pull_chunks, vjp
 from ._sharding import AxisName, placed_like, sum_over, value_over
 
@@ -134,12 +135,18 @@ def chain_rule_value_and_grad(
         resolved = resolve(fun, args, kwargs, argnums, in_axes)
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
-        if chunk is None:
-            outputs, pull, aux = vjp(apply, batch)
-        else:
-            outputs, aux = map_chunks(apply, batch, chunk, apart=True)
-            pull = functools.partial(pull_chunks, apply, batch, chunk)
-        (value, outer_aux), (cotangents, *direct) = pull_loss(outputs, batch.primals, outer_args)
+        call = outer, fun, args, kwargs
+        given = (*batch.primals[:1],) * outer_has_params + tuple(outer_args)
+        with explained_fun(*call, (None, *given)):
+            if chunk is None:
+                outputs, pull, aux = vjp(apply, batch)
+            else:
+                outputs, aux = map_chunks(apply, batch, chunk, apart=True)
+                pull = functools.partial(pull_chunks, apply, batch, chunk)
+        with explained_outer(*call, (outputs, *given), has_aux):
+            (value, outer_aux), (cotangents, *direct) = pull_loss(
+                outputs, batch.primals, outer_args
+            )
         total = _tree.carry(pull(cotangents))
         for grads in direct:
             total = jax.tree.map(jnp.add, total, _tree.carry(grads))

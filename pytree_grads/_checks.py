@@ -178,6 +178,9 @@ def check_tree_of_numbers(name: str, tree: PyTree) -> None:
 
 def check_scalar(value: Any, what: str, mend: str) -> None:
     """Raise unless ``jax.grad`` could differentiate ``value``: a real floating-point scalar."""
+    if describe_node(value) in ("a tuple of length 2", "a list of length 2"):
+        option = "outer_has_aux=True" if what.endswith("outer") else "has_aux=True"
+        mend = f"{option} takes a pair (value, aux), of which the value alone is differentiated"
     if not is_inexact(value):
         raise TypeError(f"{what} must be a floating-point scalar, got {describe(value)}: {mend}")
     if jnp.iscomplexobj(value):

@@ -1,5 +1,6 @@
 """The two ways to make a Jacobian: ``jacobian`` and ``value_and_jacobian``."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,9 @@ def jacobian(
 
     Args:
       fun: the function of one example; returns a real floating-point scalar, array or tree of
-        arrays, and with ``has_aux`` a pair of that and auxiliary data. Its effects
+        arrays, and with ``has_aux`` a pair of that and auxiliary data. (Without it, a tuple of a
+        scalar and of several numbers is differentiated whole, with a warning; a list or a dict is
+        without one.) Its effects
         (``jax.debug.print``, ``checkify.check``) may not take place, or several times: only what is
         asked is computed.
       argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
@@ -50,6 +53,8 @@ def jacobian(
         of a scan over layers), and a weighted sum is one vector-Jacobian product: its weights go
         through every ``jax.custom_vjp`` in ``fun``, which has to be linear in its cotangent, and
         through its dtypes: in float16, weights of 1e-6 lose digits and those of 1e-9 are zero.
+        Outside ``jit``, each product of a J that keeps nothing is compiled once for ``fun`` and the
+        shapes, as ``jax.jit`` of ``fun`` is: what ``fun`` reads beside its arguments is constant.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which sums of rows (``sum``,
         ``mean``, ``weighted_sum``, ``square_sum``) are those of all devices. By default they are
         those of the rows on the device; norms and all else per row always are.
@@ -139,6 +144,8 @@ def _make(
             outputs = Outputs.of(factored.output_avals)
             leaves, summands = factored.leaves, factored.summands
             values, aux = factored.outputs, factored.aux
+        if outputs.is_pair and not has_aux:
+            warnings.warn(_PAIR, stacklevel=2)
         shape = outputs.rows(batch.size)
         rows = Rows.of(
             source,
@@ -156,4 +163,8 @@ def _make(
     return jacobian_of
 
 
+_PAIR = (
+    "fun returned a pair of a scalar and of several numbers, and J has a row for each of them: if "
+    "the second item is auxiliary data, give has_aux=True; if not, return a dict or a list"
+)
 _outputs = compiled_once()(Source.outputs)

@@ -32,6 +32,14 @@ class Outputs:
         return jax.tree_util.treedef_is_leaf(self.treedef) and self.shapes == ((),)
 
     @property
+    def is_pair(self) -> bool:
+        """Whether this is a tuple of a scalar and of several numbers, as a loss with aux is."""
+        tree = jax.tree.unflatten(self.treedef, [0] * len(self.shapes))
+        if type(tree) is not tuple or len(tree) != 2:
+            return False
+        return tree[0] == 0 and self.shapes[0] == () and self.count > 2
+
+    @property
     def count(self) -> int:
         """K."""
         return sum(map(prod, self.shapes))
@@ -56,9 +64,10 @@ class Outputs:
         """A user's tree of one real number per row as the engine's array, as wide as the rows."""
         leaves, treedef = jax.tree.flatten(tree)
         if treedef != self.treedef:
+            hint = " (if its second item is auxiliary data: has_aux=True)" if self.is_pair else ""
             raise ValueError(
                 f"argument {name} must be a tree like the function's output, {self.treedef}, "
-                f"got {treedef}"
+                f"got {treedef}{hint}"
             )
         flat, meets = [], carried_reals(params)
         paths = [path for path, _ in jax.tree.leaves_with_path(tree)]

@@ -22,6 +22,7 @@ from ._checks import (
     split_aux,
 )
 from ._chunks import loop_chunk
+from ._misuse import explained_fun, explained_outer
 from ._push_pull import pull_chunks, push_chunks
 from ._sharding import AxisName, device_count, placed_like, sum_over
 
@@ -117,17 +118,21 @@ def gauss_newton_product(
         resolved = resolve(fun, args, kwargs, argnums, in_axes)
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
+        call = outer, fun, args, kwargs
+        given = (*batch.primals[:1],) * outer_has_params + tuple(outer_args)
         if chunk is None:
-            outputs, push, fixed = jax.linearize(
-                lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
-            )
+            with explained_fun(*call, (None, *given)):
+                outputs, push, fixed = jax.linearize(
+                    lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
+                )
             transposed = jax.linear_transpose(push, batch.primals)
 
             def pull(cotangents: PyTree) -> tuple[PyTree, ...]:
                 return transposed(cotangents)[0]
 
         else:
-            outputs, fixed = map_chunks(apply, batch, chunk)
+            with explained_fun(*call, (None, *given)):
+                outputs, fixed = map_chunks(apply, batch, chunk)
 
             push = functools.partial(push_chunks, apply, batch, chunk)
             pull = functools.partial(pull_chunks, apply, batch, chunk)
@@ -140,7 +145,8 @@ def gauss_newton_product(
             return value
 
         at = (outputs, *batch.primals) if outer_has_params else (outputs,)
-        _, curve = jax.linearize(jax.grad(loss, tuple(range(len(at)))), *at)
+        with explained_outer(*call, (_joined(outputs, fixed), *given), has_aux):
+            _, curve = jax.linearize(jax.grad(loss, tuple(range(len(at)))), *at)
 
         def product(v: PyTree) -> PyTree:
             """Jᵀ H J v, for a tree like the differentiated argument."""

@@ -57,7 +57,7 @@ def round_like(tree: PyTree, like: PyTree) -> PyTree:
 
 def carried_reals(*trees: PyTree) -> set[np.dtype]:
     """The real dtypes that carry sums of the leaves of trees: what a coefficient meets."""
-    dtypes = {getattr(leaf, "dtype", None) for leaf in jax.tree.leaves(trees)} - {None}
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(trees) if hasattr(leaf, "dtype")}
     return {real_part(carried_dtype(d)) for d in dtypes if jnp.issubdtype(d, jnp.inexact)}
 
 
@@ -120,7 +120,9 @@ def _check_range(name: str, array: np.ndarray, dtype: Any) -> None:
     """Raise a ValueError if a finite number is infinite in a real dtype."""
     wide = array.astype(complex if np.iscomplexobj(array) else float)
     with np.errstate(over="ignore", invalid="ignore"):
-        lost = [np.isfinite(x) & ~np.isfinite(x.astype(dtype)) for x in (wide.real, wide.imag)]
+        lost = [
+            np.isfinite(x) & ~np.isfinite(x.astype(dtype)) for x in (np.real(wide), np.imag(wide))
+        ]
     if np.any(lost):
         raise ValueError(
             f"{name} must fit {jnp.dtype(dtype).name}, the dtype of what it meets (at most "

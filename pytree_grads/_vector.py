@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +190,24 @@ class Vector:
     def __truediv__(self, scalar: Any) -> "Vector":
         return Vector._of(_divided(_scalar("/", scalar, self), left=self._carried))
 
+    def __rtruediv__(self, other: Any) -> NoReturn:
+        raise _entry_by_entry(f"{describe(other)} / Vector", "1 / x")
+
+    def __pow__(self, other: Any) -> NoReturn:
+        raise _entry_by_entry(f"Vector ** {describe(other)}", "x**2")
+
+    def __rpow__(self, other: Any) -> NoReturn:
+        raise _entry_by_entry(f"{describe(other)} ** Vector", "2**x")
+
+    def __abs__(self) -> NoReturn:
+        raise _entry_by_entry("abs(Vector)", "abs(x)")
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> NoReturn:
+        raise TypeError(
+            "an array of a Vector is not defined: v.tree is its tree, and "
+            "jax.flatten_util.ravel_pytree(v.tree)[0] all its entries in one array"
+        )
+
     def __matmul__(self, other: Any) -> jax.Array:
         return _inner(left=self._carried, right=_operand("@", other))
 
@@ -203,6 +221,13 @@ class Vector:
         norm that they should. An infinite or NaN entry makes the norm infinite or NaN.
         """
         return _norm(left=self._carried)
+
+
+def _entry_by_entry(written: str, of_leaf: str) -> TypeError:
+    """The error for what is no operation of a vector space."""
+    return TypeError(
+        f"{written} is not defined: entry by entry, write jax.tree.map(lambda x: {of_leaf}, v.tree)"
+    )
 
 
 def _operand(operator: str, other: Any, *, first: bool = False) -> _Carried:

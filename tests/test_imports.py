@@ -12,7 +12,7 @@ PACKAGE = Path(pytree_grads.__file__).parent
 LAYERS = [
     {"_checks", "_compat"},
     {"_canonical", "_chunks", "_sharding", "_tree"},
-    {"_axes", "_refused"},
+    {"_axes", "_misuse", "_refused"},
     {"_batch"},
     {"_push_pull"},
     {"_factored"},
