@@ -11,6 +11,7 @@ import numpy as np
 
 from . import _tree
 from ._checks import PyTree, check_matching, describe, is_array
+from ._compat import is_outside_traces
 
 # What optax has for this keeps no weights and sums in the dtype of the gradient: a thousand ones in
 # bfloat16 are 256 to `optax.microbatching` (its SUM, MEAN and RUNNING_MEAN accumulators), and
@@ -70,10 +71,15 @@ class Accumulator:
         Raises:
           TypeError: a leaf is not a real or complex floating-point array.
         """
-        return _tree.call(_zeros_like, grads=grads)
+        empty = _tree.call(_zeros_like, grads=grads)
+        empty.__dict__["_is_start"] = is_outside_traces()
+        return empty
 
     def add(self, grads: PyTree, weight: Any = 1) -> "Accumulator":
-        """With one more gradient, multiplied by its weight.
+        """With one more gradient, multiplied by its weight: another accumulator.
+
+        This one stays as it is. If it is the empty one of ``zeros_like``, its ``sum`` and ``mean``
+        raise afterwards, outside ``jit``: the result has been thrown away, most likely.
 
         Args:
           grads: a tree like the others, in structure, shapes and dtypes.
@@ -83,11 +89,14 @@ class Accumulator:
           TypeError: the weight is not a real number, or a leaf cannot be summed.
           ValueError: the weight is not a scalar, or the trees disagree.
         """
-        if not isinstance(weight, jax.Array):
-            if not (is_array(weight) or isinstance(weight, int | float | complex)):
-                raise TypeError(f"argument weight must be a real scalar, got {describe(weight)}")
-            weight = _tree.host_array("argument weight", weight)
-        return _tree.call(_added, self, weight, grads=grads)
+        if not (is_array(weight) or isinstance(weight, int | float | complex)):
+            raise TypeError(f"argument weight must be a real scalar, got {describe(weight)}")
+        meets = _tree.carried_reals(self.total, self.weight)
+        weight = _tree.floating("argument weight", weight, meets)
+        added = _tree.call(_added, self, weight, grads=grads)
+        if self.__dict__.get("_is_start") and is_outside_traces():
+            self.__dict__["_was_added_to"] = True
+        return added
 
     def merge(self, other: "Accumulator") -> "Accumulator":
         """What both hold, as if all had been added to one.
@@ -102,11 +111,21 @@ class Accumulator:
 
     def sum(self) -> PyTree:
         """Σ w g, rounded once to the dtypes of the gradients."""
+        self._check_not_forgotten()
         return _rounded(self, _undivided)
 
     def mean(self) -> PyTree:
         """Σ w g / Σ w, rounded once to the dtypes of the gradients; NaN if the weights sum to 0."""
+        self._check_not_forgotten()
         return _rounded(self, _divided)
+
+    def _check_not_forgotten(self) -> None:
+        """Raise if this is still what ``zeros_like`` made, and something was added to it."""
+        if self.__dict__.get("_was_added_to"):
+            raise ValueError(
+                "this accumulator is empty, though something was added to it: add returns another "
+                "and leaves this one as it is, so write accumulator = accumulator.add(grads)"
+            )
 
     def _declared(self) -> PyTree:
         """The shapes and dtypes of the gradients."""
@@ -134,7 +153,6 @@ def _added(accumulator: Accumulator, weight: jax.Array, grads: PyTree) -> Accumu
         )
     if jnp.iscomplexobj(weight):
         raise TypeError(f"argument weight must be real, got {describe(weight)}")
-    _tree.check_numbers("argument weight", weight)
     _tree.check_summable("grads", grads)
     check_matching(accumulator._declared(), grads, "total", "grads")
     weight = weight.astype(accumulator.weight.dtype)

@@ -1,5 +1,6 @@
 """Which axis of which leaf holds the examples: ``in_axes`` read and checked against arguments."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,13 @@ def checked_axis(where: str, leaf: Any, axis: int, keyword: str | None = None) -
     """The axis as a non-negative int, if the leaf has it."""
     wrong = f"{where} would be mapped over axis {axis}, but it is {describe(leaf)}, "
     if not is_array(leaf):
-        raise TypeError(f"{wrong}not an array: {shared_mend(keyword)}")
+        mend = shared_mend(keyword)
+        if isinstance(leaf, int | float | complex) and re.search(r"\[\d+\]$", where):
+            mend = (
+                "if the list holds a number for each example, make it one array with jnp.asarray; "
+                f"if not, {mend}"
+            )
+        raise TypeError(f"{wrong}not an array: {mend}")
     if not -leaf.ndim <= axis < leaf.ndim:
         raise ValueError(f"{wrong}of rank {leaf.ndim}: {shared_mend(keyword)}")
     return int(axis) % leaf.ndim

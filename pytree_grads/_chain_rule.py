@@ -19,6 +19,7 @@ from ._checks import (
     split_aux,
 )
 from ._chunks import loop_chunk
+from ._misuse import explained_fun, explained_outer
 from ._notes import note_of_fun, note_of_outer
 from ._push_pull import pull_chunks, vjp
 from ._sharding import AxisName, placed_like, sum_over, value_over
@@ -140,14 +141,19 @@ def chain_rule_value_and_grad(
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
         in_fun = note_of_fun(fun, batch)
-        with in_fun:
+        call = outer, fun, args, kwargs
+        given = (*passed(batch.primals), *outer_args)
+        with in_fun, explained_fun(*call, (None, *given)):
             if chunk is None:
                 outputs, pull, aux = vjp(apply, batch)
             else:
                 outputs, aux = map_chunks(apply, batch, chunk, apart=True)
                 pull = functools.partial(pull_chunks, apply, batch, chunk)
         primals = batch.primals
-        with note_of_outer(outputs, passed(primals), outer_args):
+        with (
+            note_of_outer(outputs, passed(primals), outer_args),
+            explained_outer(*call, (outputs, *given), has_aux),
+        ):
             (value, outer_aux), (cotangents, *direct) = pull_loss(outputs, primals, outer_args)
         with in_fun:
             total = _tree.carry(pull(cotangents))

@@ -150,7 +150,7 @@ def check_arrays(name: str, tree: PyTree) -> None:
             raise TypeError(f"{where} must be an array or a number, got {describe(leaf)}") from None
 
 
-def check_numbers(name: str, tree: PyTree) -> None:
+def check_tree_of_numbers(name: str, tree: PyTree) -> None:
     """Raise a TypeError that names the first leaf of ``tree`` that is no array of numbers."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         is_integer = is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.integer)
@@ -160,6 +160,9 @@ def check_numbers(name: str, tree: PyTree) -> None:
 
 def check_scalar(value: Any, what: str, mend: str) -> None:
     """Raise unless ``jax.grad`` could differentiate ``value``: a real floating-point scalar."""
+    if describe_node(value) in ("a tuple of length 2", "a list of length 2"):
+        option = "outer_has_aux=True" if what.endswith("outer") else "has_aux=True"
+        mend = f"{option} takes a pair (value, aux), of which the value alone is differentiated"
     if not is_inexact(value):
         raise TypeError(f"{what} must be a floating-point scalar, got {describe(value)}: {mend}")
     if jnp.iscomplexobj(value):

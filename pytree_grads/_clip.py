@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from ._checks import PyTree, describe, located, prefix_difference
 from ._factored._matrix import Matrix
+from ._tree import carried_reals, common_dtype, floating
 
 
 @partial(
@@ -46,16 +47,16 @@ class Clip:
 
 def read(max_norm: PyTree, params: PyTree, nan_safe: bool) -> Clip:
     """The clip that a prefix tree of bounds asks for."""
-    for path, bound in jax.tree.leaves_with_path(max_norm):
+    meets = {common_dtype(*carried_reals(params))}
+    leaves: list[Any] = []
+    for path, given in jax.tree.leaves_with_path(max_norm):
         where = located("max_norm", path)
-        dtype = getattr(bound, "dtype", type(bound))
-        if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
-            raise TypeError(f"{where} must be a real number, got {describe(bound)}")
-        if jnp.shape(bound) != ():
-            raise ValueError(f"{where} must be one real number, got {describe(jnp.asarray(bound))}")
+        bound = floating(where, given, meets, real=True)
+        if bound.shape != ():
+            raise ValueError(f"{where} must be one real number, got {describe(bound)}")
         if not isinstance(bound, Tracer) and not float(bound) >= 0:
-            raise ValueError(f"{where} must not be negative or NaN, got {bound}")
-    leaves = jax.tree.leaves(max_norm)
+            raise ValueError(f"{where} must not be negative or NaN, got {given}")
+        leaves.append(jnp.asarray(bound))
     try:
         labels = jax.tree.broadcast(
             jax.tree.unflatten(jax.tree.structure(max_norm), range(len(leaves))), params
@@ -69,5 +70,5 @@ def read(max_norm: PyTree, params: PyTree, nan_safe: bool) -> Clip:
     owners = jax.tree.leaves(labels)
     members = [tuple(i for i, owner in enumerate(owners) if owner == j) for j in range(len(leaves))]
     used = [j for j, found in enumerate(members) if found]
-    bounds = tuple(jnp.asarray(leaves[j]) for j in used)
+    bounds = tuple(leaves[j] for j in used)
     return Clip(bounds, tuple(members[j] for j in used), nan_safe)

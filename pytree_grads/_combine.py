@@ -26,8 +26,8 @@ def linear_combination(coefficients: Any, trees: PyTree) -> PyTree:
 
     Args:
       coefficients: K scalars, as a sequence or as an array of shape (K,); or a matrix of shape
-        (M, K), for M combinations at once. Python and NumPy numbers enter in the default float
-        dtype.
+        (M, K), for M combinations at once. Integers and floats enter in the dtype that carries
+        the sum, and an int or a float that is too large for it is an error.
       trees: a ``list`` or ``tuple`` of K trees; or anything else, which is one tree whose leaves
         are stacked on a leading axis of length K. (A stacked tree that is itself a list or tuple
         goes in as ``Vector(tree)``, and the result is a ``Vector``.)
@@ -60,16 +60,16 @@ def linear_combination(coefficients: Any, trees: PyTree) -> PyTree:
     [[ 7. 14.]
      [11. 22.]]
     """
-    coefficients = _as_coefficients(coefficients)
-    if type(trees) in (list, tuple):
-        return _tree.call(_combine_sequence, coefficients, trees=trees)
+    is_sequence = type(trees) in (list, tuple)
     is_leaf = jax.tree_util.all_leaves([trees]) and not is_array(trees)
-    if is_leaf and isinstance(trees, Iterable):  # a generator, say, or a deque
+    if is_leaf and not is_sequence and isinstance(trees, Iterable):  # a generator, say, or a deque
         raise TypeError(
             "argument trees must be a list or a tuple of K trees, or one tree whose leaves are "
             f"stacked, got {describe(trees)}: give list(trees)"
         )
-    return _tree.call(_combine_stacked, coefficients, trees=trees)
+    coefficients = _as_coefficients(coefficients, _tree.carried_reals(trees))
+    combine = _combine_sequence if is_sequence else _combine_stacked
+    return _tree.call(combine, coefficients, trees=trees)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -119,15 +119,12 @@ def _combine_stacked(coefficients: Any, trees: PyTree) -> PyTree:
     return jax.tree.map_with_path(combine, trees)
 
 
-def _as_coefficients(coefficients: Any) -> Any:
-    """Numbers of the host as one array of the default dtype; JAX arrays and tracers as they are."""
-    if isinstance(coefficients, jax.Array):
-        return coefficients
-    if isinstance(coefficients, list | tuple) and any(
-        isinstance(c, jax.Array) for c in coefficients
-    ):
-        return [c if isinstance(c, jax.Array) else _tree.host_array(_NAME, c) for c in coefficients]
-    return _tree.host_array(_NAME, coefficients)
+def _as_coefficients(coefficients: Any, meets: set[np.dtype]) -> Any:
+    """One floating array, or a list of them where scalars of JAX and of the host are mixed."""
+    is_sequence = isinstance(coefficients, list | tuple)
+    if is_sequence and any(isinstance(c, jax.Array) for c in coefficients):
+        return [_tree.floating(_NAME, c, meets) for c in coefficients]
+    return _tree.floating(_NAME, coefficients, meets)
 
 
 def _coefficient_array(coefficients: Any, count: int | None) -> jax.Array:
@@ -141,7 +138,6 @@ def _coefficient_array(coefficients: Any, count: int | None) -> jax.Array:
                 )
         dtype = np.result_type(np.float32, *(_tree.widened(c.dtype) for c in coefficients))
         coefficients = jnp.stack([c.astype(dtype) for c in coefficients])
-    _tree.check_numbers(_NAME, coefficients)
     if coefficients.ndim not in (1, 2):
         raise ValueError(
             "argument coefficients must be K scalars, or an array of shape (K,) or (M, K), "

@@ -132,6 +132,14 @@ def trace_state() -> Any:
     return core.get_opaque_trace_state()
 
 
+_OUTSIDE = trace_state()  # Where an import is itself traced, nothing is outside.
+
+
+def is_outside_traces() -> bool:
+    """Whether nothing is traced now: what is computed takes place at once."""
+    return trace_state() == _OUTSIDE
+
+
 def bind(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     """Evaluate one equation of a jaxpr on new operands, keeping its source location."""
     primitive = equation.primitive

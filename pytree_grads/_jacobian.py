@@ -7,15 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
-from jax.sharding import PartitionSpec
 
-from . import _clip, _report, _sketch
-from ._checks import PyTree, check_key, check_matching, check_numbers, describe, positive_int
+from . import _clip, _report, _sketch, _tree
+from ._checks import PyTree, check_key, check_matching, describe, positive_int
 from ._factored._matrix import Matrix
+from ._gramian import gram
 from ._kept import Rows
 from ._outputs import Outputs
+from ._refused import NotAnArray
 from ._vector import Vector
 
 
@@ -25,8 +25,12 @@ from ._vector import Vector
     meta_fields=["_outputs"],
 )
 @dataclass(frozen=True, repr=False, eq=False)
-class Jacobian:
+class Jacobian(NotAnArray):
     """J: a row for each example, or for each output of each example.
+
+    J is no tree of rows. Its leaves as a pytree are factors of rows, so ``jax.tree.map`` of J gives
+    nonsense of the right shape: ``J.scale(s)`` multiplies rows by numbers, ``J.to_rows()`` gives
+    the rows themselves.
 
     Made by ``jacobian`` and ``value_and_jacobian``. N is the number of examples, P the number of
     parameters. Where the function returns a scalar, "a number per row" is an array of shape (N,);
@@ -54,8 +58,6 @@ class Jacobian:
 
     _rows: Rows
     _outputs: Outputs
-
-    __array_ufunc__ = None  # NumPy arrays leave operators to us
 
     def __len__(self) -> int:
         size = self._rows.shape[0]
@@ -117,8 +119,7 @@ class Jacobian:
         if isinstance(other, TransposedJacobian):
             return self.gram(other.T)
         v = other.tree if isinstance(other, Vector) else other
-        check_numbers("v", v)
-        v = jax.tree.map(jnp.asarray, v)
+        v = _tree.floating_like("v", v, self._rows.params, "the parameters", carried=True)
         check_matching(self._rows.params, v, "the parameters", "v", dtypes=False)
         vectors = jax.tree.leaves(v)
         return self._outputs.expand(self._rows.map(Matrix.apply, vectors))
@@ -149,7 +150,7 @@ class Jacobian:
         >>> J.weighted_sum(jnp.array([1.0, -1.0]))
         {'w': Array([-2., -2.], dtype=float32)}
         """
-        return self._rows.sum(self._outputs.flatten("c", c, self._rows.shape[0]))
+        return self._rows.sum(self._outputs.flatten("c", c, self._rows.shape[0], self._rows.params))
 
     def sum(self) -> PyTree:
         """The sum of all rows: a tree like the parameters, zero where there are no rows."""
@@ -199,19 +200,10 @@ class Jacobian:
         check_matching(
             self._rows.params, other._rows.params, "the parameters", "other", dtypes=False
         )
-        depth = len(self._rows.shape)
-        theirs = len(other._rows.shape)
-        theirs_first = [*range(depth, depth + theirs), *range(depth)]
-        out = PartitionSpec(*[None] * theirs, *self._rows.layout)
-
-        def products(theirs: Matrix, mine: Matrix) -> jax.Array:
-            return mine.gram(theirs).transpose(theirs_first)
-
-        def against(mine: Matrix) -> jax.Array:
-            return other._rows.map(products, mine, out=out).transpose(np.argsort(theirs_first))
-
-        rows = self._outputs.expand(self._rows.each(against))
-        return jax.tree.map(lambda x: other._outputs.expand(x, axis=x.ndim - theirs), rows)
+        products = gram(self._rows) if other is self else gram(self._rows, other._rows)
+        rows = self._outputs.expand(products)
+        depth = len(other._rows.shape)
+        return jax.tree.map(lambda x: other._outputs.expand(x, axis=x.ndim - depth), rows)
 
     def square_sum(self, c: PyTree = None) -> PyTree:
         """The weighted sum of the squares of rows, entry by entry: Σᵢ cᵢ Jᵢ∘Jᵢ.
@@ -226,14 +218,15 @@ class Jacobian:
           A tree like the parameters, real, in their precision; of factors beyond 1e±19 in float32,
           as for ``gram``.
         """
-        c = None if c is None else self._outputs.flatten("c", c, self._rows.shape[0])
-        sums = self._rows.fold(lambda matrix, c: matrix.square_sum(c), c, _real)
+        size = self._rows.shape[0]
+        c = None if c is None else self._outputs.flatten("c", c, size, self._rows.params)
+        sums = self._rows.fold(Matrix.square_sum, c, _real)
         narrow = [x.astype(_real(p.dtype)) for x, p in zip(sums, self._rows.primals, strict=True)]
         return self._rows.like_params(narrow)
 
     def scale(self, s: PyTree) -> "Jacobian":
         """diag(s) J: every row times a real number of its own."""
-        factors = self._outputs.flatten("s", s, self._rows.shape[0])
+        factors = self._outputs.flatten("s", s, self._rows.shape[0], self._rows.params)
         return replace(self, _rows=self._rows.scaled(factors))
 
     def clip(self, max_norm: PyTree, *, nan_safe: bool = False) -> "Jacobian":
@@ -284,7 +277,7 @@ class Jacobian:
         """
         check_key(key)
         dim = positive_int("dim", dim)
-        projected = self._rows.map(lambda matrix, key: _sketch.project(matrix, key, dim), key)
+        projected = self._rows.map(_sketch.Projection(dim), key)
         return self._outputs.expand(projected)
 
     def to_rows(self) -> PyTree:
@@ -336,12 +329,12 @@ def _real(dtype: Any) -> Any:
 
 @partial(jax.tree_util.register_dataclass, data_fields=["T"], meta_fields=[])
 @dataclass(frozen=True, eq=False)
-class TransposedJacobian:
+class TransposedJacobian(NotAnArray):
     """Jᵀ, as it stands in ``J.T @ c`` and ``J @ other.T``."""
 
     T: Jacobian
 
-    __array_ufunc__ = None
+    _symbol = "J.T"
 
     def __matmul__(self, c: PyTree) -> PyTree:
         """Jᵀ c, the weighted sum of rows."""
@@ -351,3 +344,11 @@ class TransposedJacobian:
                 "diagonal, or J.T @ (J @ v) for its product with a tree v"
             )
         return self.T.weighted_sum(c)
+
+    def __rmatmul__(self, v: Any) -> PyTree:
+        raise TypeError(f"{describe(v)} @ J.T is not defined: J @ v takes a tree v")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(Jacobian, name):
+            raise AttributeError(f"J.T has no attribute {name!r}")
+        raise AttributeError(f"J.T has no attribute {name!r}: products are those of J, as J.{name}")

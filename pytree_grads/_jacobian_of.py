@@ -1,5 +1,6 @@
 """The two ways to make a Jacobian: ``jacobian`` and ``value_and_jacobian``."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from ._batch import resolve
 from ._checks import check_callable, check_chunk_size, like
 from ._jacobian import Jacobian
 from ._kept import Rows
+from ._once import compiled_once
 from ._outputs import Outputs
 from ._sharding import AxisName
 from ._source import Source
@@ -35,8 +37,10 @@ def jacobian(
 
     Args:
       fun: the function of one example; returns a real floating-point scalar, array or tree of
-        arrays, and with ``has_aux`` a pair of that and auxiliary data. It may use references
-        (``jax.new_ref``) that it makes itself, and read others. Effects that no result depends on
+        arrays, and with ``has_aux`` a pair of that and auxiliary data. (Without it, a tuple of a
+        scalar and of several numbers is differentiated whole, with a warning; a list or a dict is
+        without one.) It may use references (``jax.new_ref``) that it makes itself, and read others.
+        Effects that no result depends on
         (``jax.debug.print``, ``checkify.check``) may not take place, or several times: only what is
         asked is computed.
       argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
@@ -53,6 +57,8 @@ def jacobian(
         through the dtypes of ``fun``: in float16, weights of 1e-6 lose digits and those of 1e-9
         are zero. If ``fun`` has a ``jax.custom_vjp``, which need not be linear in its cotangent,
         a weighted sum is made from factors instead.
+        Outside ``jit``, each product of a J that keeps nothing is compiled once for ``fun`` and the
+        shapes, as ``jax.jit`` of ``fun`` is: what ``fun`` reads beside its arguments is constant.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which sums of rows (``sum``,
         ``mean``, ``weighted_sum``, ``square_sum``) are those of all devices. By default they are
         those of the rows on the device; norms and all else per row always are.
@@ -150,12 +156,14 @@ def _make(
             outputs = Outputs.of(avals)
             pulls_back = bool(recompute) and is_linear
             leaves = summands = None
-            values, aux = source.outputs() if with_outputs or has_aux else (None, None)
+            values, aux = _outputs(source) if with_outputs or has_aux else (None, None)
         else:
             factored = source.factor(batch.localized())
             outputs = Outputs.of(factored.output_avals)
             leaves, summands = factored.leaves, factored.summands
             values, aux = factored.outputs, factored.aux
+        if outputs.is_pair and not has_aux:
+            warnings.warn(_PAIR, stacklevel=2)
         shape = outputs.rows(batch.size)
         rows = Rows.of(
             source,
@@ -172,3 +180,10 @@ def _make(
         return (made, aux) if has_aux else made
 
     return jacobian_of
+
+
+_PAIR = (
+    "fun returned a pair of a scalar and of several numbers, and J has a row for each of them: if "
+    "the second item is auxiliary data, give has_aux=True; if not, return a dict or a list"
+)
+_outputs = compiled_once()(Source.outputs)

@@ -17,6 +17,7 @@ from ._factored._leaves import Leaf
 from ._factored._matrix import Matrix, product
 from ._factored._norm_parts import Norms, as_numbers, combined
 from ._factored._plan import Route
+from ._once import compiled_once
 from ._sharding import AxisName, device_count, in_auto, layout, sum_over, without, zeros
 from ._source import Source
 from ._tree import carried_dtype
@@ -110,6 +111,15 @@ class Rows:
         """How numbers per row are laid out: as the examples are."""
         return PartitionSpec(self.source.batch.mesh_axes)
 
+    def as_argument(self) -> "Rows":
+        """What a compiled product takes: rows that are kept have no need of their function."""
+        if self.leaves is None:
+            return self
+        source = self.source
+        pairs = zip(source.batch.leaves, source.traced, strict=True)
+        batch = replace(source.batch, leaves=tuple(x if traced else None for x, traced in pairs))
+        return replace(self, source=replace(source, fun=_not_needed, batch=batch))
+
     def like_params(self, leaves: list[jax.Array]) -> PyTree:
         return jax.tree.unflatten(jax.tree.structure(self.params), leaves)
 
@@ -180,11 +190,11 @@ class Rows:
 
         `out` is a prefix tree of their layouts, if that is not the one of numbers per row.
         """
-        own = in_auto(fun, self.layout if out is None else out)
-        return self.each(lambda matrix: own(matrix, *args), route)
+        self.require_one()
+        return _mapped(self, *args, fun=fun, route=route, out=self.layout if out is None else out)
 
     def each(self, fun: Callable[[Matrix], PyTree], route: Route = "auto") -> PyTree:
-        """The same for a function that sees to layouts by itself."""
+        """`fun` of the rows, where it sees to layouts by itself; it is not compiled here."""
         self.require_one()
         if self.leaves is not None:
             return fun(self._matrix())
@@ -195,7 +205,7 @@ class Rows:
         names = self.source.batch.mesh_axes
         lead = (names, *[None] * (len(self.shape) - 1))
         out = tuple(PartitionSpec(*lead, *without(layout(x), names)) for x in self.primals)
-        return self.map(lambda matrix: tuple(matrix.rows()), out=out)
+        return self.map(_stacked, out=out)
 
     def _clip(self, matrix: Matrix) -> tuple[Matrix, tuple[Norms, ...]]:
         """Some of the rows, clipped if a clip waits, and the norms that this took."""
@@ -220,23 +230,37 @@ class Rows:
     ) -> list[jax.Array]:
         """`fun` of the rows, which gives sums over them: arrays like the leaves, carried."""
         self.require_one()
-        own = in_auto(fun, [layout(x) for x in self.primals])
-        if self.leaves is not None:
-            return sum_over(own(self._matrix(needs_rows=needs_rows), extra), self.axis_name)
         # Rows that had weights before the clip take a pass that gives no norms; see `Source.fold`.
         before = self.__dict__.get("_before") if self.weights is None else None
-
-        def of_chunk(matrix: Matrix, extra: Any) -> tuple[list[jax.Array], Any]:
-            clipped, norms = self._clip(matrix)
-            return own(clipped, extra), None if before is None else norms
-
-        init = [zeros(x, x.shape, dtype(carried_dtype(x.dtype))) for x in self.primals]
-        sums, norms = self.source.fold(
-            of_chunk, init, self.weights, self.valid, extra, needs_rows=needs_rows
+        sums, norms = _folded(
+            self, extra, fun=fun, dtype=dtype, needs_rows=needs_rows, with_norms=before is not None
         )
         if before is not None:
             before._remember_norms(norms)
         return sum_over(sums, self.axis_name)
+
+    def _fold(
+        self,
+        fun: Callable[[Matrix, Any], list[jax.Array]],
+        extra: jax.Array | None,
+        dtype: Callable[[Any], Any],
+        *,
+        needs_rows: bool,
+        with_norms: bool,
+    ) -> tuple[list[jax.Array], Any]:
+        """The sums on this device, and the norms that a waiting clip has taken, if asked for."""
+        own = in_auto(fun, [layout(x) for x in self.primals])
+        if self.leaves is not None:
+            return own(self._matrix(needs_rows=needs_rows), extra), None
+
+        def of_chunk(matrix: Matrix, extra: Any) -> tuple[list[jax.Array], Any]:
+            clipped, norms = self._clip(matrix)
+            return own(clipped, extra), norms if with_norms else None
+
+        init = [zeros(x, x.shape, dtype(carried_dtype(x.dtype))) for x in self.primals]
+        return self.source.fold(
+            of_chunk, init, self.weights, self.valid, extra, needs_rows=needs_rows
+        )
 
     def sum(self, c: jax.Array | None, count: int | None = None) -> PyTree:
         """The sum of the rows times c, over a count: like the parameters, in their dtypes."""
@@ -252,10 +276,10 @@ class Rows:
         if self._can_pull_back:
             ones = jnp.ones(self.shape) if c is None else c
             own = ones if self.weights is None else product(ones, self.weights[0])
-            sums = self.source.pull_back(own, alone=self.weights is not None)
+            sums = _pulled_back(self, own, alone=self.weights is not None)
             return sum_over(sums, self.axis_name)
         needs_rows = any(x is not None for x in (self.weights, self.valid, self.clip))
-        return self.fold(lambda matrix, c: matrix.weighted_sum(c), c, needs_rows=needs_rows)
+        return self.fold(Matrix.weighted_sum, c, needs_rows=needs_rows)
 
     @property
     def _can_pull_back(self) -> bool:
@@ -270,7 +294,7 @@ class Rows:
         kept = self._norms_in_this_trace()
         if kept is None:
             rows = self._settled()
-            parts = rows.map(lambda matrix: tuple(matrix.leaf_norms()), route="norms")
+            parts = rows.map(_leaf_norms, route="norms")
             kept = self._remember_norms(parts)
         parts, found = kept
         key = frozenset(range(len(self.primals)) if leaves is None else leaves)
@@ -291,3 +315,32 @@ class Rows:
 
 def _shapes(tree: PyTree) -> tuple[tuple[int, ...], ...]:
     return tuple(x.shape for x in jax.tree.leaves(tree))
+
+
+def _not_needed(*args: Any, **kwargs: Any) -> Any:
+    """The function of rows that are kept, in a product of them."""
+    raise AssertionError("rows that are kept are not made again")
+
+
+def _leaf_norms(matrix: Matrix) -> tuple[Norms, ...]:
+    return tuple(matrix.leaf_norms())
+
+
+def _stacked(matrix: Matrix) -> tuple[jax.Array, ...]:
+    return tuple(matrix.rows())
+
+
+@compiled_once("fun", "route", "out")
+def _mapped(rows: Rows, *args: PyTree, fun: Any, route: Route, out: PyTree) -> PyTree:
+    own = in_auto(fun, out)
+    return rows.each(lambda matrix: own(matrix, *args), route)
+
+
+@compiled_once("fun", "dtype", "needs_rows", "with_norms")
+def _folded(rows: Rows, extra: Any, **settings: Any) -> tuple[list[jax.Array], Any]:
+    return rows._fold(settings.pop("fun"), extra, settings.pop("dtype"), **settings)
+
+
+@compiled_once("alone")
+def _pulled_back(rows: Rows, weights: jax.Array, *, alone: bool) -> list[jax.Array]:
+    return rows.source.pull_back(weights, alone=alone)

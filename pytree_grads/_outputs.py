@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._checks import PyTree, describe, located
-from ._tree import common_dtype
+from ._checks import PyTree, describe, is_array, located
+from ._tree import carried_reals, floating
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,14 @@ class Outputs:
         return jax.tree_util.treedef_is_leaf(self.treedef) and self.shapes == ((),)
 
     @property
+    def is_pair(self) -> bool:
+        """Whether this is a tuple of a scalar and of several numbers, as a loss with aux is."""
+        tree = jax.tree.unflatten(self.treedef, [0] * len(self.shapes))
+        if type(tree) is not tuple or len(tree) != 2:
+            return False
+        return tree[0] == 0 and self.shapes[0] == () and self.count > 2
+
+    @property
     def count(self) -> int:
         """K."""
         return sum(map(prod, self.shapes))
@@ -52,31 +60,26 @@ class Outputs:
             start += prod(shape)
         return jax.tree.unflatten(self.treedef, parts)
 
-    def flatten(self, name: str, tree: PyTree, size: int) -> jax.Array:
-        """A user's tree of one real number per row as the engine's array."""
+    def flatten(self, name: str, tree: PyTree, size: int, params: PyTree) -> jax.Array:
+        """A user's tree of one real number per row as the engine's array, as wide as the rows."""
         leaves, treedef = jax.tree.flatten(tree)
         if treedef != self.treedef:
+            hint = " (if its second item is auxiliary data: has_aux=True)" if self.is_pair else ""
             raise ValueError(
                 f"argument {name} must be a tree like the function's output, {self.treedef}, "
-                f"got {treedef}"
+                f"got {treedef}{hint}"
             )
-        flat: list[jax.Array] = []
+        flat, meets = [], carried_reals(params)
         paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
         for path, leaf, shape in zip(paths, leaves, self.shapes, strict=True):
             where = located(name, path)
-            if not hasattr(leaf, "shape"):
+            if not is_array(leaf):
                 raise TypeError(f"{where} must be an array, got {describe(leaf)}")
-            x = jnp.asarray(leaf)
-            if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
-                raise TypeError(f"{where} must hold real numbers, got {describe(x)}")
+            x = floating(where, leaf, meets, real=True)
             if x.shape != (size, *shape):
                 raise ValueError(
                     f"{where} must have one number per row, shape {(size, *shape)}, "
                     f"got {describe(x)}"
                 )
-            dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
-            flat.append(x.astype(dtype).reshape(size, prod(shape)))
-        if self.is_scalar:
-            return flat[0].reshape(size)
-        dtype = common_dtype(*(x.dtype for x in flat))
-        return jnp.concatenate([x.astype(dtype) for x in flat], axis=1)
+            flat.append(jnp.asarray(x).reshape(size, prod(shape)))
+        return flat[0].reshape(size) if self.is_scalar else jnp.concatenate(flat, axis=1)

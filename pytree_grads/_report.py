@@ -244,20 +244,7 @@ def _plain_rows(jacobian: "Jacobian") -> tuple[list[jax.Array], float]:
     The second result is the largest eps of the floats that these make anywhere, or 0.
     """
     source = jacobian._rows.source
-    differentiate = jax.grad if jacobian._outputs.is_scalar else jax.jacrev
-
-    @jax.jit
-    def row(one: "Source") -> list[jax.Array]:
-        def outputs(primals: PyTree) -> jax.Array:
-            result = _call(one, one.batch.with_primals(primals))
-            if jacobian._outputs.is_scalar:
-                return result
-            flat = [jnp.ravel(x) for x in jax.tree.leaves(result)]
-            dtype = common_dtype(*(x.dtype for x in flat))
-            return jnp.concatenate([x.astype(dtype) for x in flat])
-
-        return jax.tree.leaves(differentiate(outputs)(one.batch.primals))
-
+    row = partial(_plain_row, is_scalar=jacobian._outputs.is_scalar)
     examples = [replace(source, batch=source.batch.chunk(i, 1)) for i in range(len(jacobian))]
     with source.note:
         equations = all_equations(jax.make_jaxpr(row)(examples[0]))
@@ -266,6 +253,20 @@ def _plain_rows(jacobian: "Jacobian") -> tuple[list[jax.Array], float]:
     dtypes = [kind for kind in kinds if jnp.issubdtype(kind, jnp.inexact)]
     stacked = [jnp.stack(leaf) for leaf in zip(*map(row, examples), strict=True)]
     return stacked, max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+
+
+@partial(jax.jit, static_argnames="is_scalar")
+def _plain_row(one: "Source", *, is_scalar: bool) -> list[jax.Array]:
+    def outputs(primals: PyTree) -> jax.Array:
+        result = _call(one, one.batch.with_primals(primals))
+        if is_scalar:
+            return result
+        flat = [jnp.ravel(x) for x in jax.tree.leaves(result)]
+        dtype = common_dtype(*(x.dtype for x in flat))
+        return jnp.concatenate([x.astype(dtype) for x in flat])
+
+    differentiate = jax.grad if is_scalar else jax.jacrev
+    return jax.tree.leaves(differentiate(outputs)(one.batch.primals))
 
 
 def _call(source: "Source", one: Batch) -> PyTree:

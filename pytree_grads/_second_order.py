@@ -22,6 +22,7 @@ from ._checks import (
     split_aux,
 )
 from ._chunks import loop_chunk
+from ._misuse import explained_fun, explained_outer
 from ._notes import note_of_fun, note_of_outer
 from ._push_pull import differentiated, pull_chunks, push_chunks
 from ._sharding import AxisName, device_count, placed_like, sum_over
@@ -109,6 +110,9 @@ def gauss_newton_product(
 
         return batch.vmap(one)
 
+    def passed(primals: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+        return (primals[0] if is_single else primals,) if outer_has_params else ()
+
     @like(fun)
     def linearized(*args: Any, outer_args: Sequence[Any] = (), **kwargs: Any) -> Any:
         if not isinstance(outer_args, tuple | list):
@@ -119,8 +123,11 @@ def gauss_newton_product(
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
         in_fun = note_of_fun(fun, batch)
+        call = outer, fun, args, kwargs
+        given = (*passed(batch.primals), *outer_args)
+        explained = functools.partial(explained_fun, *call, (None, *given))
         if chunk is None:
-            with in_fun, differentiated(apply, batch):
+            with in_fun, explained(), differentiated(apply, batch):
                 outputs, push, fixed = jax.linearize(
                     lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
                 )
@@ -131,14 +138,11 @@ def gauss_newton_product(
                     return transposed(cotangents)[0]
 
         else:
-            with in_fun:
+            with in_fun, explained():
                 outputs, fixed = map_chunks(apply, batch, chunk)
 
             push = functools.partial(push_chunks, apply, batch, chunk)
             pull = functools.partial(pull_chunks, apply, batch, chunk)
-
-        def passed(primals: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-            return (primals[0] if is_single else primals,) if outer_has_params else ()
 
         def loss(outputs: PyTree, *primals: PyTree) -> jax.Array:
             result = outer(_joined(outputs, fixed), *passed(primals), *outer_args)
@@ -147,13 +151,17 @@ def gauss_newton_product(
             return value
 
         at = (outputs, *batch.primals) if outer_has_params else (outputs,)
-        with note_of_outer(_joined(outputs, fixed), passed(batch.primals), outer_args):
+        with (
+            note_of_outer(_joined(outputs, fixed), passed(batch.primals), outer_args),
+            explained_outer(*call, (_joined(outputs, fixed), *given), has_aux),
+        ):
             _, curve = jax.linearize(jax.grad(loss, tuple(range(len(at)))), *at)
 
         def product(v: PyTree) -> PyTree:
             """Jᵀ H J v, for a tree like the differentiated argument."""
-            v = jax.tree.map(jnp.asarray, v)
-            check_matching(batch.primals[0] if is_single else batch.primals, v, "params", "v")
+            params = batch.primals[0] if is_single else batch.primals
+            v = _tree.floating_like("v", v, params, "params", carried=False)
+            check_matching(params, v, "params", "v")
             tangents = placed_like((v,) if is_single else v, batch.primals)
             direct = tangents if outer_has_params else ()
             with in_fun:

@@ -1,5 +1,6 @@
 """Random projections of rows whose matrix is made as it is used."""
 
+from dataclasses import dataclass
 from math import prod
 
 import jax
@@ -10,22 +11,29 @@ from ._factored._leaves import Leaf
 from ._factored._matrix import Matrix
 
 
-def project(matrix: Matrix, key: jax.Array, dim: int) -> jax.Array:
+@dataclass(frozen=True)
+class Projection:
     """Rows times a matrix of ±1/√dim: shape (*rows, dim)."""
-    entries = sum(prod(leaf.shape) for leaf in matrix.leaves)
-    at_once = max(1, _costs.ENTRIES_AT_ONCE // max(1, entries))
-    scale = jnp.asarray(dim, matrix.dtype) ** -0.5
 
-    def column(j: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(key, j)
-        return matrix.apply(
-            [_signs(jax.random.fold_in(own, i), leaf) for i, leaf in enumerate(matrix.leaves)]
-        )
+    dim: int
 
-    if not prod(matrix.leaves[0].rows):
-        return jnp.zeros((*matrix.leaves[0].rows, dim), matrix.dtype)
-    columns = jax.lax.map(column, jnp.arange(dim, dtype=jnp.uint32), batch_size=min(at_once, dim))
-    return jnp.moveaxis(columns, 0, -1) * scale
+    def __call__(self, matrix: Matrix, key: jax.Array) -> jax.Array:
+        entries = sum(prod(leaf.shape) for leaf in matrix.leaves)
+        at_once = max(1, _costs.ENTRIES_AT_ONCE // max(1, entries))
+        scale = jnp.asarray(self.dim, matrix.dtype) ** -0.5
+
+        def column(j: jax.Array) -> jax.Array:
+            own = jax.random.fold_in(key, j)
+            return matrix.apply(
+                [_signs(jax.random.fold_in(own, i), leaf) for i, leaf in enumerate(matrix.leaves)]
+            )
+
+        rows = matrix.leaves[0].rows
+        if not prod(rows):
+            return jnp.zeros((*rows, self.dim), matrix.dtype)
+        numbers = jnp.arange(self.dim, dtype=jnp.uint32)
+        columns = jax.lax.map(column, numbers, batch_size=min(at_once, self.dim))
+        return jnp.moveaxis(columns, 0, -1) * scale
 
 
 def _signs(key: jax.Array, leaf: Leaf) -> jax.Array:

@@ -1,6 +1,6 @@
 """The strict algebra of trees: no broadcasting, no silent cast, sums in float32 or wider."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from ._checks import (
     PyTree,
     check_matching,
+    check_tree_of_numbers,
     describe,
     is_array,
     is_float0,
@@ -54,11 +55,51 @@ def round_like(tree: PyTree, like: PyTree) -> PyTree:
     return map_inexact(lambda x, y: x.astype(y.dtype), tree, like)
 
 
-def host_array(name: str, numbers: Any) -> np.ndarray:
-    """Python and NumPy numbers as an array of the default float or complex dtype.
+def carried_reals(*trees: PyTree) -> set[np.dtype]:
+    """The real dtypes that carry sums of the leaves of trees: what a coefficient meets."""
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(trees) if hasattr(leaf, "dtype")}
+    return {real_part(carried_dtype(d)) for d in dtypes if jnp.issubdtype(d, jnp.inexact)}
 
-    An int, a float64 or a float32 then looks the same to ``jax.jit``, which need not compile again.
+
+def real_part(dtype: Any) -> np.dtype:
+    """The dtype of the real part of a floating dtype, as JAX has it with or without x64."""
+    return jnp.finfo(jax.dtypes.canonicalize_dtype(dtype)).dtype
+
+
+def floating(name: str, numbers: Any, meets: Collection[Any], *, real: bool = False) -> Any:
+    """Numbers that a user gives, as an array of the floating kind and width of what they meet.
+
+    NumPy converts numbers of the host in one step: JAX would cut an int64 to 32 bits before. And an
+    int, a float64 or a float32 then looks the same to ``jax.jit``, which need not compile again.
+
+    Args:
+      name: what the numbers are called in messages.
+      numbers: a number, an array, or nested sequences of numbers of the host.
+      meets: real dtypes; the widest is that of the result, or of its real part.
+      real: whether complex numbers and booleans are refused.
+
+    Raises:
+      TypeError: these are no numbers, or none of the kind that is asked for.
+      ValueError: a finite number of the host is infinite in one of the dtypes; or a sequence is
+        ragged, or holds traced numbers.
     """
+    array = numbers if isinstance(numbers, jax.Array) else _host_array(name, numbers)
+    what = array if isinstance(numbers, list | tuple) else numbers
+    if real and not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        kind = "hold real numbers" if array.ndim else "be a real number"
+        raise TypeError(f"{name} must {kind}, got {describe(what)}")
+    check_numbers(name, array, what)
+    dtypes = meets or {jnp.zeros(()).dtype}
+    dtype = np.result_type(*dtypes)
+    if jnp.iscomplexobj(array):
+        dtype = np.result_type(carried_dtype(dtype), np.complex64)
+    if isinstance(array, np.ndarray):
+        _check_range(name, array, min(dtypes, key=lambda d: float(jnp.finfo(d).max)))
+    return array if array.dtype == dtype else array.astype(dtype)
+
+
+def _host_array(name: str, numbers: Any) -> np.ndarray:
+    """Python and NumPy numbers as an array, those of more than 64 bits as floats."""
     try:
         array = np.asarray(numbers)
     except (ValueError, jax.errors.TracerArrayConversionError):  # ragged, or tracers in lists
@@ -67,23 +108,57 @@ def host_array(name: str, numbers: Any) -> np.ndarray:
             f"got {numbers!r}"
         ) from None
     kinds = complex | float | int | np.number
-    if array.dtype == object and all(
-        isinstance(x, kinds) for x in array.flat
-    ):  # of 64 bits or more
+    if array.dtype == object and all(isinstance(x, kinds) for x in array.flat):
         try:
             array = array.astype(complex if any(map(np.iscomplexobj, array.flat)) else float)
         except OverflowError:
             raise ValueError(f"{name} must fit a float, got an int that is too large") from None
-    if array.dtype == object and not array.shape:  # what NumPy does not know, a generator say
-        raise TypeError(f"{name} must hold numbers, got {describe(numbers)}")
-    check_numbers(name, array)
-    return array.astype(jnp.result_type(complex if np.iscomplexobj(array) else float))
+    return array
 
 
-def check_numbers(name: str, array: Any) -> None:
-    """Raise a TypeError unless an array holds numbers or booleans."""
+def _check_range(name: str, array: np.ndarray, dtype: Any) -> None:
+    """Raise a ValueError if a finite number is infinite in a real dtype."""
+    wide = array.astype(complex if np.iscomplexobj(array) else float)
+    with np.errstate(over="ignore", invalid="ignore"):
+        lost = [
+            np.isfinite(x) & ~np.isfinite(x.astype(dtype)) for x in (np.real(wide), np.imag(wide))
+        ]
+    if np.any(lost):
+        raise ValueError(
+            f"{name} must fit {jnp.dtype(dtype).name}, the dtype of what it meets (at most "
+            f"{float(jnp.finfo(dtype).max):.3g}), got {wide[lost[0] | lost[1]].flat[0]:.6g}"
+        )
+
+
+def floating_like(
+    name: str, tree: PyTree, like: PyTree, like_name: str, *, carried: bool
+) -> PyTree:
+    """A tree of numbers that a user gives, with a floating array for each of `like`.
+
+    If `carried`, all leaves get the dtypes that carry those of `like`. If not, integers and numbers
+    of Python get the very dtypes of `like`, and floating arrays keep their own.
+
+    Raises:
+      TypeError: a leaf does not hold numbers.
+      ValueError: the trees differ in structure, or a number is too large.
+    """
+    check_tree_of_numbers(name, tree)
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        check_matching(like, tree, like_name, name)
+
+    def convert(path: Any, x: Any, y: jax.Array) -> jax.Array:
+        dtype = carried_dtype(y.dtype) if carried else y.dtype
+        if not carried and is_array(x) and is_inexact(x):
+            dtype = x.dtype
+        return jnp.asarray(floating(located(name, path), x, {real_part(dtype)}))
+
+    return jax.tree.map_with_path(convert, tree, like)
+
+
+def check_numbers(name: str, array: Any, what: Any) -> None:
+    """Raise a TypeError unless an array holds numbers or booleans; it was given as `what`."""
     if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
-        raise TypeError(f"{name} must hold numbers, got {describe(array)}")
+        raise TypeError(f"{name} must hold numbers, got {describe(what)}")
 
 
 def check_real_leaves(coefficients: Any, name: str, tree: PyTree, what: str) -> None:

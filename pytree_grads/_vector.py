@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,6 @@ def _divided(scalar: jax.Array, left: _Carried) -> _Carried:
 
 
 def _apply_scalar(op: Callable[..., jax.Array], scalar: jax.Array, vector: _Carried) -> _Carried:
-    _tree.check_numbers("the scalar", scalar)
     if scalar.shape:
         raise ValueError(
             f"a Vector is scaled by a scalar, got {describe(scalar)}: linear_combination takes a "
@@ -184,12 +183,30 @@ class Vector:
         return -1 * self
 
     def __mul__(self, scalar: Any) -> "Vector":
-        return Vector._of(_scaled(_scalar("*", scalar), left=self._carried))
+        return Vector._of(_scaled(_scalar("*", scalar, self), left=self._carried))
 
     __rmul__ = __mul__
 
     def __truediv__(self, scalar: Any) -> "Vector":
-        return Vector._of(_divided(_scalar("/", scalar), left=self._carried))
+        return Vector._of(_divided(_scalar("/", scalar, self), left=self._carried))
+
+    def __rtruediv__(self, other: Any) -> NoReturn:
+        raise _entry_by_entry(f"{describe(other)} / Vector", "1 / x")
+
+    def __pow__(self, other: Any) -> NoReturn:
+        raise _entry_by_entry(f"Vector ** {describe(other)}", "x**2")
+
+    def __rpow__(self, other: Any) -> NoReturn:
+        raise _entry_by_entry(f"{describe(other)} ** Vector", "2**x")
+
+    def __abs__(self) -> NoReturn:
+        raise _entry_by_entry("abs(Vector)", "abs(x)")
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> NoReturn:
+        raise TypeError(
+            "an array of a Vector is not defined: v.tree is its tree, and "
+            "jax.flatten_util.ravel_pytree(v.tree)[0] all its entries in one array"
+        )
 
     def __matmul__(self, other: Any) -> jax.Array:
         return _inner(left=self._carried, right=_operand("@", other))
@@ -206,6 +223,13 @@ class Vector:
         return _norm(left=self._carried)
 
 
+def _entry_by_entry(written: str, of_leaf: str) -> TypeError:
+    """The error for what is no operation of a vector space."""
+    return TypeError(
+        f"{written} is not defined: entry by entry, write jax.tree.map(lambda x: {of_leaf}, v.tree)"
+    )
+
+
 def _operand(operator: str, other: Any, *, first: bool = False) -> _Carried:
     """The other operand of an operator between vectors."""
     if isinstance(other, Vector):
@@ -219,15 +243,13 @@ def _operand(operator: str, other: Any, *, first: bool = False) -> _Carried:
     raise TypeError(f"{both} is not defined, for {why}: {mend}")
 
 
-def _scalar(operator: str, scalar: Any) -> Any:
-    """The scalar operand: a number of the host enters in the default float dtype."""
-    if isinstance(scalar, jax.Array):
-        return scalar
+def _scalar(operator: str, scalar: Any, vector: Vector) -> Any:
+    """The scalar operand, floating, in the dtype that carries the vector."""
     if isinstance(scalar, Vector):
         raise TypeError(
             f"Vector {operator} Vector is not defined: u @ v is the inner product, and "
             "jax.tree.map(jnp.multiply, u.tree, v.tree) works entry by entry"
         )
-    if is_array(scalar) or isinstance(scalar, complex | float | int):
-        return _tree.host_array("the scalar", scalar)
-    raise TypeError(f"Vector {operator} takes a scalar, got {describe(scalar)}")
+    if not (is_array(scalar) or isinstance(scalar, complex | float | int)):
+        raise TypeError(f"Vector {operator} takes a scalar, got {describe(scalar)}")
+    return _tree.floating("the scalar", scalar, _tree.carried_reals(vector._carried.tree))

@@ -163,6 +163,21 @@ def test_nothing_added():
     assert tree_allclose(accumulator.mean(), {"w": jnp.full(2, jnp.nan)})
 
 
+def test_a_sum_that_was_thrown_away():
+    grads = {"w": jnp.ones(2)}
+    accumulator = Accumulator.zeros_like(grads)
+    accumulator.add(grads, 2)
+    for read in (accumulator.mean, accumulator.sum):
+        with pytest.raises(ValueError, match="add returns another and leaves this one as it is"):
+            read()
+    assert tree_allclose(accumulator.add(grads, 2).mean(), grads)
+    # What jit takes has no history, and what it traces is used once.
+    assert tree_allclose(jax.jit(lambda a: a.mean())(accumulator), {"w": jnp.full(2, jnp.nan)})
+    empty = Accumulator.zeros_like(grads)
+    jax.jit(lambda g: empty.add(g).mean())(grads)
+    assert tree_allclose(empty.sum(), {"w": jnp.zeros(2)})
+
+
 def test_equality_is_identity():
     one, other = (Accumulator.zeros_like({"w": jnp.ones(2)}) for _ in range(2))
     assert one == one != other

@@ -12,6 +12,8 @@ from pytree_grads import (
     Vector,
     chain_rule_grad,
     chain_rule_value_and_grad,
+    gauss_newton_product,
+    jacobian,
     linear_combination,
     per_example_grad,
     per_example_value_and_grad,
@@ -36,6 +38,10 @@ def stacked(coefficients, tree):
 
 def f(params, x):
     return jnp.sum(params["w"] * x)
+
+
+def labelled(params, x, y):
+    return (f(params, x) - y) ** 2
 
 
 def rows(*args, fun=f, **options):
@@ -227,7 +233,17 @@ TABLE = {
         TypeError,
         "Vector * takes a scalar, got a value of type str",
     ),
-    "number / vector": (lambda: 1 / U, TypeError, "unsupported operand"),
+    "number / vector": (
+        lambda: 1 / U,
+        TypeError,
+        "a value of type int / Vector is not defined: entry by entry, write "
+        "jax.tree.map(lambda x: 1 / x, v.tree)",
+    ),
+    "array / vector": (lambda: np.ones(2) / U, TypeError, "float64[2] / Vector is not defined"),
+    "vector ** number": (lambda: U**2, TypeError, "jax.tree.map(lambda x: x**2, v.tree)"),
+    "number ** vector": (lambda: 2**U, TypeError, "jax.tree.map(lambda x: 2**x, v.tree)"),
+    "abs(vector)": (lambda: abs(U), TypeError, "jax.tree.map(lambda x: abs(x), v.tree)"),
+    "array of a vector": (lambda: np.asarray(U), TypeError, "ravel_pytree(v.tree)[0]"),
     "complex * real": (
         lambda: 1j * U,
         TypeError,
@@ -375,6 +391,12 @@ TABLE = {
         TypeError,
         "argument args[0] is differentiated",
     ),
+    "a list of labels": (
+        lambda: per_example_grad(lambda p, x, y: f(p, x) - y)(W, X, [0.0] * 5),
+        TypeError,
+        "argument y[0] would be mapped over axis 0, but it is a value of type float, not an array: "
+        "if the list holds a number for each example, make it one array with jnp.asarray",
+    ),
     # Chunks
     "chunk type": (
         rows(W, X, chunk_size=2.0),
@@ -443,6 +465,49 @@ TABLE = {
         chain(W, X, call={"outer_args": jnp.ones(2)}),
         TypeError,
         "argument outer_args must be a tuple of arguments, got float32[2]",
+    ),
+    "swapped": (
+        lambda: chain_rule_grad(labelled, jnp.mean)(W, X, X[:, 0]),
+        TypeError,
+        "arguments outer and fun look swapped: outer, labelled(params, x, y), does not take the "
+        "stacked outputs alone, and fun, mean(a, axis, dtype, out, keepdims, where), does",
+    ),
+    "swapped products": (
+        lambda: gauss_newton_product(labelled, lambda o: jnp.mean(o))(W, X, X[:, 0]),
+        TypeError,
+        "arguments outer and fun look swapped",
+    ),
+    "swapped chunks": (
+        lambda: chain_rule_grad(labelled, jnp.mean, chunk_size=2)(W, X, X[:, 0]),
+        TypeError,
+        "arguments outer and fun look swapped",
+    ),
+    "labels forgotten": (
+        chain(W, X, outer=lambda o, y: jnp.mean((o - y) ** 2)),
+        TypeError,
+        "argument outer, <lambda>(o, y), was called without y: what it takes after the outputs "
+        "(and the parameters, with outer_has_params) is given to the call as outer_args=(y,)",
+    ),
+    "labels and weights forgotten": (
+        lambda: gauss_newton_product(lambda o, y, w, eps=1: jnp.mean(o), f)(W, X),
+        TypeError,
+        "was called without y, w: what it takes after the outputs (and the parameters, with "
+        "outer_has_params) is given to the call as outer_args=(y, w)",
+    ),
+    "labels forgotten beside parameters": (
+        chain(W, X, outer=lambda o, p, y: jnp.mean(o), outer_has_params=True),
+        TypeError,
+        "was called without y",
+    ),
+    "aux forgotten": (
+        rows(W, X, fun=lambda p, x: (f(p, x), x)),
+        TypeError,
+        "got a value of type tuple: has_aux=True takes a pair (value, aux)",
+    ),
+    "outer aux forgotten": (
+        chain(W, X, outer=lambda o: (jnp.mean(o), o)),
+        TypeError,
+        "outer_has_aux=True takes a pair (value, aux), of which the value alone is differentiated",
     ),
     "chain function": (chain(W, X, fun="f"), TypeError, "argument fun must be a function"),
     # Reassembly
@@ -550,3 +615,37 @@ def test_traced_coefficients_in_nested_lists_are_refused():
 
     with pytest.raises(ValueError, match="one array of shape"):
         combined(2.0)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_a_pair_without_has_aux_warns(chunk_size):
+    def with_logits(p, x):
+        return f(p, x), p["w"] * x
+
+    with pytest.warns(UserWarning, match="J has a row for each of them: .* give has_aux=True"):
+        J = jacobian(with_logits, chunk_size=chunk_size)(W, X)
+    with pytest.raises(ValueError, match=r"if its second item is auxiliary data: has_aux=True"):
+        J.weighted_sum(jnp.ones(5))
+    for silent in (
+        lambda p, x: list(with_logits(p, x)),
+        lambda p, x: dict(enumerate(with_logits(p, x))),
+        lambda p, x: (f(p, x), f(p, x) ** 2),
+        lambda p, x: with_logits(p, x)[1],
+    ):
+        jacobian(silent, chunk_size=chunk_size)(W, X)
+    jacobian(with_logits, has_aux=True, chunk_size=chunk_size)(W, X)
+
+
+def test_a_pair_that_outer_cannot_take():
+    with pytest.raises(TypeError) as caught:
+        chain_rule_grad(jnp.mean, lambda p, x: (f(p, x), x))(W, X)
+    assert "if its second item is auxiliary data, give has_aux=True" in caught.value.__notes__[-1]
+
+
+def test_other_errors_of_outer_and_fun_are_theirs():
+    def fails(*_):
+        raise KeyError("mine")
+
+    for call in (chain(W, X, outer=fails), chain(W, X, fun=fails)):
+        with pytest.raises(KeyError, match="mine"):
+            call()

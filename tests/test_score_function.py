@@ -1,4 +1,4 @@
-"""Score-function estimators, as the page on the chain rule has them, against the sum over all actions."""
+"""Score-function estimators, as docs/chain_rule.md has them, against the sum over all actions."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ KEY = jax.random.key(2)
 
 
 class TestScoreFunction:
-    """Policy gradients: the recipe of the page on the chain rule, against the sum over all actions."""
+    """Policy gradients, as docs/chain_rule.md has them, against the sum over all actions."""
 
     states = np.linspace(-1, 1, 5)
 
