@@ -16,11 +16,11 @@ import optax
 from _layers import Problem
 
 from pytree_grads import jacobian
-from pytree_grads._batch import resolve
-from pytree_grads._jacobian import Jacobian
-from pytree_grads._kept import Rows
-from pytree_grads._outputs import Outputs
-from pytree_grads._source import Source
+from pytree_grads._batches.batch import resolve
+from pytree_grads._jacobian.jacobian import Jacobian
+from pytree_grads._jacobian.outputs import Outputs
+from pytree_grads._jacobian.rows import Rows
+from pytree_grads._jacobian.source import Source
 
 MAX_NORM = 1.0
 

@@ -1,4 +1,4 @@
-"""Time both sides of each number in `pytree_grads/_factored/_costs.py`, on the device at hand.
+"""Time both sides of each number in `pytree_grads/_factored/thresholds.py`, on the device at hand.
 
     python benchmarks/constants.py [--only APART NARROW ...] [--seconds 2]
 
@@ -31,7 +31,7 @@ from _measure import (
 )
 from _ways import ours
 
-from pytree_grads._factored import _costs
+from pytree_grads._engine import thresholds
 
 HUGE = 1 << 60
 
@@ -50,7 +50,7 @@ class Case:
     @property
     def is_above(self) -> bool:
         """Which way the package takes."""
-        limit = getattr(_costs, self.name)
+        limit = getattr(thresholds, self.name)
         return self.size > limit if self.name in LAST else self.size >= limit
 
 
@@ -71,12 +71,12 @@ LAST = (
 @contextmanager
 def changed(name: str, value: int) -> Iterator[None]:
     """Another number in the place of one of `_costs`."""
-    own = getattr(_costs, name)
-    setattr(_costs, name, value)
+    own = getattr(thresholds, name)
+    setattr(thresholds, name, value)
     try:
         yield
     finally:
-        setattr(_costs, name, own)
+        setattr(thresholds, name, own)
 
 
 def compiled(case: Case, value: int) -> Program:
@@ -164,10 +164,10 @@ def cases() -> Iterator[Case]:
         problem = convolution(16, pixels, channels)
         yield Case("DEARER", 9 * channels // (2 * pixels**2), problem, "clipped")
     for n in (4, 32):
-        most = _costs.ENTRIES_AT_ONCE
+        most = thresholds.ENTRIES_AT_ONCE
         yield Case("ENTRIES_AT_ONCE", n * 512**2, uses(n, 3, 512), "gram", above=most)
     for n in (1, 8, 32):
-        few = _costs.SQUARES_AT_ONCE
+        few = thresholds.SQUARES_AT_ONCE
         yield Case("SQUARES_AT_ONCE", n * 512**2, uses(n, 3, 512), "square", above=few)
     for layers in (4, 8, 16, 32):
         yield Case("FEW_PARTS", 2 * layers, many_layers(64, layers, 64), "clipped")
@@ -215,7 +215,7 @@ def row(case: Case, seconds: float) -> list[str]:
     ]
     return [
         case.name,
-        f"{getattr(_costs, case.name):,}",
+        f"{getattr(thresholds, case.name):,}",
         f"{case.size:,}",
         "above" if case.is_above else "below",
         human_seconds(timing["below"].median),

@@ -25,19 +25,19 @@ The outputs or the loss come too from ``per_example_value_and_grad``, ``value_an
 
 from importlib import metadata as _metadata
 
-from ._accumulator import Accumulator as Accumulator
-from ._chain_rule import chain_rule_grad as chain_rule_grad
-from ._chain_rule import chain_rule_value_and_grad as chain_rule_value_and_grad
-from ._combine import linear_combination as linear_combination
-from ._jacobian import Jacobian as Jacobian
-from ._jacobian_of import jacobian as jacobian
-from ._jacobian_of import value_and_jacobian as value_and_jacobian
-from ._per_example import per_example_grad as per_example_grad
-from ._per_example import per_example_value_and_grad as per_example_value_and_grad
-from ._reassemble import reassemble as reassemble
-from ._second_order import fisher_product as fisher_product
-from ._second_order import gauss_newton_product as gauss_newton_product
-from ._vector import Vector as Vector
+from ._batches.chain_rule import chain_rule_grad as chain_rule_grad
+from ._batches.chain_rule import chain_rule_value_and_grad as chain_rule_value_and_grad
+from ._batches.curvature import fisher_product as fisher_product
+from ._batches.curvature import gauss_newton_product as gauss_newton_product
+from ._batches.per_example import per_example_grad as per_example_grad
+from ._batches.per_example import per_example_value_and_grad as per_example_value_and_grad
+from ._batches.reassemble import reassemble as reassemble
+from ._jacobian.call import jacobian as jacobian
+from ._jacobian.call import value_and_jacobian as value_and_jacobian
+from ._jacobian.jacobian import Jacobian as Jacobian
+from ._trees.accumulator import Accumulator as Accumulator
+from ._trees.combine import linear_combination as linear_combination
+from ._trees.vector import Vector as Vector
 
 # ``help(pytree_grads)`` shows what is listed here, in spite of the modules where it is defined.
 __all__ = [

@@ -5,9 +5,9 @@ from math import prod
 
 import jax
 
-from pytree_grads._factored import _plan
-from pytree_grads._factored._leaves import Leaf
-from pytree_grads._factored._terms import Dense
+from pytree_grads._engine import plan as _plan
+from pytree_grads._engine.leaf import Leaf
+from pytree_grads._engine.terms import Dense
 
 
 @contextlib.contextmanager

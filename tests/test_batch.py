@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from helpers import tree_allclose
 
-from pytree_grads import _batch
-from pytree_grads._chunks import Chunks, Place
+from pytree_grads._batches import batch as _batch
+from pytree_grads._batches.chunks import Chunks, Place
 
 N = 7
 KEYS = jax.random.split(jax.random.key(0), N)

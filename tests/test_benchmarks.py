@@ -7,8 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytree_grads._factored import _costs
-
 
 @pytest.fixture
 def per_example(benchmarks):

@@ -13,8 +13,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pytree_grads import chain_rule_grad, jacobian
-from pytree_grads._canonical import with_canonical_convolutions
-from pytree_grads._compat import all_equations
+from pytree_grads._jax.compat import all_equations
+from pytree_grads._jax.convolutions import with_canonical_convolutions
 
 pytestmark = pytest.mark.usefixtures("x64")
 

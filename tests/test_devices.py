@@ -13,7 +13,7 @@ from layouts import CALLS, LAYOUTS, one_device, sketch
 from routes import factors_kept
 
 from pytree_grads import Accumulator, chain_rule_value_and_grad, jacobian, per_example_grad
-from pytree_grads._factored import _costs
+from pytree_grads._engine import thresholds
 
 
 @functools.cache
@@ -60,8 +60,8 @@ def test_sketches_are_the_same_on_many_devices(layout):
 
 def test_rows_some_at_a_time_inside_shard_map(monkeypatch):
     """What loops over rows add to varies over the devices from the start, as its checks ask."""
-    monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", 60)
-    monkeypatch.setattr(_costs, "SQUARES_AT_ONCE", 60)
+    monkeypatch.setattr(thresholds, "ENTRIES_AT_ONCE", 60)
+    monkeypatch.setattr(thresholds, "SQUARES_AT_ONCE", 60)
     params = {"w": jnp.sin(jnp.arange(35.0)).reshape(7, 5)}
     x = jnp.cos(jnp.arange(16.0 * 9 * 7)).reshape(16, 9, 7)
 

@@ -173,7 +173,7 @@ class TestCallsOutOfTheProgram:
             pass
 
         equation = jax.make_jaxpr(jnp.sin)(1.0).jaxpr.eqns[0].replace(effects={Surprise()})
-        from pytree_grads import _effects
+        from pytree_grads._jax import effects as _effects
 
         with pytest.raises(NotImplementedError, match=r"effect .*Surprise.*, of sin"):
             _effects._check(equation, runs_again=False)

@@ -1,4 +1,4 @@
-"""The import graph of the package has no cycle and respects its layers."""
+"""The rooms of the package form a ladder, no import goes up it, and no room has a cycle inside."""
 
 import ast
 from pathlib import Path
@@ -8,27 +8,12 @@ import pytest
 import pytree_grads
 
 PACKAGE = Path(pytree_grads.__file__).parent
-# Each module imports only from earlier layers; modules of one layer know nothing of each other.
-LAYERS = [
-    {"_checks", "_compat"},
-    {"_canonical", "_chunks", "_effects", "_sharding", "_tree"},
-    {"_axes", "_differentiable", "_misuse", "_notes", "_refused"},
-    {"_batch"},
-    {"_push_pull"},
-    {"_factored"},
-    {"_clip", "_outputs", "_sketch", "_source"},
-    {"_once", "_report"},
-    {"_kept"},
-    {"_accumulator", "_combine", "_gramian", "_vector", "_per_example", "_reassemble"},
-    {"_chain_rule", "_jacobian"},
-    {"_jacobian_of", "_second_order"},
-    {"__init__"},
-]
-
-
-def units():
-    """The modules of the package by name; a subpackage counts as one."""
-    return sorted({path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")})
+# Each room imports from those before it, and from itself.
+ROOMS = ["_jax", "_trees", "_batches", "_engine", "_jacobian"]
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 
 def at_run_time(node):
@@ -40,45 +25,60 @@ def at_run_time(node):
         yield from at_run_time(child)
 
 
-def imported(unit):
-    """The units that a unit imports."""
-    path = PACKAGE / unit
-    for file in [path] if path.is_file() else path.rglob("*.py"):
-        inside = len(file.relative_to(PACKAGE).parts)
-        for node in at_run_time(ast.parse(file.read_text())):
-            if not isinstance(node, ast.ImportFrom) or node.level != inside:
-                continue
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            yield from (name.split(".")[0] for name in names)
+def imports_of(module):
+    """The modules of the package that a module imports when it runs, as dotted names."""
+    path = MODULES[module]
+    package = list(path.relative_to(PACKAGE).parent.parts)
+    for node in at_run_time(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = package[: len(package) - (node.level - 1)]
+        full = [*base, *(node.module.split(".") if node.module else [])]
+        for alias in node.names:
+            name = ".".join([*full, alias.name])
+            yield name if name in MODULES else ".".join(full)
 
 
-def layer(unit):
-    name = unit.removesuffix(".py")
-    found = [i for i, names in enumerate(LAYERS) if name in names]
-    assert found, f"{unit} has no layer in the table"
-    return found[0]
+def room(module):
+    return module.split(".")[0]
 
 
-@pytest.mark.parametrize("unit", units())
-def test_imports_point_to_earlier_layers(unit):
-    for other in imported(unit):
-        assert layer(other) < layer(unit), f"{unit} imports {other}"
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) in ROOMS])
+def test_no_import_goes_up_the_ladder(module):
+    allowed = ROOMS[: ROOMS.index(room(module)) + 1]
+    for other in imports_of(module):
+        assert room(other) in allowed, f"{module} imports {other}"
 
 
-def test_modules_inside_the_engine_have_no_cycle():
-    files = {path.stem: path for path in (PACKAGE / "_factored").glob("*.py")}
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) not in ROOMS])
+def test_what_stands_above_the_rooms_is_public(module):
+    """Public modules for uses import public names alone; the top imports from the rooms."""
+    assert module == "__init__" or not module.startswith("_")
+    if module != "__init__":
+        for other in imports_of(module):
+            assert other in ("", "__init__"), f"{module} imports {other}, which is not public"
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_modules_in_a_room_have_no_cycle(name):
     graph = {
-        name: {
-            node.module.split(".")[0]
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
-        }
-        for name, path in files.items()
+        module: {x for x in imports_of(module) if room(x) == name}
+        for module in MODULES
+        if room(module) == name
     }
     while graph:
-        ready = {name for name, needs in graph.items() if not needs & graph.keys()}
+        ready = {module for module, needs in graph.items() if not needs & graph.keys()}
         assert ready, f"a cycle among {sorted(graph)}"
-        graph = {name: needs for name, needs in graph.items() if name not in ready}
+        graph = {module: needs for module, needs in graph.items() if module not in ready}
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_the_map_of_a_room_names_its_modules(name):
+    docstring = ast.get_docstring(ast.parse(MODULES[f"{name}.__init__"].read_text()))
+    for module in MODULES:
+        if room(module) == name and not module.endswith("__init__"):
+            part = module.split(".")[1]
+            assert f"``{part}``" in docstring, f"the map of {name} lacks {part}"
 
 
 def test_public_names_are_documented():

@@ -11,7 +11,8 @@ from routes import factors_kept, is_dense, is_matrix, leaves_of
 from rows import CORE, PRODUCTS, Given, Rows, assert_close, expected, products
 
 from pytree_grads import jacobian
-from pytree_grads._factored import _costs, _gramians
+from pytree_grads._engine import gram as _gramians
+from pytree_grads._engine import thresholds
 
 DOUBLE, SINGLE = 1e-12, 1e-5
 # JAX's own attention rounds to float32 on the way, also in float64.
@@ -107,17 +108,17 @@ def test_products_of_recomputed_rows(name, factored, x64):
 @pytest.mark.parametrize("name", LOOPED)
 def test_all_products_in_blocks_of_rows(name, factored, x64, monkeypatch):
     """Where rows are materialised, few are at a time: here no more than two or three."""
-    monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", 60)
-    monkeypatch.setattr(_costs, "SQUARES_AT_ONCE", 60)
+    monkeypatch.setattr(thresholds, "ENTRIES_AT_ONCE", 60)
+    monkeypatch.setattr(thresholds, "SQUARES_AT_ONCE", 60)
     compare(MODELS[name], tuple(PRODUCTS))
 
 
 @pytest.fixture
 def all_is_large(monkeypatch):
     """What is done one block or one loop at a time where it is large is always done so."""
-    monkeypatch.setattr(_costs, "FEW_PARTS", 0)
+    monkeypatch.setattr(thresholds, "FEW_PARTS", 0)
     for name in ("LARGE_BLOCK", "LARGE_FACTOR", "LARGE_PRODUCT", "LARGE_NARROW"):
-        monkeypatch.setattr(_costs, name, 1)
+        monkeypatch.setattr(thresholds, name, 1)
 
 
 @pytest.mark.any_release

@@ -7,7 +7,7 @@ import pytest
 from helpers import tree_allclose
 
 from pytree_grads import jacobian, value_and_jacobian
-from pytree_grads._factored._leaves import Leaf
+from pytree_grads._engine.leaf import Leaf
 
 N, K = 3, 6
 KEYS = jax.random.split(jax.random.key(0), 6)

@@ -11,8 +11,8 @@ from helpers import clips_cotangent, tree_allclose
 from models import MODELS
 
 from pytree_grads import jacobian, value_and_jacobian
-from pytree_grads._compat import all_equations
-from pytree_grads._factored._leaves import Leaf
+from pytree_grads._engine.leaf import Leaf
+from pytree_grads._jax.compat import all_equations
 
 N = 5
 KEYS = jax.random.split(jax.random.key(3), 6)

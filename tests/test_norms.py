@@ -7,9 +7,9 @@ import pytest
 from helpers import tree_allclose
 
 from pytree_grads import jacobian
-from pytree_grads._factored import _costs
-from pytree_grads._factored._dot import dot, times_rows
-from pytree_grads._factored._norm_parts import power, root_of
+from pytree_grads._engine import thresholds
+from pytree_grads._engine.einsum import dot, times_rows
+from pytree_grads._engine.scaling import power, root_of
 
 pytestmark = pytest.mark.any_release
 
@@ -119,7 +119,7 @@ class TestTheRange:
     def size(self, request, monkeypatch):
         """Whether plain squares are looked at before they are scaled."""
         if request.param == "large":
-            monkeypatch.setattr(_costs, "LARGE_FACTOR", 1)
+            monkeypatch.setattr(thresholds, "LARGE_FACTOR", 1)
 
     def test_rows_in_and_out_of_the_range_of_squares(self, mode):
         x = jnp.array([[3.0, 4.0]]) * jnp.array([[1.0], [1e-30], [1e30], [0.0]])

@@ -214,7 +214,7 @@ def test_a_note_that_cannot_be_made_hides_no_error(monkeypatch):
     def broken(*args):
         raise RuntimeError
 
-    monkeypatch.setattr("pytree_grads._notes.describe", broken)
+    monkeypatch.setattr("pytree_grads._batches.notes.describe", broken)
     assert notes(lambda: jacobian(raises)(P, X, Y), Raised) == []
 
 
@@ -222,8 +222,8 @@ def test_without_an_error_nothing_is_written(monkeypatch):
     def never(*args):
         raise AssertionError
 
-    monkeypatch.setattr("pytree_grads._notes.argument_names", never)
-    monkeypatch.setattr("pytree_grads._notes.describe", never)
+    monkeypatch.setattr("pytree_grads._batches.notes.argument_names", never)
+    monkeypatch.setattr("pytree_grads._batches.notes.describe", never)
     fun = lambda params, x, y: clips_cotangent(1.0)(good(params, x, y))  # noqa: E731
     jacobian(fun)(P, X, Y).clip(1.0).sum()
     chain_rule_grad(mean, fun, chunk_size=3)(P, X, Y)

@@ -8,8 +8,8 @@ from jax import lax
 from routes import factors_kept, leaves_of
 
 from pytree_grads import jacobian
-from pytree_grads._factored import _costs
-from pytree_grads._factored._parts import Parts
+from pytree_grads._engine import thresholds
+from pytree_grads._engine.tiles import Parts
 
 N, T = 6, 9
 
@@ -84,8 +84,8 @@ def assert_close(got, want):
 
 @pytest.fixture(params=[1, 60])  # few lines in a part, of which some were in the part before
 def few_entries(request, monkeypatch):
-    monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", request.param)
-    monkeypatch.setattr(_costs, "SQUARES_AT_ONCE", request.param)
+    monkeypatch.setattr(thresholds, "ENTRIES_AT_ONCE", request.param)
+    monkeypatch.setattr(thresholds, "SQUARES_AT_ONCE", request.param)
 
 
 def test_gramians_by_parts(case, few_entries):
@@ -141,11 +141,11 @@ def test_each_entry_is_made_once():
     p, x = jnp.ones((64, 32)), jnp.ones((N, 16, 64))
 
     def products(entries):
-        before, _costs.ENTRIES_AT_ONCE = _costs.ENTRIES_AT_ONCE, entries
+        before, thresholds.ENTRIES_AT_ONCE = thresholds.ENTRIES_AT_ONCE, entries
         try:
             compiled = jax.jit(lambda p, x: jacobian(dense)(p, x).gram()).lower(p, x).compile()
         finally:
-            _costs.ENTRIES_AT_ONCE = before
+            thresholds.ENTRIES_AT_ONCE = before
         return len([line for line in compiled.as_text().splitlines() if " dot(" in line])
 
     assert products(N * 32 * 16) == products(1 << 22)
@@ -165,7 +165,7 @@ def test_rows_that_share_no_word_have_no_inner_product_however_large_they_are():
 @pytest.mark.parametrize("entries", [50, 1 << 22])
 @pytest.mark.parametrize("sizes", [(2, 7), (7, 2), (7, 7), (1, 7), (7, 1)])
 def test_gramians_by_counts_of_the_fewer_rows(sizes, entries, x64, monkeypatch):
-    monkeypatch.setattr(_costs, "ENTRIES_AT_ONCE", entries)
+    monkeypatch.setattr(thresholds, "ENTRIES_AT_ONCE", entries)
     keys = jax.random.split(jax.random.key(0), 4)
     p = jax.random.normal(keys[0], (40, 3))
     batches = [

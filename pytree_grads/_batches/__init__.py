@@ -1,0 +1,16 @@
+"""One call: its arguments, the batch of examples in them, and functions mapped over the batch.
+
+==================  ================================================================================
+``axes``            the batch axis of each argument, as ``in_axes`` says it
+``differentiable``  which arguments can be differentiated, and hints for those that cannot
+``batch``           ``Batch``: the arguments of one call; loops over chunks of it
+``chunks``          which examples are worked on together
+``notes``           what an error in a user's function says of the call
+``misuse``          what likely went wrong when ``fun`` or ``outer`` failed
+``vjp``             products with the Jacobian of a batch's outputs, chunk by chunk
+``per_example``     ``per_example_grad`` and ``per_example_value_and_grad``
+``chain_rule``      ``chain_rule_grad`` and ``chain_rule_value_and_grad``
+``reassemble``      ``reassemble``: the chain rule with rows in hand
+``curvature``       ``gauss_newton_product`` and ``fisher_product``
+==================  ================================================================================
+"""

@@ -1,0 +1,85 @@
+"""Notes on errors that arise in a user's function: what it was called with."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from .._trees.checks import KeyPath, PyTree, argument_names, describe
+
+_HEADS = ("fun was called with", "outer was called with")
+_SHOWN = 6  # lines for one argument
+
+
+class Note:
+    """A context in which an error gets a note, unless a context further in gave it one.
+
+    The text is made when there is an error, and never before.
+    """
+
+    def __init__(self, text: Callable[[], str]):
+        self._text = text
+
+    def __enter__(self) -> "Note":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, Exception) or _has_note(error):
+            return
+        with contextlib.suppress(Exception):  # the user's own error must come through
+            error.add_note(self._text())
+
+
+def note_of_fun(fun: Callable[..., Any], batch: Any) -> Note:
+    """The note for errors while ``fun`` is evaluated or differentiated: one example of a batch."""
+
+    def text() -> str:
+        args, kwargs = jax.tree.unflatten(batch.treedef, batch.leaves)
+        names = argument_names(fun, len(args))
+        leaves = zip(jax.tree.leaves_with_path((args, kwargs)), batch.axes, strict=True)
+        arguments: dict[str, list[tuple[KeyPath, str]]] = {}
+        for ((which, position, *path), leaf), axis in leaves:
+            name = position.key if which.idx else names[position.idx]
+            arguments.setdefault(name, []).append((tuple(path), _of_one(leaf, axis)))
+        head = f"{_HEADS[0]} one example, not with the batch of {batch.size}:"
+        return "\n".join([head, *_lines(arguments)])
+
+    return Note(text)
+
+
+def note_of_outer(outputs: PyTree, params: Sequence[PyTree] = (), args: Sequence[Any] = ()) -> Note:
+    """The note for errors in ``outer``: stacked outputs, parameters if any, other arguments."""
+
+    def text() -> str:
+        names = ["outputs", *("params" for _ in params)]
+        names += [f"outer_args[{i}]" for i in range(len(args))]
+        arguments = {
+            name: [(path, describe(leaf)) for path, leaf in jax.tree.leaves_with_path(tree)]
+            for name, tree in zip(names, (outputs, *params, *args), strict=True)
+        }
+        return "\n".join([f"{_HEADS[1]} the outputs of all examples, stacked:", *_lines(arguments)])
+
+    return Note(text)
+
+
+def _has_note(error: Exception) -> bool:
+    return any(str(note).startswith(_HEADS) for note in getattr(error, "__notes__", ()))
+
+
+def _of_one(leaf: Any, axis: int | None) -> str:
+    """A leaf as one example has it: ``float32[5] (axis 0 of float32[8,5] taken off)``."""
+    if axis is None:
+        return describe(leaf)
+    one = jax.ShapeDtypeStruct(leaf.shape[:axis] + leaf.shape[axis + 1 :], leaf.dtype)
+    return f"{describe(one)} (axis {axis} of {describe(leaf)} taken off)"
+
+
+def _lines(arguments: dict[str, list[tuple[KeyPath, str]]]) -> Iterator[str]:
+    """A line for each leaf, the first few of each argument."""
+    for name, leaves in arguments.items():
+        shown = leaves if len(leaves) <= _SHOWN else leaves[: _SHOWN - 1]
+        for path, words in shown:
+            yield f"  {name}{jax.tree_util.keystr(path)}: {words}"
+        if len(shown) < len(leaves):
+            yield f"  {name}: {len(leaves) - len(shown)} more leaves"

@@ -1,0 +1,298 @@
+"""Running a backward pass up to its terms: the cut graph, with nothing evaluated that is not asked.
+
+What is asked is named by keys: an atom of the graph, or something inside the body of a scan,
+stacked or added up over its steps. A scan runs with only the carries and steps that the keys need:
+the accumulators that factored terms replace are gone.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from .._jax.sharding import in_auto
+from .._trees.algebra import common_dtype
+from .graph import Atom, Equation, Graph, Known, Value
+from .layout import Frame
+from .norms import norm
+from .plan import AtNorm, AtRow, AtScan, AtTerm, Site, is_dense
+from .terms import Dense, Term, materialize
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A key of a scan's body, stacked over its steps."""
+
+    equation: Equation
+    key: "Key"
+
+
+@dataclass(frozen=True)
+class Total:
+    """A key of a scan's body, added up over its steps."""
+
+    equation: Equation
+    key: "Key"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The norm of a row of the term at a site."""
+
+    site: Site
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the term at a site, as an array."""
+
+    site: Site
+
+
+Key: TypeAlias = Value | Known | Stacked | Total | Norm | Row
+
+
+def keys_of(site: Site) -> tuple[Key, ...]:
+    """The arrays from which a site's term is put together."""
+    match site:
+        case AtNorm(inner):
+            return (Norm(inner),)
+        case AtRow(inner):
+            return (Row(inner),)
+        case AtScan(equation, inner, stacked):
+            make = Stacked if stacked or not is_dense(inner) else Total
+            return tuple(make(equation, key) for key in keys_of(inner))
+    return site.operands
+
+
+def _went_in(key: Key) -> Atom | None:
+    """The atom that holds what a key names, if that is a value, or went into its scan stacked."""
+    match key:
+        case Stacked(equation, inner):
+            value, (_, steps_from) = _went_in(inner), equation.splits
+            if value in equation.body.inputs[steps_from:]:
+                return equation.inputs[equation.body.inputs.index(value)]
+            return None
+        case Value() | Known():
+            return key
+    return None
+
+
+def depth(key: Key) -> int:
+    """How many axes of steps an array has in front."""
+    return 1 + depth(key.key) if isinstance(key, Stacked) else 0
+
+
+def rows_axis(site: Site) -> int:
+    """The first axis of rows in the arrays of a site's term: behind steps, or behind blocks."""
+    return depth(keys_of(site)[0]) if is_dense(site) else 1
+
+
+def assemble(
+    site: Site, arrays: Sequence[jax.Array], levels: Sequence[int]
+) -> tuple[Term, tuple[int, ...]]:
+    """The term at a site, from the arrays that `keys_of` names.
+
+    Each array has the axes of the steps that it is stacked over first, then as many axes of rows
+    as `levels` says. Those of outer and scatter terms become (B, *rows, T, ...). The second result
+    says how many axes of rows each array of the term has.
+    """
+    stacked: tuple[bool, ...] = ()
+    while isinstance(site, AtScan) and not is_dense(site):
+        stacked += (site.stacked,)
+        site = site.site
+    if isinstance(site, AtTerm):
+        frames = [Frame(stacked, level) for level in levels]
+        return site.layout(arrays, frames), site.layout.levels(*levels)
+    (value,) = arrays
+    return Dense(value), tuple(levels)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a graph must evaluate for some keys."""
+
+    atoms: set[Atom]
+    scans: dict[Equation, "_ScanNeeds"]
+
+
+@dataclass(frozen=True)
+class _ScanNeeds:
+    stacks: list[Key]  # of the body
+    totals: list[Key]
+    carries: list[int]  # carries that run
+    steps: list[int]  # per-step outputs that are read
+    body: _Needs
+
+
+def _needs(graph: Graph, keys: Iterable[Key]) -> _Needs:
+    atoms: set[Atom] = set()
+    inside: dict[Equation, tuple[dict[Key, None], dict[Key, None]]] = {}
+    todo = list(keys)
+    while todo:
+        key = todo.pop()
+        atom = _went_in(key)
+        if atom is not None:
+            atoms.add(atom)
+            continue
+        match key:
+            case Norm(site) | Row(site):
+                todo += keys_of(site)
+            case Stacked(equation, inner):
+                inside.setdefault(equation, ({}, {}))[0][inner] = None
+            case Total(equation, inner):
+                inside.setdefault(equation, ({}, {}))[1][inner] = None
+    scans: dict[Equation, _ScanNeeds] = {}
+    for equation in reversed(graph.equations):
+        if equation in inside:
+            stacks, totals = inside[equation]
+            scans[equation] = needs = _scan_needs(equation, list(stacks), list(totals), atoms)
+            operands = zip(equation.inputs, equation.body.inputs, strict=True)
+            atoms.update(outer for outer, inner in operands if inner in needs.body.atoms)
+        elif any(output in atoms for output in equation.outputs):
+            atoms.update(equation.inputs)
+    return _Needs(atoms, scans)
+
+
+def _scan_needs(
+    equation: Equation, stacks: list[Key], totals: list[Key], atoms: set[Atom]
+) -> _ScanNeeds:
+    body = equation.body
+    carry_from, steps_from = equation.splits
+    count = steps_from - carry_from
+    read = [i for i, output in enumerate(equation.outputs) if output in atoms]
+    steps = [i for i in read if i >= count]
+    carries = {i for i in read if i < count}
+    while True:
+        outputs = [body.outputs[i] for i in [*carries, *steps]]
+        needs = _needs(body, [*stacks, *totals, *outputs])
+        used = {i for i in range(count) if body.inputs[carry_from + i] in needs.atoms}
+        if used <= carries:
+            return _ScanNeeds(stacks, totals, sorted(carries), steps, needs)
+        carries |= used
+
+
+def run(graph: Graph, inputs: Sequence[Any], keys: Sequence[Key]) -> list[Any]:
+    """The arrays that some keys name."""
+    env: dict[Key, Any] = dict(zip(graph.inputs, inputs, strict=True))
+    return _run(graph, env, keys, _needs(graph, keys))
+
+
+def _run(graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: _Needs) -> list[Any]:
+    def read(key: Key) -> Any:
+        atom = _went_in(key)
+        match key if atom is None else atom:
+            case Known(value):
+                return jnp.asarray(value)
+            case Norm(site) | Row(site):
+                of_term = norm if isinstance(key, Norm) else materialize
+
+                def made(arrays: list[jax.Array]) -> jax.Array:
+                    return of_term(assemble(site, arrays, [0] * len(arrays))[0])
+
+                return in_auto(made, PartitionSpec())([read(x) for x in keys_of(site)])
+        return env[key if atom is None else atom]
+
+    for equation in graph.equations:
+        if equation in needs.scans:
+            env.update(_run_scan(equation, needs.scans[equation], env))
+        elif any(output in needs.atoms for output in equation.outputs):
+            operands = [a.value if isinstance(a, Known) else env[a] for a in equation.inputs]
+            env.update(zip(equation.outputs, equation.evaluate(operands), strict=True))
+    return [read(key) for key in keys]
+
+
+def _run_scan(equation: Equation, needs: _ScanNeeds, env: dict[Key, Any]) -> dict[Key, Any]:
+    """The keys that a scan's body makes, and those of the scan's own outputs that are read."""
+    body, params = equation.body, equation.params
+    carry_from, steps_from = equation.splits
+    used = [i for i, value in enumerate(body.inputs) if value in needs.body.atoms]
+    carries_at = [carry_from + i for i in needs.carries]
+    steps_at = [i for i in used if i >= steps_from]
+    outputs = [body.outputs[i] for i in [*needs.carries, *needs.steps]]
+
+    def read(i: int) -> Any:
+        atom = equation.inputs[i]
+        return jnp.asarray(atom.value) if isinstance(atom, Known) else env[atom]
+
+    consts: dict[Key, Any] = {body.inputs[i]: read(i) for i in used if i < carry_from}
+
+    def step(carry: Any, xs: Any) -> Any:
+        state, totals = carry
+        inner = dict(consts)
+        inner.update(zip([body.inputs[i] for i in carries_at], state, strict=True))
+        inner.update(zip([body.inputs[i] for i in steps_at], xs, strict=True))
+        values = iter(_run(body, inner, [*outputs, *needs.totals, *needs.stacks], needs.body))
+        state = [next(values) for _ in state]
+        steps = [next(values) for _ in needs.steps]
+        totals = [total + next(values) for total in totals]
+        return (state, totals), (steps, list(values))
+
+    zeros = [jnp.zeros(*_shape_dtype(key)) for key in needs.totals]
+    (state, totals), (steps, stacks) = jax.lax.scan(
+        step,
+        ([read(i) for i in carries_at], zeros),
+        [read(i) for i in steps_at],
+        length=None if steps_at else params["length"],  # which may be symbolic
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    found: dict[Key, Any] = {}
+    found.update(zip([equation.outputs[i] for i in needs.carries], state, strict=True))
+    found.update(zip([equation.outputs[i] for i in needs.steps], steps, strict=True))
+    found.update((Total(equation, key), x) for key, x in zip(needs.totals, totals, strict=True))
+    found.update((Stacked(equation, key), x) for key, x in zip(needs.stacks, stacks, strict=True))
+    return found
+
+
+def _shape_dtype(key: Key) -> tuple[tuple[int, ...], Any]:
+    match key:
+        case Stacked(equation, inner):
+            shape, dtype = _shape_dtype(inner)
+            return (equation.params["length"], *shape), dtype
+        case Total(_, inner):
+            return _shape_dtype(inner)
+        case Row(site):
+            kinds = [_shape_dtype(own)[1] for own in keys_of(site)]
+            return site.shape, common_dtype(*kinds)
+        case Norm():
+            raise AssertionError("norms of the steps of a scan are not added up")
+    return tuple(key.aval.shape), key.aval.dtype
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def depends(keys: Sequence[Key], graph: Graph, seeds: Iterable[Atom]) -> list[bool]:
+    """Whether what each key names may depend on one of the seeds."""
+    reached = graph.downstream(seeds)
+    return [_depends(key, reached) for key in keys]
+
+
+def _depends(key: Key, reached: set[Atom]) -> bool:
+    match key:
+        case Stacked(equation, inner) | Total(equation, inner):
+            return _depends(inner, _reached_in_body(equation, reached))
+        case Norm(site) | Row(site):
+            return any(_depends(own, reached) for own in keys_of(site))
+    return key in reached
+
+
+def _reached_in_body(equation: Equation, reached: set[Atom]) -> set[Atom]:
+    body = equation.body
+    carry_from, steps_from = equation.splits
+    pairs = zip(equation.inputs, body.inputs, strict=True)
+    seeds: set[Atom] = {inner for outer, inner in pairs if outer in reached}
+    while True:
+        inside = body.downstream(seeds)
+        carried = zip(body.inputs[carry_from:steps_from], body.outputs, strict=False)
+        fresh = {i for i, o in carried if o in inside} - seeds
+        if not fresh:
+            return inside
+        seeds |= fresh

@@ -1,0 +1,170 @@
+"""A jaxpr as a graph to walk backwards in: calls inlined, every value knowing what made it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import jax
+from jax.extend import core
+from jax.extend.core import primitives as p
+
+from .._jax import compat
+
+
+@dataclass(eq=False)
+class Value:
+    """An input of the graph, or output number `index` of the equation `producer`."""
+
+    aval: Any
+    producer: "Equation | None" = None
+    index: int = 0
+
+
+@dataclass(eq=False)
+class Known:
+    """A literal or a constant: a value that is there before the graph runs."""
+
+    value: Any
+
+    @property
+    def aval(self) -> Any:
+        return jax.typeof(self.value)
+
+
+Atom: TypeAlias = Value | Known
+
+
+@dataclass(eq=False)
+class Equation:
+    """`outputs = primitive(inputs)`; `source` is None for a barrier around a remat body."""
+
+    source: core.JaxprEqn | None
+    inputs: Sequence[Atom]
+    outputs: list[Value] = field(default_factory=list)
+
+    @property
+    def primitive(self) -> core.Primitive | None:
+        return None if self.source is None else self.source.primitive
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return {} if self.source is None else self.source.params
+
+    @cached_property
+    def body(self) -> "Graph":
+        """The body of a scan, as a graph of its own."""
+        return build(self.params["jaxpr"])
+
+    @property
+    def splits(self) -> tuple[int, int]:
+        """Where a scan's inputs are split: constants, then carry, then per-step inputs."""
+        consts, carry = compat.scan_counts(self.params)
+        return consts, consts + carry
+
+    def evaluate(self, operands: Sequence[Any]) -> Sequence[Any]:
+        if self.source is None:
+            return jax.lax.optimization_barrier(list(operands))
+        return compat.bind(self.source, operands)
+
+
+@dataclass(eq=False)
+class Graph:
+    inputs: list[Value]
+    equations: list[Equation]
+    outputs: list[Atom]
+
+    @cached_property
+    def uses(self) -> dict[Atom, int]:
+        """How many equations and outputs read each atom."""
+        counts: dict[Atom, int] = {}
+        for equation in self.equations:
+            for atom in equation.inputs:
+                counts[atom] = counts.get(atom, 0) + 1
+        for atom in self.outputs:
+            counts[atom] = counts.get(atom, 0) + 1
+        return counts
+
+    def downstream(self, seeds: Iterable[Atom]) -> set[Atom]:
+        """Every value that may depend on one of the seeds."""
+        reached = set(seeds)
+        for equation in self.equations:
+            if any(atom in reached for atom in equation.inputs):
+                reached.update(equation.outputs)
+        return reached
+
+
+def build(jaxpr: Any) -> Graph:
+    """The graph of a jaxpr, open or closed."""
+    opened, consts = compat.open_jaxpr(jaxpr)
+    inputs = [Value(var.aval) for var in opened.invars]
+    equations: list[Equation] = []
+    outputs = _inline(opened, [Known(c) for c in consts], inputs, equations.append)
+    graph = Graph(inputs, equations, outputs)
+    _add_broadcasts_first(graph)
+    return graph
+
+
+def _add_broadcasts_first(graph: Graph) -> None:
+    """Adds what is broadcast to the last summand of a sum, not to the sum: a+b+c as a+(b+c).
+
+    XLA takes an array plus a broadcast for as cheap as the array, and makes it again where it is
+    used, with all such sums that are in it: cotangents of a residual stream of normalised layers
+    would cost the square of its depth.
+    """
+    add, broadcast = p.add_jaxvals_p, p.broadcast_in_dim_p
+    ordered: dict[Equation, None] = {}
+    for equation in graph.equations:
+        if equation.primitive is add:
+            total, last = sorted(equation.inputs, key=lambda x: _made_by(broadcast, x) is not None)
+            inner = _made_by(add, total)
+            if inner and _made_by(broadcast, last) and graph.uses[total] == 1:
+                other, summand = sorted(inner.inputs, key=lambda x: _made_by(add, x) is None)
+                inner.inputs, equation.inputs = [summand, last], [other, total]
+                del ordered[inner]  # to stand behind what makes its inputs
+                ordered[inner] = None
+        ordered[equation] = None
+    graph.equations = list(ordered)
+
+
+def _made_by(primitive: core.Primitive, atom: Atom) -> Equation | None:
+    producer = atom.producer if isinstance(atom, Value) else None
+    return producer if producer and producer.primitive is primitive else None
+
+
+def _inline(
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Atom],
+    inputs: Sequence[Atom],
+    emit: Callable[[Equation], None],
+) -> list[Atom]:
+    env: dict[core.Var, Atom] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom: Any) -> Atom:
+        return Known(atom.val) if isinstance(atom, core.Literal) else env[atom]
+
+    for source in jaxpr.eqns:
+        operands = [read(atom) for atom in source.invars]
+        if source.primitive in compat.INLINED_CALLS or source.primitive is p.remat_p:
+            if source.primitive is p.remat_p and source.params["prevent_cse"]:
+                operands = _barrier(operands, emit)
+            body, values = compat.open_jaxpr(compat.call_jaxpr(source))
+            outputs = _inline(body, [Known(c) for c in values], operands, emit)
+        else:
+            equation = Equation(source, operands)
+            outputs = [Value(v.aval, equation, i) for i, v in enumerate(source.outvars)]
+            equation.outputs = outputs
+            emit(equation)
+        env.update(zip(source.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _barrier(operands: Sequence[Atom], emit: Callable[[Equation], None]) -> list[Atom]:
+    """Keeps what a remat body recomputes from being merged with its first computation."""
+    values = [a for a in operands if isinstance(a, Value)]
+    equation = Equation(None, values)
+    equation.outputs = [Value(v.aval, equation, i) for i, v in enumerate(values)]
+    emit(equation)
+    fenced = dict(zip(values, equation.outputs, strict=True))
+    return [fenced[a] if isinstance(a, Value) else a for a in operands]

@@ -1,0 +1,171 @@
+"""The rows of all leaves together, each row with a weight of its own: diag(weights) J."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._jax.sharding import take as neighbours
+from .._trees.algebra import common_dtype
+from . import gram as _gramians
+from . import sums as _products
+from .leaf import Leaf, Piece, take, weighted, widened
+from .norms import leaf_norms
+from .scaling import Norms
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["leaves", "weights", "valid", "summands"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Matrix:
+    """Arrays of one number per row have shape (N,), or (N, K) if an example has K outputs.
+
+    `weights` has such an array for each leaf (a clip per group differs between leaves); a row that
+    is not `valid` counts as zero, whatever it holds. None stands for ones, and for True.
+    """
+
+    leaves: tuple[Leaf, ...]
+    weights: tuple[jax.Array, ...] | None = None
+    valid: jax.Array | None = None
+    summands: tuple[Leaf, ...] | None = None  # the leaves for sums, where nothing else needs rows
+
+    @property
+    def dtype(self) -> Any:
+        """The real dtype that carries numbers of all leaves."""
+        return common_dtype(*(leaf.real for leaf in self.leaves))
+
+    def scaled(self, factors: Sequence[jax.Array]) -> "Matrix":
+        """The rows times numbers of their own, for each leaf."""
+        if self.weights is not None:
+            factors = [product(f, w) for f, w in zip(factors, self.weights, strict=True)]
+        return replace(self, weights=tuple(factors))
+
+    def only(self, valid: jax.Array) -> "Matrix":
+        """The rows, with zero for those that are not valid."""
+        return replace(self, valid=valid if self.valid is None else valid & self.valid)
+
+    def selected(self) -> "Matrix":
+        """The same without `valid`: the other rows have zeros for entries, and weight 0."""
+        if self.valid is None:
+            return self
+        leaves = tuple(_select(leaf, self.valid) for leaf in self.leaves)
+        ones = [jnp.ones(self.valid.shape, leaf.real) for leaf in leaves]
+        weights = [jnp.where(self.valid, w, jnp.zeros_like(w)) for w in self.weights or ones]
+        return Matrix(leaves, tuple(weights))
+
+    def weight(self, i: int, extra: jax.Array | None = None) -> jax.Array | None:
+        """The weights of the rows of leaf i, times some others."""
+        own = None if self.weights is None else self.weights[i].astype(self.leaves[i].real)
+        if extra is None:
+            return own
+        extra = extra.astype(self.leaves[i].real)
+        return extra if own is None else own * extra
+
+    def leaf_norms(self) -> list[Norms]:
+        """The norms of the rows of each leaf."""
+        rows = self.selected()
+        norms = leaf_norms(rows.leaves)
+        return [x.scaled([rows.weight(i) for i in x.leaves]) for x in norms]
+
+    def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
+        """One array per leaf, in its carried dtype."""
+        rows = self.selected()
+        leaves = self.summands or rows.leaves
+        return [
+            _products.weighted_sum(leaf, rows.weight(i, weights)) for i, leaf in enumerate(leaves)
+        ]
+
+    def square_sum(self, weights: jax.Array | None) -> list[jax.Array]:
+        sums, rows = [], self.selected()
+        for i, leaf in enumerate(rows.leaves):
+            leaf, own = weighted(leaf, rows.weight(i))
+            scale = None if own is None else own**2
+            if weights is not None:
+                extra = weights.astype(leaf.real)
+                scale = extra if scale is None else scale * extra
+            sums.append(_products.square_sum(leaf, scale))
+        return sums
+
+    def apply(self, vectors: Sequence[jax.Array]) -> jax.Array:
+        rows = self.selected()
+        total = jnp.zeros(rows.leaves[0].rows, self.dtype)
+        for i, (leaf, v) in enumerate(zip(rows.leaves, vectors, strict=True)):
+            product, weight = _products.applied(leaf, v), rows.weight(i)
+            total += (product if weight is None else product * weight).astype(self.dtype)
+        return total
+
+    def gram(self, other: "Matrix") -> jax.Array:
+        """Shape (*rows, *other rows)."""
+        total, rows = None, self.selected()
+        others = rows if other is self else other.selected()
+        for i, (leaf, theirs) in enumerate(zip(rows.leaves, others.leaves, strict=True)):
+            wider = common_dtype(leaf.carried, theirs.carried)
+            mine, left = weighted(widened(leaf, wider), rows.weight(i))
+            yours, right = mine, left
+            if theirs is not leaf or others.weights is not rows.weights:
+                yours, right = weighted(widened(theirs, wider), others.weight(i))
+            product = _gramians.gram(mine, yours)
+            if left is not None:
+                left = left.reshape(*leaf.rows, *[1] * len(theirs.rows))
+                product = product * left.astype(product.dtype)
+            if right is not None:
+                product = product * _leading(right, product.ndim).astype(product.dtype)
+            dtype = common_dtype(product.dtype, *([] if total is None else [total.dtype]))
+            product = product.astype(dtype)
+            total = product if total is None else total.astype(dtype) + product
+        assert total is not None
+        return total
+
+    def rows(self) -> list[jax.Array]:
+        """One array per leaf, rows stacked, in the leaf's dtype."""
+        stacks, rows = [], self.selected()
+        for i, leaf in enumerate(rows.leaves):
+            weight = rows.weight(i)
+            stacked = _products.rows(leaf, carried=weight is not None)
+            if weight is not None:
+                factors = weight.reshape(*leaf.rows, *[1] * len(leaf.shape))
+                stacked = (stacked * factors.astype(stacked.dtype)).astype(leaf.dtype)
+            stacks.append(stacked)
+        return stacks
+
+    def taken(self, start: Any, size: int) -> "Matrix":
+        """The rows of `size` examples from `start` on."""
+        cut = partial(neighbours, start=start, size=size)
+        weights = None if self.weights is None else tuple(map(cut, self.weights))
+        valid = None if self.valid is None else cut(self.valid)
+        return Matrix(tuple(take(leaf, start, size) for leaf in self.leaves), weights, valid)
+
+
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The product of two numbers for each row, carried."""
+    dtype = common_dtype(x.dtype, y.dtype)
+    return x.astype(dtype) * y.astype(dtype)
+
+
+def _leading(x: jax.Array, ndim: int) -> jax.Array:
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def _select(leaf: Leaf, valid: jax.Array) -> Leaf:
+    """The leaf with zeros in rows that are not valid: 0 * NaN would not do."""
+    masks = [jnp.any(valid), valid, valid]
+    if leaf.outputs is not None:
+        masks[1] = jnp.any(valid, axis=1)
+
+    def of(piece: Piece) -> Piece:
+        arrays, treedef = jax.tree.flatten(piece.term)
+        kept = []
+        for x, level in zip(arrays, piece.levels, strict=True):
+            mask, before = masks[level], piece.axis if level else 0
+            after = x.ndim - mask.ndim - before
+            mask = mask.reshape((1,) * before + mask.shape + (1,) * after)
+            kept.append(jnp.where(mask, x, jnp.zeros_like(x)))
+        return replace(piece, term=jax.tree.unflatten(treedef, kept))
+
+    return replace(leaf, pieces=tuple(map(of, leaf.pieces)))

@@ -1,0 +1,74 @@
+"""Clipping: bounds for groups of leaves, and the factors that keep rows within them."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from .._engine.matrix import Matrix
+from .._trees.algebra import carried_reals, common_dtype, floating
+from .._trees.checks import PyTree, describe, located, prefix_difference
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["bounds"], meta_fields=["members", "nan_safe"]
+)
+@dataclass(frozen=True)
+class Clip:
+    """Bounds for the norms of rows, each over some of the leaves."""
+
+    bounds: tuple[jax.Array, ...]
+    members: tuple[tuple[int, ...], ...]  # for each bound, the leaves that it bounds together
+    nan_safe: bool
+
+    def __call__(self, matrix: Matrix, norms: Callable[[Collection[int]], jax.Array]) -> Matrix:
+        """The rows of a matrix, clipped, from the norms of their parts in some leaves."""
+        factors: list[Any] = [None] * sum(map(len, self.members))
+        finite: Any = True
+        for members, bound in zip(self.members, self.bounds, strict=True):
+            norm = norms(members)
+            finite &= jnp.isfinite(norm)
+            limits = jnp.finfo(norm.dtype)
+            bound = jnp.minimum(bound.astype(norm.dtype), float(limits.max))
+            bound = jnp.where(bound >= 0, bound, jnp.nan)  # a traced one may be negative
+            # NaN where the norm is not finite, 0 for a bound of 0.
+            norm = jnp.where(jnp.isinf(norm), jnp.nan, norm)
+            length = jnp.where(norm <= bound, jnp.maximum(bound, float(limits.tiny)), norm)
+            factor = bound / length  # in this form, XLA does not find it again for each leaf
+            for i in members:
+                factors[i] = factor
+        clipped = matrix.scaled(factors)
+        return clipped.only(finite) if self.nan_safe else clipped
+
+
+def read(max_norm: PyTree, params: PyTree, nan_safe: bool) -> Clip:
+    """The clip that a prefix tree of bounds asks for."""
+    meets = {common_dtype(*carried_reals(params))}
+    leaves: list[Any] = []
+    for path, given in jax.tree.leaves_with_path(max_norm):
+        where = located("max_norm", path)
+        bound = floating(where, given, meets, real=True)
+        if bound.shape != ():
+            raise ValueError(f"{where} must be one real number, got {describe(bound)}")
+        if not isinstance(bound, Tracer) and not float(bound) >= 0:
+            raise ValueError(f"{where} must not be negative or NaN, got {given}")
+        leaves.append(jnp.asarray(bound))
+    try:
+        labels = jax.tree.broadcast(
+            jax.tree.unflatten(jax.tree.structure(max_norm), range(len(leaves))), params
+        )
+    except ValueError:
+        path, clause = prefix_difference(max_norm, params)
+        raise ValueError(
+            "argument max_norm must be a number or a prefix tree of the parameters, but "
+            f"max_norm{jax.tree_util.keystr(path)} does not match: {clause}"
+        ) from None
+    owners = jax.tree.leaves(labels)
+    members = [tuple(i for i, owner in enumerate(owners) if owner == j) for j in range(len(leaves))]
+    used = [j for j, found in enumerate(members) if found]
+    bounds = tuple(leaves[j] for j in used)
+    return Clip(bounds, tuple(members[j] for j in used), nan_safe)

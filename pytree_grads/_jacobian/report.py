@@ -1,0 +1,280 @@
+"""What a Jacobian says of itself: how its rows are kept, at what cost, and if they are right."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from .._batches.batch import Batch
+from .._engine import terms as _terms
+from .._engine.leaf import Leaf, Piece, materializes
+from .._engine.matrix import Matrix
+from .._engine.patches import Windows
+from .._engine.scaling import combined
+from .._engine.terms import Dense, Outer, Scatter
+from .._jax.compat import all_equations
+from .._trees.algebra import carried_dtype, common_dtype
+from .._trees.checks import PyTree, located
+
+if TYPE_CHECKING:
+    from .jacobian import Jacobian
+    from .rows import Rows
+    from .source import Source
+
+
+def explain(jacobian: "Jacobian") -> str:
+    """The table of `Jacobian.explain`."""
+    source = jacobian._rows.source
+    leaves = jacobian._rows.leaves
+    if leaves is None:
+        batch = source.batch.chunk(0, min(source.chunk_size or len(jacobian), len(jacobian)))
+        leaves = jax.eval_shape(lambda: source.factor(batch).leaves)
+    paths = [path for path, _ in jax.tree.leaves_with_path(jacobian._rows.params)]
+    header = (
+        "leaf",
+        "shape",
+        "terms of a row",
+        "norm",
+        "norm FLOPs",
+        "sum FLOPs",
+        "bytes",
+        "why materialised",
+    )
+    table = [header, *(_line(p, x) for p, x in zip(paths, leaves, strict=True))]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i in (4, 5, 6) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    kept = sum(_bytes(leaf) for leaf in leaves)
+    dense = sum(prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+    mode = (
+        "rows are made again for each product" if jacobian._rows.leaves is None else "rows are kept"
+    )
+    lines.append(
+        f"{jacobian!r}: {mode}; {_number(kept)}B per row, {_number(dense)}B if it were "
+        "materialised. FLOPs and bytes are per row."
+    )
+    return "\n".join(lines)
+
+
+def _line(path: Any, leaf: Leaf) -> tuple[str, ...]:
+    name = jax.tree_util.keystr(path) or "(the parameter)"
+    shape = "x".join(map(str, leaf.shape)) or "scalar"
+    terms = " + ".join(_term(piece) for piece in leaf.pieces) or "zero"
+    norm = "rows" if materializes(leaf, leaf) else "inner products"
+    terms_of = [piece.of_one_row for piece in leaf.pieces]
+    if all(isinstance(x, Scatter) or not _terms.has_many_pairs(x) for x in terms_of):
+        norm = "squares"
+    norm_flops = sum(_terms.inner_cost(x, y) for x in terms_of for y in terms_of)
+    if len(terms_of) == 1 and isinstance(terms_of[0], Windows):
+        norm, norm_flops = "windows", _terms.row_cost(terms_of[0]) + 2 * prod(leaf.shape)
+    if norm == "squares":
+        norm_flops = 2 * _entries(leaf) + sum(map(_terms.meeting_cost, terms_of))
+    sum_flops = sum(_terms.row_cost(term) for term in terms_of)
+    note = _note(leaf)
+    return (
+        name,
+        shape,
+        terms,
+        norm,
+        _number(norm_flops),
+        _number(sum_flops),
+        _number(_bytes(leaf)),
+        note,
+    )
+
+
+def _term(piece: Piece) -> str:
+    match piece.term:
+        case Outer():
+            (blocks, m, n), steps = piece.shape, _terms.pair_count(piece.term)
+            size = f"{m}x{n}"
+            kind = f"outer {size}" if steps == 1 else f"outer {size}, T={steps}"
+        case Scatter(_, _, length):
+            blocks = piece.shape[0]
+            kind = f"scatter {_terms.pair_count(piece.term)} of {length} lines"
+        case Windows(offsets=offsets):
+            blocks = piece.shape[0]
+            kernel = "x".join(map(str, offsets))
+            kind = f"windows {kernel} of {piece.term.left.shape[-1]}x{piece.shape[2]}"
+        case Dense():
+            blocks, kind = 1, "dense, shared by all rows" if piece.levels == (0,) else "dense"
+    return kind if blocks == 1 else f"{blocks} x {kind}"
+
+
+def _note(leaf: Leaf) -> str:
+    """Why a matrix is not kept as factors; vectors have none."""
+    if len(leaf.shape) < 2:
+        return ""
+    dense = [p for p in leaf.pieces if isinstance(p.term, Dense) and p.levels != (0,)]
+    return "; ".join(dict.fromkeys(piece.reason for piece in dense))
+
+
+def _entries(leaf: Leaf) -> int:
+    """Numbers kept per row."""
+    total = 0
+    for piece in leaf.pieces:
+        arrays = jax.tree.leaves(piece.of_one_row)
+        total += sum(x.size for x, level in zip(arrays, piece.levels, strict=True) if level)
+    return total
+
+
+def _bytes(leaf: Leaf) -> int:
+    return _entries(leaf) * jnp.dtype(leaf.dtype).itemsize
+
+
+def _number(x: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if x < 1000:
+            return f"{x:.3g}{unit}"
+        x /= 1000
+    return f"{x:.3g}P"
+
+
+def check(jacobian: "Jacobian", rows: int) -> None:
+    """The comparison of `Jacobian.check`."""
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(jacobian)):
+        raise TypeError("J.check() looks at values: call it outside jit, vmap and grad")
+    count = min(rows, len(jacobian))
+    if not count:
+        return
+    few = jacobian[:count]
+    bare = replace(few._rows, weights=None, valid=None, clip=None)
+    weights = np.linspace(-1, 1, prod(bare.shape)).reshape(bare.shape)
+    c = jnp.asarray(weights, jnp.zeros(()).dtype)
+    got, (norms, excess), *sums, squares = _products(bare, c)
+    plain_rows, rounding = _plain_rows(few)
+    plain = [_wide(x) for x in plain_rows]
+    axes = tuple(range(len(bare.shape)))
+    flat = [x.reshape(*bare.shape, prod(x.shape[len(bare.shape) :])) for x in plain]
+    sizes = [np.tensordot(np.abs(weights), np.abs(x), len(axes)) for x in plain]
+    lengths = [np.linalg.norm(x, axis=-1) for x in flat]
+    totals = [np.sum(np.abs(x) ** 2, axis=axes) for x in plain]
+    signed = [np.tensordot(weights, x, len(axes)) for x in plain]
+    # Where the parts of a row nearly cancel: what that adds to a norm, and leaves in an entry.
+    excess = [_largest(_wide(x)) for x in excess]
+    left = [16 * float(jnp.finfo(x.dtype).eps) ** 0.5 * y for x, y in zip(got, excess, strict=True)]
+    in_sums = [np.sum(np.abs(weights)) * x for x in left]
+    in_squares = [
+        weights.size * x * (2 * _largest(y) + x) for x, y in zip(left, plain, strict=True)
+    ]
+    compare = partial(_compare, few, rounding)
+    compare("to_rows", got, plain, plain, left)
+    compare("norms", norms, lengths, lengths, excess)
+    for found in sums:
+        compare("weighted_sum", found, signed, sizes, in_sums)
+    compare("square_sum", squares, totals, totals, in_squares)
+
+
+_LARGE = 2.0**10
+
+
+@jax.jit
+def _products(rows: "Rows", c: jax.Array) -> tuple[Any, ...]:
+    def of_rows(matrix: Matrix) -> tuple[Any, Any]:
+        norms = matrix.leaf_norms()
+        both = norms, [x.excess for x in norms]
+        leaves = range(len(matrix.leaves))
+        return tuple(matrix.rows()), tuple(tuple(combined(x, [i]) for i in leaves) for x in both)
+
+    stacked, norms = rows.map(of_rows)
+    sums = tuple(jax.tree.leaves(rows.sum(c)))
+    # Of rows that are made for nothing but this.
+    alone = tuple(jax.tree.leaves(replace(rows, leaves=None).sum(c))) if rows.leaves else sums
+    # A custom rule that clips cotangents shows itself where weights are large. A power of two
+    # changes no digit of a backward pass that is linear.
+    large = tuple(x / _LARGE for x in jax.tree.leaves(rows.sum(_LARGE * c)))
+    squares = rows.fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
+    return stacked, norms, sums, alone, large, squares
+
+
+def _wide(x: jax.Array) -> np.ndarray:
+    return np.asarray(x).astype(np.result_type(np.float64, carried_dtype(x.dtype)))
+
+
+def _largest(x: np.ndarray) -> float:
+    return float(np.max(np.abs(x), where=np.isfinite(x), initial=0.0))
+
+
+def _compare(
+    jacobian: "Jacobian",
+    rounding: float,
+    product: str,
+    found: Sequence[jax.Array],
+    right: Sequence[np.ndarray],
+    summands: Sequence[np.ndarray],
+    left: Sequence[float],
+) -> None:
+    """Raise if a leaf is off by more than rounding of its summands, or of the other leaves.
+
+    `rounding` is the eps of the narrowest numbers in the function. What parts that cancel have
+    `left` of their own rounding is allowed beside, and what XLA takes for zero. A leaf may have no
+    gradient but the rounding of others (a bias that is subtracted again).
+    """
+    scales = list(map(_largest, summands))
+    params = jax.tree.leaves_with_path(jacobian._rows.params)
+    for (path, leaf), x, y, scale, own in zip(params, found, right, scales, left, strict=True):
+        eps = max(rounding, float(jnp.finfo(leaf.dtype).eps))
+        allowed = min(8 * eps**0.5, 1 / 4) * scale + min(64 * eps, 1 / 16) * max(scales) + own
+        allowed += 64 * float(jnp.finfo(x.dtype).tiny)
+        both = np.isfinite(x) & np.isfinite(y)
+        error = np.max(np.abs(_wide(x) - y), where=both, initial=0.0)
+        if error > allowed or not np.array_equal(np.isfinite(x), np.isfinite(y)):
+            raise ValueError(
+                f"{located('params', path)}: {product} differs from plain jax.grad by {error:.3g}, "
+                f"where the largest entry is {scale:.3g}: please report the function, with "
+                "J.explain()"
+            )
+
+
+def _plain_rows(jacobian: "Jacobian") -> tuple[list[jax.Array], float]:
+    """The rows of each leaf by `jax.grad` or `jax.jacrev` of one example after the other.
+
+    The second result is the largest eps of the floats that these make anywhere, or 0.
+    """
+    source = jacobian._rows.source
+    row = partial(_plain_row, is_scalar=jacobian._outputs.is_scalar)
+    examples = [replace(source, batch=source.batch.chunk(i, 1)) for i in range(len(jacobian))]
+    with source.note:
+        equations = all_equations(jax.make_jaxpr(row)(examples[0]))
+    made = [v.aval for equation in equations for v in equation.outvars]
+    kinds = {getattr(aval, "dtype", jnp.dtype(int)) for aval in made}
+    dtypes = [kind for kind in kinds if jnp.issubdtype(kind, jnp.inexact)]
+    stacked = [jnp.stack(leaf) for leaf in zip(*map(row, examples), strict=True)]
+    return stacked, max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+
+
+@partial(jax.jit, static_argnames="is_scalar")
+def _plain_row(one: "Source", *, is_scalar: bool) -> list[jax.Array]:
+    def outputs(primals: PyTree) -> jax.Array:
+        result = _call(one, one.batch.with_primals(primals))
+        if is_scalar:
+            return result
+        flat = [jnp.ravel(x) for x in jax.tree.leaves(result)]
+        dtype = common_dtype(*(x.dtype for x in flat))
+        return jnp.concatenate([x.astype(dtype) for x in flat])
+
+    differentiate = jax.grad if is_scalar else jax.jacrev
+    return jax.tree.leaves(differentiate(outputs)(one.batch.primals))
+
+
+def _call(source: "Source", one: Batch) -> PyTree:
+    """The output for a batch of one example."""
+    leaves = [
+        x if axis is None else jax.lax.index_in_dim(x, 0, axis, keepdims=False)
+        for x, axis in zip(one.leaves, one.axes, strict=True)
+    ]
+    args, kwargs = jax.tree.unflatten(one.treedef, leaves)
+    result = source.fun(*args, **kwargs)
+    return result[0] if source.has_aux else result

@@ -1,0 +1,43 @@
+"""Random projections of rows whose matrix is made as it is used."""
+
+from dataclasses import dataclass
+from math import prod
+
+import jax
+import jax.numpy as jnp
+
+from .._engine import thresholds
+from .._engine.leaf import Leaf
+from .._engine.matrix import Matrix
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Rows times a matrix of ±1/√dim: shape (*rows, dim)."""
+
+    dim: int
+
+    def __call__(self, matrix: Matrix, key: jax.Array) -> jax.Array:
+        entries = sum(prod(leaf.shape) for leaf in matrix.leaves)
+        at_once = max(1, thresholds.ENTRIES_AT_ONCE // max(1, entries))
+        scale = jnp.asarray(self.dim, matrix.dtype) ** -0.5
+
+        def column(j: jax.Array) -> jax.Array:
+            own = jax.random.fold_in(key, j)
+            return matrix.apply(
+                [_signs(jax.random.fold_in(own, i), leaf) for i, leaf in enumerate(matrix.leaves)]
+            )
+
+        rows = matrix.leaves[0].rows
+        if not prod(rows):
+            return jnp.zeros((*rows, self.dim), matrix.dtype)
+        numbers = jnp.arange(self.dim, dtype=jnp.uint32)
+        columns = jax.lax.map(column, numbers, batch_size=min(at_once, self.dim))
+        return jnp.moveaxis(columns, 0, -1) * scale
+
+
+def _signs(key: jax.Array, leaf: Leaf) -> jax.Array:
+    """Entries ±1 for a leaf; ±1±i for a complex one, so that imaginary parts count as well."""
+    if not jnp.issubdtype(leaf.carried, jnp.complexfloating):
+        return jax.random.rademacher(key, leaf.shape, leaf.carried)
+    return jax.lax.complex(*jax.random.rademacher(key, (2, *leaf.shape), leaf.real))

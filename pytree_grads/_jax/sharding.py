@@ -1,0 +1,134 @@
+"""Where values live on a mesh, as their types say it: Explicit axes, and axes under ``shard_map``.
+
+An array that is sharded over Auto axes says nothing, and needs nothing: XLA finds the layout. Over
+Explicit axes its type has the layout, and an operation whose result has no layout of its own, such
+as a sum over examples that are sharded, must be told one. The arithmetic of this package runs as if
+Explicit axes were Auto, and its results are laid out as rows or parameters are; functions of the
+user run in the user's mode. Inside ``jax.shard_map`` a type has the axes over which a value varies.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .compat import as_varying, varying_axes
+
+PyTree = Any
+Names: TypeAlias = tuple[str, ...]  # of mesh axes, over which one axis of an array is sharded
+AxisName: TypeAlias = str | tuple[str, ...] | None
+
+
+def _typed(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+
+
+def _mesh(leaf: Any) -> Any:
+    """The mesh in the type of a leaf, if some axes of it are Explicit."""
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return None
+    mesh = getattr(_typed(leaf).sharding, "mesh", None)
+    return mesh if mesh is not None and mesh.explicit_axes else None
+
+
+def layout(leaf: Any) -> PartitionSpec:
+    """The Explicit mesh axes over which the axes of a leaf are sharded."""
+    mesh = _mesh(leaf)
+    if mesh is None:
+        return PartitionSpec()
+    parts = map(_names, _typed(leaf).sharding.spec)
+    return PartitionSpec(*(tuple(n for n in own if n in mesh.explicit_axes) for own in parts))
+
+
+def _names(part: Any) -> Names:
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+def names_at(leaf: Any, axis: int) -> Names:
+    """The Explicit mesh axes over which one axis of a leaf is sharded."""
+    parts = tuple(layout(leaf))
+    return _names(parts[axis]) if axis < len(parts) else ()
+
+
+def count_at(leaf: Any, axis: int) -> int:
+    """Over how many devices one axis of a leaf is known to be sharded."""
+    names = names_at(leaf, axis)
+    return math.prod(_mesh(leaf).shape[name] for name in names) if names else 1
+
+
+def without(parts: PartitionSpec, names: Names) -> PartitionSpec:
+    """A layout that leaves some mesh axes alone."""
+    return PartitionSpec(*(tuple(n for n in _names(own) if n not in names) for own in parts))
+
+
+def rest(leaf: Any, drop: int) -> PartitionSpec:
+    """The layout of what is left of a leaf without its first axes."""
+    return PartitionSpec(*tuple(layout(leaf))[drop:])
+
+
+def laid_out(leaf: Any, parts: PartitionSpec) -> Any:
+    """The same array in a layout; as it is where its type has none."""
+    mesh = _mesh(leaf)
+    return leaf if mesh is None else jax.sharding.reshard(leaf, NamedSharding(mesh, parts))
+
+
+def take(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
+    """Some neighbours along an axis, which are gathered if they cannot be shared out evenly."""
+    if size % count_at(x, axis):
+        x = laid_out(x, without(layout(x), names_at(x, axis)))
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def placed_like(tree: PyTree, other: PyTree) -> PyTree:
+    """A tree whose leaves are laid out, and vary, as their counterparts in another do."""
+    return jax.tree.map(
+        lambda x, y: as_varying(laid_out(x, layout(y)), varying_axes(y)), tree, other
+    )
+
+
+def zeros(aval: Any, shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
+    """Zeros of some shape, laid out, and varying, as a leaf is."""
+    # The sharding of an abstract leaf may say of Auto axes what arrays cannot be made with.
+    bare = aval if isinstance(aval, jax.Array) else jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    array = jax.lax.full_like(bare, 0, dtype=dtype, shape=shape)
+    mesh = _mesh(aval)
+    if mesh is not None:
+        array = jax.sharding.reshard(array, NamedSharding(mesh, layout(aval)))
+    return as_varying(array, varying_axes(aval))
+
+
+def in_auto(fun: Callable[..., PyTree], out: PyTree) -> Callable[..., PyTree]:
+    """``fun`` of trees of arrays, run as if Explicit mesh axes were Auto.
+
+    ``out`` is a prefix tree of the result that holds the layouts of its leaves.
+    """
+
+    def call(*args: PyTree) -> PyTree:
+        meshes = (_mesh(leaf) for leaf in jax.tree.leaves(args))
+        mesh = next((mesh for mesh in meshes if mesh is not None), None)
+        if mesh is None:
+            return fun(*args)
+        shardings = jax.tree.map(lambda parts: NamedSharding(mesh, parts), out)
+        return jax.sharding.auto_axes(fun, axes=mesh.explicit_axes, out_sharding=shardings)(*args)
+
+    return call
+
+
+def sum_over(tree: PyTree, axis_name: AxisName) -> PyTree:
+    """The sum over the devices along mesh axes; what each device has, where there is no name."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def value_over(value: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The same for a value that may be one for all devices already, as its type then says."""
+    names = [axis_name] if isinstance(axis_name, str) else axis_name or ()
+    checked = [name for name in names if varying_axes(jax.lax.axis_index(name))]
+    left = tuple(n for n in names if n not in checked or n in varying_axes(value))
+    return sum_over(value, left or None)
+
+
+def device_count(axis_name: AxisName) -> int:
+    """How many devices there are along mesh axes."""
+    return 1 if axis_name is None else jax.lax.axis_size(axis_name)
