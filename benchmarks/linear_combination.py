@@ -19,7 +19,6 @@ needs more of it than a combination.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -208,23 +207,13 @@ HEADER = ["leaves × size", "way", "eager", "jitted", "GB/s", "trace + compile",
           "temporary"]  # fmt: skip
 
 
-def instructions(program: Program) -> str:
-    """The optimised program, with numbers for names and no word of where its source stands."""
-    text = re.sub(r", metadata=\{[^}]*\}", "", program.compiled.as_text())
-    lines = re.findall(r"^ +((?:ROOT )?%.* = .*)$", text, re.MULTILINE)
-    numbers: dict[str, str] = {}
-    return re.sub(
-        r"%[\w.-]+", lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"), "\n".join(lines)
-    )
-
-
 def verdict(found: Measured) -> list[str]:
     """Ours against the fastest peer, and against the copy."""
 
     def over_peers(times: dict[str, Timing]) -> str:
         return f"{max(times[OURS].over(times[peer]) for peer in PEERS):.2f}"
 
-    programs = {instructions(program) for program in found.programs.values()}
+    programs = {program.instructions() for program in found.programs.values()}
     return [
         found.case.name,
         over_peers(found.eager),
