@@ -8,10 +8,12 @@ From a function to its factors:
 ===============  ===================================================================================
 ``trace``        from a function and a batch to the leaves of J: trace one example, cut, map
 ``graph``        a jaxpr as a graph to walk backwards in
-``plan``         for each leaf, where in the backward pass its terms are made
-``views``        the linear steps between a term and its leaf
-``layout``       how the operands of a product or a scatter become factors
-``convolutions`` how those of a convolution do
+``facts``        what is known of a value before anything runs
+``rules``        a table: for each primitive, which summands make up its output
+``sites``        the places in the backward pass where terms are made
+``views``        the linear steps from a term to its leaf
+``layout``       how the operands of an equation become factors
+``plan``         for each leaf, which summands are kept, and in which form
 ``evaluate``     running the cut graph, with nothing evaluated that is not asked for
 ===============  ===================================================================================
 

@@ -18,7 +18,7 @@ from .._trees.algebra import common_dtype
 from .graph import Atom, Equation, Graph, Known, Value
 from .layout import Frame
 from .norms import norm
-from .plan import AtNorm, AtRow, AtScan, AtTerm, Site, is_dense
+from .sites import AtNorm, AtRow, AtScan, AtTerm, Site, is_dense
 from .terms import Dense, Term, materialize
 
 

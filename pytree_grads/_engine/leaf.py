@@ -18,7 +18,7 @@ from .einsum import times_rows
 from .patches import Windows
 from .scaling import inverse, power
 from .terms import Dense, Term
-from .views import Shape, Tail, apply, disjoint, isometric, transposed
+from .views import Shape, View, apply, disjoint, isometric, transposed
 
 
 @partial(
@@ -38,7 +38,7 @@ class Piece:
     term: Term
     shape: Shape  # of one row of the term
     axis: int
-    tail: Tail
+    tail: View
     factor: float
     levels: tuple[int, ...]
     reason: str  # why the term is dense, where it is

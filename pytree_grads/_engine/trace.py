@@ -79,7 +79,7 @@ def factor(
         trace = _trace(fun, batch, args, kwargs, has_aux, runs_again)
         varying = trace.graph.downstream(trace.graph.inputs[len(batch.primal_positions) :])
         plan = [_plan.plan_leaf(leaf, varying, route) for leaf in trace.leaves]
-        asked = [own.pieces + own.summands if has_sums else own.pieces for own in plan]
+        asked = [own.for_rows + own.for_sums if has_sums else own.for_rows for own in plan]
         sites = list(dict.fromkeys(piece.site for pieces in asked for piece in pieces))
         keys = list(dict.fromkeys(key for site in sites for key in _execute.keys_of(site)))
         places = dict(zip(keys, _places(trace, batch, keys), strict=True))
@@ -111,15 +111,15 @@ def factor(
 
     primals, plan = jax.tree.leaves(batch.primals), known["plan"]
     leaves = tuple(
-        _joined(_leaf(primal, own.pieces, term, batch.size, count))
+        _joined(_leaf(primal, own.for_rows, term, batch.size, count))
         for primal, own in zip(primals, plan, strict=True)
     )
 
     def summands() -> tuple[Leaf, ...]:
         return tuple(
             leaf
-            if own.summands is own.pieces
-            else _leaf(primal, own.summands, term, batch.size, count)
+            if own.for_sums is own.for_rows
+            else _leaf(primal, own.for_sums, term, batch.size, count)
             for leaf, primal, own in zip(leaves, primals, plan, strict=True)
         )
 
@@ -128,7 +128,7 @@ def factor(
 
 def _leaf(
     primal: jax.Array,
-    pieces: Sequence[_plan.Piece],
+    pieces: Sequence[_plan.Summand],
     term: Callable[[_plan.Site], tuple[Term, tuple[int, ...]]],
     size: int,
     outputs: int | None,
@@ -138,7 +138,7 @@ def _leaf(
             term=term(piece.site)[0],
             shape=piece.site.shape,
             axis=_execute.rows_axis(piece.site),
-            tail=piece.tail,
+            tail=piece.view,
             factor=piece.factor,
             levels=term(piece.site)[1],
             reason=piece.reason,
