@@ -1,6 +1,7 @@
 """Time and memory of the chain rule in chunks against the ordinary gradient of the composed loss.
 
     python benchmarks/chain_rule.py [--only NAME ...] [--chunks 16 32 64 128 256] [--seconds 4]
+        [--save [NAME]]
 
 The loss is contrastive, so it couples all examples and no average over microbatches has its
 gradient. What is compared is timed in the same run, call by call in turn; a quotient of two times
@@ -38,6 +39,7 @@ from _measure import (
     interleaved,
     markdown_table,
 )
+from _results import add_save_option, save
 from _transformers import block_params, transformer_block
 
 from pytree_grads import chain_rule_grad
@@ -191,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "(%(default)s)")  # fmt: skip
     parser.add_argument("--only", nargs="+", default=[""], help="encoders by their first letters")
     parser.add_argument("--seconds", type=float, default=4.0, help="an encoder (%(default)s)")
+    add_save_option(parser, "chain_rule")
     options = parser.parse_args(argv)
     rows = []
     flat, sequences = options.examples
@@ -198,8 +201,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for encoder in encoders:
         if encoder.name.startswith(tuple(options.only)):
             rows += rows_of(encoder, options.chunks, options.seconds)
-    print(f"{environment()}.\n")
-    print(markdown_table(HEADER, rows))
+    ran_on, table = f"{environment()}.", markdown_table(HEADER, rows)
+    print(f"{ran_on}\n\n{table}")
+    if options.save:
+        save(options.save, "The chain rule in chunks", ran_on, table)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What devices send and hold: formulas, checked against compiled programs, and read out far beyond.
 
-    python benchmarks/devices.py [--write benchmarks/README.md]
+    python benchmarks/devices.py [--save [NAME]]
 
 The network is a chain of L layers x + tanh(x W), W of d × d, so that P = L d² parameters; N
 examples of T positions each are shared out to D devices. Nothing is run: XLA compiles each product
@@ -17,17 +17,16 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from _measure import environment, human_bytes, markdown_table
+from _results import add_save_option, save
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pytree_grads import chain_rule_grad, jacobian
 
-BEGIN, END = "<!-- devices.py: begin -->", "<!-- devices.py: end -->"
 FLOAT = 4  # bytes of a number
 DEVICES = (1, 2, 4, 8)
 
@@ -288,20 +287,21 @@ def far_table() -> str:
     return markdown_table(header, rows)
 
 
+PROGRAMS = "Programs compiled for L = 8, d = 128, N = 1,024, T = 4, chunks of k = 128."
+
+
 def report() -> str:
     return f"""\
-{environment()}. Programs compiled for L = 8, d = 128, N = 1,024, T = 4, chunks of k = 128.
-
 A device sends (D - 1)/D of what stands under *sent*. It holds its arguments, P + A, beside what
 stands under *temporary* and *result*; A = N T d / D is the number of activations of one layer. All
 are counts of numbers, four bytes each. The last columns are what the compiled program sends and
 holds over what the formulas say.
 
-#### Parameters on every device
+## Parameters on every device
 
 {check_table(False)}
 
-#### Parameters sharded as the batch is
+## Parameters sharded as the batch is
 
 They are gathered first: one P more is sent and held, two for `J @ v`, whose v is gathered too (the
 chain rule in chunks holds two as well). Arguments and sums take P/D. On GPUs and TPUs, XLA scatters
@@ -309,7 +309,7 @@ as it sums, which sends P where the formula has 2 P; on CPUs it sums and then cu
 
 {check_table(True)}
 
-#### 7 billion parameters on 1,024 devices
+## 7 billion parameters on 1,024 devices
 
 L = 416 matrices of d = 4,096; N = 4,096 sequences of T = 2,048; chunks of one sequence a device;
 sums of sharded parameters are scattered.
@@ -318,21 +318,15 @@ sums of sharded parameters are scattered.
 """
 
 
-def write(path: Path, text: str) -> None:
-    """Put text between the two markers of a file."""
-    before, rest = path.read_text().split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.split(END)[1]}")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", type=Path, help="a Markdown file, to write between its markers")
+    add_save_option(parser, "devices")
     options = parser.parse_args(argv)
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
-    text = report()
-    print(text)
-    if options.write:
-        write(options.write, text)
+    ran_on, tables = f"{environment()}. {PROGRAMS}", report()
+    print(f"{ran_on}\n\n{tables}")
+    if options.save:
+        save(options.save, "Many devices", ran_on, tables)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Time linear combinations of trees against the peers and against a copy of the same bytes.
 
     python benchmarks/linear_combination.py [--leaves 1 100 1000] [--megabytes 10 100 1000]
+        [--save [NAME]]
 
 K trees are combined with K traced coefficients. What is compared is timed in the same run, call by
 call in turn, jitted calls beside jitted ones and eager beside eager; medians are printed, and a
@@ -38,6 +39,7 @@ from _measure import (
     interleaved,
     markdown_table,
 )
+from _results import add_save_option, save
 
 from pytree_grads import Vector, linear_combination
 
@@ -249,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--trees", type=int, default=4, help="K (%(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="a case (%(default)s)")
+    add_save_option(parser, "linear_combination")
     options = parser.parse_args(argv)
     rows, verdicts = [], []
     for megabytes in options.megabytes:
@@ -257,9 +260,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = measure(case, options.seconds)
             rows += rows_of(found)
             verdicts.append(verdict(found))
-    print(f"{environment()}. K = {options.trees} trees of float32; MB are those of all K trees.\n")
-    print(markdown_table(VERDICT, verdicts), "\n")
-    print(markdown_table(HEADER, rows))
+    ran_on = f"{environment()}. K = {options.trees} trees of float32; MB are of all K trees."
+    tables = f"{markdown_table(VERDICT, verdicts)}\n\n{markdown_table(HEADER, rows)}"
+    print(f"{ran_on}\n\n{tables}")
+    if options.save:
+        save(options.save, "Linear combinations", ran_on, tables)
 
 
 if __name__ == "__main__":

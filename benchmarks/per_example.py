@@ -2,7 +2,7 @@
 
     python benchmarks/per_example.py [--only NAME ...] [--quick] [--products clipped gram ...]
         [--peers [NAME ...]] [--no-routes] [--depths [N ...]] [--repeats 5] [--times 1]
-        [--write benchmarks/README.md]
+        [--save [NAME]]
 
 Prints Markdown, and tells what it does meanwhile on the standard error. The ordinary gradient is
 `jax.grad` of the sum of the losses of the batch, which is mapped over with `jax.vmap`; all else is
@@ -13,12 +13,10 @@ may work on microbatches of 8 examples or of 1; `at best` lets ours take such ch
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 from _figures import (
@@ -39,6 +37,7 @@ from _measure import (
     trace_seconds,
 )
 from _models import MODELS, Model, mlp
+from _results import add_save_option, save
 from _ways import PEERS, PRODUCTS, ROUTES, installed, ordinary, ours, peers_with
 
 CHOICES = ("factored", "materialised", "one at a time", "vmap(grad)")  # for the cost model
@@ -49,7 +48,6 @@ TORCH = (
     "same run, and count as such in ÷ best peer; their memory is not known, and – is what they "
     "cannot do."
 )
-BEGIN, END = "<!-- per_example.py: begin -->", "<!-- per_example.py: end -->"
 
 
 @dataclass(frozen=True)
@@ -316,34 +314,29 @@ def versions() -> str:
     return f"{environment()}; {', '.join(told)}."
 
 
-def report(results: Mapping[str, Sequence[Entry]], options: argparse.Namespace) -> str:
-    results = {product: entries for product, entries in results.items() if entries}
+def rounds(options: argparse.Namespace) -> str:
+    """How often it was timed."""
     told = f"Medians of {options.repeats} rounds"
     if options.seconds:
         told += f"; of what can be done in {options.seconds:g} s where ways are nearly the fastest"
-    parts = [f"{versions()} {told}."]
-    parts += ["#### Means and worst cases", summary(results)]
+    return f"{told}."
+
+
+def report(results: Mapping[str, Sequence[Entry]], options: argparse.Namespace) -> str:
+    results = {product: entries for product, entries in results.items() if entries}
+    parts = ["## Means and worst cases", summary(results)]
     for product, entries in results.items():
         title = PRODUCTS[product]
-        parts += [f"#### {title[0].upper()}{title[1:]}", product_table(entries)]
+        parts += [f"## {title[0].upper()}{title[1:]}", product_table(entries)]
     if options.routes:
-        parts += ["#### Routes to the clipped sum"] if "clipped" in results else []
+        parts += ["## Routes to the clipped sum"] if "clipped" in results else []
         parts += [route_table(results["clipped"])] if "clipped" in results else []
         parts.append(choices(results))
         if options.peers and "clipped" in results:
-            parts += ["#### The least memory", memory_against_peers(results["clipped"])]
+            parts += ["## The least memory", memory_against_peers(results["clipped"])]
     if options.depths:
-        parts += ["#### Depth", depth_table(options.depths)]
+        parts += ["## Depth", depth_table(options.depths)]
     return "\n\n".join(parts) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Put text between the two markers of a file."""
-    pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
-    page = path.read_text()
-    if not pattern.search(page):
-        page += f"\n{BEGIN}\n{END}\n"
-    path.write_text(pattern.sub(lambda _: f"\n{text}\n", page))
 
 
 def parse() -> argparse.Namespace:
@@ -363,7 +356,7 @@ def parse() -> argparse.Namespace:
     add("--seconds", type=float, default=4, help="for which the fastest are timed, at least")
     add("--memory-cap", type=float, default=6, help="GiB; what would need more is not run")
     add("--minutes", type=float, default=float("inf"), help="no model is begun after that many")
-    add("--write", type=Path, help="a Markdown file, to write between its markers")
+    add_save_option(parser, "per_example")
     return parser.parse_args()
 
 
@@ -389,10 +382,11 @@ def main() -> None:
             log_progress(f"    {type(error).__name__}: {str(error)[:500]}")
         log_progress(f"    {time.perf_counter() - start:.0f} s")
         jax.clear_caches()
-    text = report(results, options)
-    print(text)
-    if options.write:
-        write(options.write, text)
+    tables = report(results, options)
+    ran_on = f"{versions()} {rounds(options)}"
+    print(f"{ran_on}\n\n{tables}")
+    if options.save:
+        save(options.save, "Per-example products", ran_on, tables)
 
 
 if __name__ == "__main__":
