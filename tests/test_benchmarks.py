@@ -93,8 +93,6 @@ def test_saved_tables_keep_the_title_and_the_notes(benchmarks, monkeypatch, tmp_
     first = path.read_text()
     expected = "# Made\n\nPython 3\n\n    python benchmarks/b.py --only 'a b' --save\n"
     assert first.startswith(expected)
-        "# Made\n\nPython 3\n\n    python benchmarks/b.py --only 'a b' --save\n"
-    )
     assert first.endswith(_results.NOTES + "\n")
     path.write_text(first.replace("# Made", "# Mine") + "\nA note.\n")
     again = _results.save("made", "Made", "Python 4", "| b |\n|---|\n").read_text()
