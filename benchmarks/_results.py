@@ -34,7 +34,14 @@ def save(name: str, title: str, environment: str, tables: str) -> Path:
         page = path.read_text()
         title = page.splitlines()[0].removeprefix("# ")
         notes = page.partition(NOTES)[2].strip()
-    parts = [f"# {title}", environment, f"    {command()}", tables.strip(), NOTES, notes]
+    parts = [
+        f"# {title}",
+        environment,
+        f"    {command()}",
+        tables.strip(),
+        NOTES,
+        notes,
+    ]
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n\n".join(part for part in parts if part) + "\n")
     return path
