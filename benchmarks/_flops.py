@@ -1,7 +1,8 @@
-"""Multiplications and additions of a traced program, with the bodies of loops as often as they run.
+"""Multiplications and additions of a traced program, with loops as often as they run.
 
-XLA's own count takes the body of a loop once, so that a program that moves work out of a scan seems
-to do more. Counted are products of matrices and convolutions, of equations whose result is used.
+XLA's own count takes the body of a loop once, so that a program that moves work out of
+a scan seems to do more. Counted are products of matrices and convolutions, of equations
+whose result is used.
 """
 
 from __future__ import annotations
@@ -29,17 +30,27 @@ def _count_equation(equation: Any) -> float:
     params = equation.params
     if equation.primitive is p.dot_general_p:
         (contracted, _), _ = params["dimension_numbers"]
-        return 2.0 * prod(equation.outvars[0].aval.shape) * prod(shapes[0][i] for i in contracted)
+        return (
+            2.0
+            * prod(equation.outvars[0].aval.shape)
+            * prod(shapes[0][i] for i in contracted)
+        )
     if equation.primitive is p.conv_general_dilated_p:
         kernel = prod(shapes[1]) // shapes[1][params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * prod(equation.outvars[0].aval.shape) * kernel
     bodies = [count(body) for body in _bodies(params)]
     if equation.primitive is p.cond_p:
         return max(bodies)
-    return params.get("length", 1) * sum(bodies) if equation.primitive is p.scan_p else sum(bodies)
+    return (
+        params.get("length", 1) * sum(bodies)
+        if equation.primitive is p.scan_p
+        else sum(bodies)
+    )
 
 
 def _bodies(params: dict[str, Any]) -> list[Jaxpr]:
-    values = [x for v in params.values() for x in (v if isinstance(v, tuple | list) else [v])]
+    values = [
+        x for v in params.values() for x in (v if isinstance(v, tuple | list) else [v])
+    ]
     closed = [x.jaxpr for x in values if isinstance(x, ClosedJaxpr)]
     return closed + [x for x in values if isinstance(x, Jaxpr)]
