@@ -1,8 +1,8 @@
 """Multiplications and additions of a traced program, with loops as often as they run.
 
 XLA's own count takes the body of a loop once, so that a program that moves work out of
-a scan seems to do more. Counted are products of matrices and convolutions, of equations
-whose result is used.
+a scan seems to do more. Counted are products of matrices and convolutions, and what
+else computes a number if it is asked for, of equations whose result is used.
 """
 
 from __future__ import annotations
@@ -13,19 +13,42 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.core import primitives as p
 
+MOVES = {
+    p.bitcast_convert_type_p,
+    p.broadcast_in_dim_p,
+    p.concatenate_p,
+    p.convert_element_type_p,
+    p.copy_p,
+    p.dynamic_slice_p,
+    p.dynamic_update_slice_p,
+    p.gather_p,
+    p.iota_p,
+    p.pad_p,
+    p.reshape_p,
+    p.rev_p,
+    p.slice_p,
+    p.squeeze_p,
+    p.transpose_p,
+}
+MOVES_BY_NAME = {"copy_p", "optimization_barrier", "split"}  # which JAX does not export
 
-def count(jaxpr: Jaxpr) -> float:
-    """Twice the multiplications; a `while` of unknown length counts as one step."""
+
+def count(jaxpr: Jaxpr, *, everything: bool = False) -> float:
+    """Twice the multiplications of products; a `while` counts as one step.
+
+    With `everything`, also one for each entry that is reduced, scattered or computed by
+    itself.
+    """
     total, needed = 0.0, {x for x in jaxpr.outvars if not isinstance(x, Literal)}
     for equation in reversed(jaxpr.eqns):
         if needed.isdisjoint(equation.outvars) and not equation.effects:
             continue
         needed.update(x for x in equation.invars if not isinstance(x, Literal))
-        total += _count_equation(equation)
+        total += _count_equation(equation, everything)
     return total
 
 
-def _count_equation(equation: Any) -> float:
+def _count_equation(equation: Any, everything: bool) -> float:
     shapes = [x.aval.shape for x in equation.invars if hasattr(x.aval, "shape")]
     params = equation.params
     if equation.primitive is p.dot_general_p:
@@ -38,13 +61,20 @@ def _count_equation(equation: Any) -> float:
     if equation.primitive is p.conv_general_dilated_p:
         kernel = prod(shapes[1]) // shapes[1][params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * prod(equation.outvars[0].aval.shape) * kernel
-    bodies = [count(body) for body in _bodies(params)]
+    name = equation.primitive.name
+    if name.startswith("scatter"):
+        return everything * float(prod(shapes[2]))
+    if name.startswith(("reduce", "arg", "cum", "sort")):
+        return everything * float(prod(shapes[0]))
+    bodies = [count(body, everything=everything) for body in _bodies(params)]
     if equation.primitive is p.cond_p:
         return max(bodies)
-    return (
-        params.get("length", 1) * sum(bodies)
-        if equation.primitive is p.scan_p
-        else sum(bodies)
+    if bodies:
+        return sum(bodies) * (params["length"] if equation.primitive is p.scan_p else 1)
+    if not everything or equation.primitive in MOVES or name in MOVES_BY_NAME:
+        return 0.0
+    return float(
+        sum(prod(x.aval.shape) for x in equation.outvars if hasattr(x.aval, "shape"))
     )
 
 

@@ -6,6 +6,7 @@ import gc
 import os
 import platform
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +29,25 @@ class Program:
     compile_seconds: float
     temp_bytes: int
     flops: float  # of products of matrices and convolutions
+    operations: (
+        float  # these, and what is reduced, scattered or computed entry by entry
+    )
 
     @property
     def build_seconds(self) -> float:
         """What it takes from Python to a program that can run."""
         return self.trace_seconds + self.compile_seconds
+
+    def instructions(self) -> str:
+        """The optimised program, with numbers for names and without source locations."""
+        text = re.sub(r", metadata=\{[^}]*\}", "", self.compiled.as_text())
+        lines = "\n".join(re.findall(r"^ +((?:ROOT )?%.* = .*)$", text, re.MULTILINE))
+        numbers: dict[str, str] = {}
+        return re.sub(
+            r"%[\w.-]+",
+            lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"),
+            lines,
+        )
 
     def __call__(self) -> Any:
         return self.compiled(*self.args)
@@ -40,7 +55,10 @@ class Program:
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds of one call, a number per round of a measurement."""
+    """The seconds of one call, a number per round.
+
+    Rounds of one measurement belong together.
+    """
 
     seconds: tuple[float, ...]
 
@@ -56,24 +74,30 @@ class Timing:
         )
 
 
-def compile_program(fun: Callable[..., Any], *args: Any, repeats: int = 1) -> Program:
+def compile_program(
+    fun: Callable[..., Any],
+    *args: Any,
+    repeats: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Program:
     """Trace and compile `fun` for `args`, from empty caches.
 
     Times are medians of `repeats`, or of fewer where these would take more than three
     seconds. They say nothing where a cache on disk (`JAX_COMPILATION_CACHE_DIR`) is in
-    use.
+    use. Those of the clock `time.process_time` are of all cores together, whatever else
+    runs.
     """
     repeats = 1 if jax.config.jax_compilation_cache_dir else repeats
     started = time.perf_counter()
     trace, build = [], []
     for _ in range(repeats):
         jax.clear_caches()
-        start = time.perf_counter()
+        start = clock()
         traced = jax.jit(fun).trace(*args)
-        middle = time.perf_counter()
+        middle = clock()
         compiled = traced.lower().compile()
         trace.append(middle - start)
-        build.append(time.perf_counter() - middle)
+        build.append(clock() - middle)
         if time.perf_counter() - started > 3:
             break
     memory = compiled.memory_analysis()
@@ -84,6 +108,7 @@ def compile_program(fun: Callable[..., Any], *args: Any, repeats: int = 1) -> Pr
         compile_seconds=statistics.median(build),
         temp_bytes=-1 if memory is None else int(memory.temp_size_in_bytes),
         flops=_flops.count(traced.jaxpr.jaxpr),
+        operations=_flops.count(traced.jaxpr.jaxpr, everything=True),
     )
 
 

@@ -22,7 +22,6 @@ combination.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -242,25 +241,13 @@ HEADER = [
 ]
 
 
-def instructions(program: Program) -> str:
-    """The optimised program, with numbers for names and without source locations."""
-    text = re.sub(r", metadata=\{[^}]*\}", "", program.compiled.as_text())
-    lines = re.findall(r"^ +((?:ROOT )?%.* = .*)$", text, re.MULTILINE)
-    numbers: dict[str, str] = {}
-    return re.sub(
-        r"%[\w.-]+",
-        lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"),
-        "\n".join(lines),
-    )
-
-
 def verdict(found: Measured) -> list[str]:
     """Ours against the fastest peer, and against the copy."""
 
     def over_peers(times: dict[str, Timing]) -> str:
         return f"{max(times[OURS].over(times[peer]) for peer in PEERS):.2f}"
 
-    programs = {instructions(program) for program in found.programs.values()}
+    programs = {program.instructions() for program in found.programs.values()}
     return [
         found.case.name,
         over_peers(found.eager),

@@ -3,9 +3,12 @@
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from pytree_grads._engine import thresholds
@@ -81,6 +84,34 @@ def test_every_number_that_the_package_chooses_by_is_timed_on_both_sides(benchma
     # Those that no time depends on are limits to the size of a program.
     assert names - taken.keys() == {"MOST_SUMMANDS", "MOST_OFFSETS"}
     assert all(sides == {True, False} for sides in taken.values())
+
+
+def test_operations_are_counted_as_often_as_they_run(benchmarks):
+    import _flops
+
+    def fun(x):
+        unused = x @ x
+        return jax.lax.scan(lambda c, _: (jnp.tanh(c @ x).T, jnp.sum(c)), x, length=3), unused
+
+    jaxpr = jax.make_jaxpr(lambda x: fun(x)[0])(jnp.ones((4, 4))).jaxpr
+    assert _flops.count(jaxpr) == 3 * 2 * 4**3
+    assert _flops.count(jaxpr, everything=True) == 3 * (2 * 4**3 + 4**2 + 4**2)
+
+
+def test_programs_above_what_they_were_are_listed(benchmarks):
+    import programs
+
+    old = programs.Entry(100.0, 50.0, 0, 1.0, 2.0, "a")
+    found = programs.Found(
+        {"same": old, "worse": old, "gone": old},
+        {"same": old, "worse": replace(old, operations=103.0, temp_bytes=8, instructions="b")},
+        {"worse": [(1.0, 2.0), (2.0, 3.0), (1.0, 1.5)]},
+    )
+    told = programs.comparison(found)
+    assert "2 programs, 1 of them the same." in told
+    assert "Above 1.01: 1.\n\n- worse: operations 1.030, products 1.000, memory inf" in told
+    assert "Only old: gone." in told
+    assert "Mean ratio of the time of a call: 1.500." in told
 
 
 def test_saved_tables_keep_the_title_and_the_notes(benchmarks, monkeypatch, tmp_path):
