@@ -39,7 +39,7 @@ class Program:
         return self.trace_seconds + self.compile_seconds
 
     def instructions(self) -> str:
-        """The optimised program, with numbers for names and without source locations."""
+        """The optimised program, with numbers for names, without source lines."""
         text = re.sub(r", metadata=\{[^}]*\}", "", self.compiled.as_text())
         lines = "\n".join(re.findall(r"^ +((?:ROOT )?%.* = .*)$", text, re.MULTILINE))
         numbers: dict[str, str] = {}

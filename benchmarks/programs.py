@@ -212,7 +212,7 @@ class Worker:
         return self._run(_build, case, repeats)
 
     def call(self, case: Case, times: int) -> float:
-        """The seconds of a call of the last program that was built, of several in a row."""
+        """The seconds of a call of the last program built, of several in a row."""
         return self._run(_call, case, times)
 
 
