@@ -16,8 +16,10 @@ from _measure import Program, compile_program, human_bytes, interleaved
 
 LONG = 15  # seconds; what would take longer is not run to its end
 LARGE = 1 << 29  # bytes; what needs more is tried on an eighth of the batch first
-SLOW = 5  # times the ordinary gradient; what is slower is timed once, apart from the others
-NEAR = 1.3  # times the fastest way; what is no slower is timed for longer, for a fair comparison
+# Times the ordinary gradient; what is slower is timed once, apart from the others.
+SLOW = 5
+# Times the fastest way; what is no slower is timed for longer.
+NEAR = 1.3
 
 
 Way = Callable[[Problem], Callable[..., Any]]
@@ -67,8 +69,9 @@ def measure(
 ) -> tuple[float, dict[str, Figure]]:
     """The seconds of the ordinary gradient, and the figures of all ways.
 
-    `cap` bounds the temporary memory, in bytes, of what is run. The ways in `careful` are compiled
-    as often as the ordinary gradient was, for the sake of the time that this takes.
+    `cap` bounds the temporary memory, in bytes, of what is run. The ways in `careful`
+    are compiled as often as the ordinary gradient was, for the sake of the time that
+    this takes.
     """
     programs: dict[str, Program] = {}
     failed: dict[str, Figure] = {}
@@ -79,7 +82,9 @@ def measure(
             )
         except Exception as error:
             log_progress(f"    {name}: {type(error).__name__}: {str(error)[:300]}")
-            failed[name] = Figure(None, *[float("nan")] * 3, -1, f"({type(error).__name__})")
+            failed[name] = Figure(
+                None, *[float("nan")] * 3, -1, f"({type(error).__name__})"
+            )
     once = interleaved({"ordinary": base}, seconds=0, rounds=2)["ordinary"].median
     run: dict[str, float] = {}
     notes: dict[str, str] = {}
@@ -123,8 +128,9 @@ def multiples(
 ) -> tuple[float, dict[str, float]]:
     """The seconds of `base`, and those of cases as multiples of it.
 
-    Beside a case stand the seconds of its first call. Slow cases are not called many times more;
-    those that are nearly the fastest are timed once more, for `seconds` or longer.
+    Beside a case stand the seconds of its first call. Slow cases are not called many
+    times more; those that are nearly the fastest are timed once more, for `seconds` or
+    longer.
     """
     once = interleaved({"ordinary": base}, seconds=0, rounds=2)["ordinary"].median
     fast: dict[str, Case] = {}
@@ -138,7 +144,9 @@ def multiples(
             fast[name] = case
     taken = interleaved({"ordinary": base, **fast}, seconds=0, rounds=rounds)
     found = {name: taken[name].over(taken["ordinary"]) for name in fast}
-    near = {name: fast[name] for name, x in found.items() if x <= NEAR * min(found.values())}
+    near = {
+        name: fast[name] for name, x in found.items() if x <= NEAR * min(found.values())
+    }
     if near and seconds:
         taken = interleaved({"ordinary": base, **near}, seconds=seconds, rounds=rounds)
         found |= {name: taken[name].over(taken["ordinary"]) for name in near}
@@ -179,7 +187,9 @@ def geometric_mean(values: Iterable[float]) -> float:
     return exp(sum(logs) / len(logs)) if logs else float("nan")
 
 
-def over_families(values: Mapping[str, float | None], families: Mapping[str, str]) -> float:
+def over_families(
+    values: Mapping[str, float | None], families: Mapping[str, str]
+) -> float:
     """The geometric mean over families of the geometric means over their members."""
     groups: dict[str, list[float]] = {}
     for name, x in values.items():

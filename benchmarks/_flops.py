@@ -1,8 +1,8 @@
-"""Multiplications and additions of a traced program, with the bodies of loops as often as they run.
+"""Multiplications and additions of a traced program, with loops as often as they run.
 
-XLA's own count takes the body of a loop once, so that a program that moves work out of a scan seems
-to do more. Counted are products of matrices and convolutions, and what else computes a number if it
-is asked for, of equations whose result is used.
+XLA's own count takes the body of a loop once, so that a program that moves work out of
+a scan seems to do more. Counted are products of matrices and convolutions, and what
+else computes a number if it is asked for, of equations whose result is used.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ MOVES_BY_NAME = {"copy_p", "optimization_barrier", "split"}  # which JAX does no
 
 
 def count(jaxpr: Jaxpr, *, everything: bool = False) -> float:
-    """Twice the multiplications of products; a `while` of unknown length counts as one step.
+    """Twice the multiplications of products; a `while` counts as one step.
 
-    With `everything`, also one for each entry that is reduced, scattered or computed by itself.
+    With `everything`, also one for each entry that is reduced, scattered or computed by
+    itself.
     """
     total, needed = 0.0, {x for x in jaxpr.outvars if not isinstance(x, Literal)}
     for equation in reversed(jaxpr.eqns):
@@ -52,7 +53,11 @@ def _count_equation(equation: Any, everything: bool) -> float:
     params = equation.params
     if equation.primitive is p.dot_general_p:
         (contracted, _), _ = params["dimension_numbers"]
-        return 2.0 * prod(equation.outvars[0].aval.shape) * prod(shapes[0][i] for i in contracted)
+        return (
+            2.0
+            * prod(equation.outvars[0].aval.shape)
+            * prod(shapes[0][i] for i in contracted)
+        )
     if equation.primitive is p.conv_general_dilated_p:
         kernel = prod(shapes[1]) // shapes[1][params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * prod(equation.outvars[0].aval.shape) * kernel
@@ -68,10 +73,14 @@ def _count_equation(equation: Any, everything: bool) -> float:
         return sum(bodies) * (params["length"] if equation.primitive is p.scan_p else 1)
     if not everything or equation.primitive in MOVES or name in MOVES_BY_NAME:
         return 0.0
-    return float(sum(prod(x.aval.shape) for x in equation.outvars if hasattr(x.aval, "shape")))
+    return float(
+        sum(prod(x.aval.shape) for x in equation.outvars if hasattr(x.aval, "shape"))
+    )
 
 
 def _bodies(params: dict[str, Any]) -> list[Jaxpr]:
-    values = [x for v in params.values() for x in (v if isinstance(v, tuple | list) else [v])]
+    values = [
+        x for v in params.values() for x in (v if isinstance(v, tuple | list) else [v])
+    ]
     closed = [x.jaxpr for x in values if isinstance(x, ClosedJaxpr)]
     return closed + [x for x in values if isinstance(x, Jaxpr)]

@@ -14,7 +14,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Problem:
-    """`fun(params, *shared, *example)` is a scalar; `batch` holds the examples, stacked."""
+    """`fun(params, *shared, *example)` is a scalar.
+
+    `batch` holds the stacked examples.
+    """
 
     fun: Callable[..., jax.Array]
     params: Any
@@ -39,7 +42,9 @@ class Problem:
 
     def repeated(self, times: int) -> Problem:
         """The problem with every example as many times, one after another."""
-        return replace(self, batch=tuple(jnp.repeat(x, times, axis=0) for x in self.batch))
+        return replace(
+            self, batch=tuple(jnp.repeat(x, times, axis=0) for x in self.batch)
+        )
 
     @property
     def parameters(self) -> int:
@@ -56,7 +61,7 @@ class Draw:
         return jnp.asarray(self.rng.standard_normal(shape, dtype="float32"))
 
     def weight(self, *shape: int, fan: int | None = None) -> jax.Array:
-        """Weights that keep the size of what passes; `fan` inputs, by default all axes but one."""
+        """Weights that keep the scale; `fan` inputs, by default all axes but one."""
         return self(*shape) * float(fan or max(1, np.prod(shape[:-1]))) ** -0.5
 
     def ints(self, high: int, *shape: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Measures of JAX programs: interleaved medians, compile time, temporary memory and FLOPs."""
+"""Measures of JAX programs: interleaved medians, compile time, memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled function, the arguments it was compiled for, and what the compiler said of it."""
+    """A compiled function, its arguments, and what the compiler said of it."""
 
     compiled: Callable[..., Any]
     args: tuple[Any, ...]
@@ -29,7 +29,9 @@ class Program:
     compile_seconds: float
     temp_bytes: int
     flops: float  # of products of matrices and convolutions
-    operations: float  # these, and what is reduced, scattered or computed entry by entry
+    operations: (
+        float  # these, and what is reduced, scattered or computed entry by entry
+    )
 
     @property
     def build_seconds(self) -> float:
@@ -37,12 +39,14 @@ class Program:
         return self.trace_seconds + self.compile_seconds
 
     def instructions(self) -> str:
-        """The optimised program, with numbers for names and no word of where its source stands."""
+        """The optimised program, with numbers for names, without source lines."""
         text = re.sub(r", metadata=\{[^}]*\}", "", self.compiled.as_text())
         lines = "\n".join(re.findall(r"^ +((?:ROOT )?%.* = .*)$", text, re.MULTILINE))
         numbers: dict[str, str] = {}
         return re.sub(
-            r"%[\w.-]+", lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"), lines
+            r"%[\w.-]+",
+            lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"),
+            lines,
         )
 
     def __call__(self) -> Any:
@@ -51,7 +55,10 @@ class Program:
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds of one call, a number per round; rounds of one measurement belong together."""
+    """The seconds of one call, a number per round.
+
+    Rounds of one measurement belong together.
+    """
 
     seconds: tuple[float, ...]
 
@@ -60,9 +67,10 @@ class Timing:
         return statistics.median(self.seconds)
 
     def over(self, other: Timing) -> float:
-        """The median, over rounds, of this time divided by the other's in the same round."""
+        """The median over rounds of this time divided by the other's."""
         return statistics.median(
-            mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)
+            mine / theirs
+            for mine, theirs in zip(self.seconds, other.seconds, strict=True)
         )
 
 
@@ -74,9 +82,10 @@ def compile_program(
 ) -> Program:
     """Trace and compile `fun` for `args`, from empty caches.
 
-    Times are medians of `repeats`, or of fewer where these would take more than three seconds. They
-    say nothing where a cache on disk (`JAX_COMPILATION_CACHE_DIR`) is in use. Those of the clock
-    `time.process_time` are of all cores together, whatever else runs.
+    Times are medians of `repeats`, or of fewer where these would take more than three
+    seconds. They say nothing where a cache on disk (`JAX_COMPILATION_CACHE_DIR`) is in
+    use. Those of the clock `time.process_time` are of all cores together, whatever else
+    runs.
     """
     repeats = 1 if jax.config.jax_compilation_cache_dir else repeats
     started = time.perf_counter()
@@ -116,11 +125,12 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time every case once per round, each round in a shuffled order.
 
-    What else the machine does then falls on all cases alike, and so does what a case leaves behind
-    for the next (a cold cache, freed memory). Where one ends too soon for the clock, all are called
-    several times in each round, and equally often, for a call in a row is faster than one alone;
-    fewer times only where that would take a tenth of a second. At least `rounds` rounds are run,
-    and more until about `seconds` have passed.
+    What else the machine does then falls on all cases alike, and so does what a case
+    leaves behind for the next (a cold cache, freed memory). Where one ends too soon for
+    the clock, all are called several times in each round, and equally often, for a call
+    in a row is faster than one alone; fewer times only where that would take a tenth of
+    a second. At least `rounds` rounds are run, and more until about `seconds` have
+    passed.
     """
     names = list(cases)
     for name in names:
@@ -163,7 +173,7 @@ def environment() -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns: the first to the left, the others to the right."""
+    """A Markdown table with the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

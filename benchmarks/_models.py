@@ -1,6 +1,7 @@
-"""Models to measure: per-example losses as one writes them, each with parameters and a batch.
+"""Models to measure: per-example losses, each with parameters and a batch.
 
-Nothing here is written for the package: the losses are plain `jax.numpy`, scans and convolutions.
+Nothing here is written for the package: the losses are plain `jax.numpy`, scans and
+convolutions.
 """
 
 from __future__ import annotations
@@ -41,13 +42,17 @@ def task_heads(draw: Draw, tasks: int, n: int, d: int = 512) -> Problem:
         ]
         return sum(losses)
 
-    heads = [{"hidden": draw.dense(d, 32), "out": draw.dense(32, 5)} for _ in range(tasks)]
+    heads = [
+        {"hidden": draw.dense(d, 32), "out": draw.dense(32, 5)} for _ in range(tasks)
+    ]
     params = {"trunk": [draw.dense(256, d), draw.dense(d, d)], "heads": heads}
     return Problem(fun, params, (draw(n, 256), draw.ints(5, n, tasks)))
 
 
-def deep_sets(draw: Draw, n: int, members: int = 64, groups: int = 8, d: int = 128) -> Problem:
-    """Members of groups are embedded and added up by group, and the groups once more."""
+def deep_sets(
+    draw: Draw, n: int, members: int = 64, groups: int = 8, d: int = 128
+) -> Problem:
+    """Members are embedded and added up by group, and the groups once more."""
 
     def fun(p, x, group, label):
         x = jax.nn.relu(dense(p["inner"][1], jax.nn.relu(dense(p["inner"][0], x))))
@@ -79,11 +84,21 @@ class Model:
         if times == 1:
             return self
         name = re.sub(r"(?<=N=)\d+", lambda size: str(times * int(size[0])), self.name)
-        return replace(self, name=name, build=lambda draw: self.build(draw).repeated(times))
+        return replace(
+            self, name=name, build=lambda draw: self.build(draw).repeated(times)
+        )
 
 
-def _model(name: str, build: Callable[..., Problem], *shape: Any, quick: bool = False, **options):
-    family = build.__name__ + "".join(f" {key}" for key in options if options[key] is True)
+def _model(
+    name: str,
+    build: Callable[..., Problem],
+    *shape: Any,
+    quick: bool = False,
+    **options,
+):
+    family = build.__name__ + "".join(
+        f" {key}" for key in options if options[key] is True
+    )
     return Model(name, family, lambda draw: build(draw, *shape, **options), quick)
 
 
@@ -102,14 +117,29 @@ MODELS = [
     _model("LSTM, 64 steps, 128 units, N=32", lstm, 64, 128, 32),
     _model("GRU, 16 steps, 512 units, N=32", gru, 16, 512, 32),
     _model("state space, 256 steps, N=16", state_space, 256, 16),
-    _model("embedding bag, 20,000 words, N=256", embedding_bag, 20_000, 64, 64, 256, quick=True),
+    _model(
+        "embedding bag, 20,000 words, N=256",
+        embedding_bag,
+        20_000,
+        64,
+        64,
+        256,
+        quick=True,
+    ),
     _model("next of 50,000 words, N=64", next_word, 50_000, 64, 8, 64),
     _model("transformer, list, T=64, N=32", transformer, 64, 32),
     _model("transformer, list, T=16, N=64", transformer, 16, 64),
     _model("transformer, list, T=256, N=8", transformer, 256, 8),
     _model("transformer, remat list, T=64, N=16", transformer, 64, 16, remat=True),
     _model("transformer, scan, T=64, N=32", transformer, 64, 32, scan=True),
-    _model("transformer, remat scan, T=64, N=32", transformer, 64, 32, scan=True, remat=True),
+    _model(
+        "transformer, remat scan, T=64, N=32",
+        transformer,
+        64,
+        32,
+        scan=True,
+        remat=True,
+    ),
     _model(
         "tied language model, T=32, N=16",
         transformer,

@@ -40,7 +40,10 @@ def gru(draw: Draw, steps: int, units: int, n: int) -> Problem:
         inputs = dense(p["in"], xs)
 
         def step(h, x):
-            (r, z, g), (r_h, z_h, g_h) = jnp.split(x, 3), jnp.split(dense(p["rec"], h), 3)
+            (r, z, g), (r_h, z_h, g_h) = (
+                jnp.split(x, 3),
+                jnp.split(dense(p["rec"], h), 3),
+            )
             r, z = jax.nn.sigmoid(r + r_h), jax.nn.sigmoid(z + z_h)
             return z * h + (1 - z) * jnp.tanh(g + r * g_h), None
 
@@ -71,7 +74,12 @@ def state_space(draw: Draw, t: int, n: int, layers: int = 3, d: int = 64) -> Pro
         return cross_entropy(dense(p["out"], jnp.mean(x, axis=0)), label)
 
     layers_of = [
-        {"decay": 2 + draw(d), "in": draw.weight(d, d), "skip": draw(d), "out": draw.weight(d, d)}
+        {
+            "decay": 2 + draw(d),
+            "in": draw.weight(d, d),
+            "skip": draw(d),
+            "out": draw.weight(d, d),
+        }
         for _ in range(layers)
     ]
     params = {"encode": draw.dense(8, d), "layers": layers_of, "out": draw.dense(d, 10)}
@@ -83,12 +91,16 @@ def embedding_bag(draw: Draw, vocabulary: int, d: int, words: int, n: int) -> Pr
         x = jnp.mean(p["embed"][words], axis=0)
         return cross_entropy(jax.nn.relu(x @ p["hidden"]) @ p["out"], label)
 
-    params = {"embed": draw(vocabulary, d), "hidden": draw.weight(d, d), "out": draw.weight(d, 20)}
+    params = {
+        "embed": draw(vocabulary, d),
+        "hidden": draw.weight(d, d),
+        "out": draw.weight(d, 20),
+    }
     return Problem(fun, params, (draw.ints(vocabulary, n, words), draw.ints(20, n)))
 
 
 def next_word(draw: Draw, vocabulary: int, d: int, context: int, n: int) -> Problem:
-    """One word from those before it: a large vocabulary on either side of a small network."""
+    """The next word: a large vocabulary on either side of a small network."""
 
     def fun(p, words, label):
         x = p["embed"][words].reshape(-1)
@@ -96,4 +108,6 @@ def next_word(draw: Draw, vocabulary: int, d: int, context: int, n: int) -> Prob
 
     params = {"embed": draw(vocabulary, d), "hidden": draw.dense(context * d, d)}
     params["out"] = draw.weight(d, vocabulary)
-    return Problem(fun, params, (draw.ints(vocabulary, n, context), draw.ints(vocabulary, n)))
+    return Problem(
+        fun, params, (draw.ints(vocabulary, n, context), draw.ints(vocabulary, n))
+    )

@@ -1,4 +1,4 @@
-"""Torch counterparts of models: the same losses with the same parameters, of torch's own layers.
+"""Torch counterparts of models: the same losses and parameters, in torch's layers.
 
 A counterpart is a module that takes the batch and gives the losses of its examples.
 """
@@ -43,11 +43,15 @@ def _layer_norm(p: Any) -> nn.Module:
 
 def _conv(p: Any) -> nn.Module:
     height, width, channels, filters = p["w"].shape
-    layer = nn.Conv2d(channels, filters, (height, width), padding=(height // 2, width // 2))
+    layer = nn.Conv2d(
+        channels, filters, (height, width), padding=(height // 2, width // 2)
+    )
     return _filled(layer, weight=p["w"].transpose(3, 2, 0, 1), bias=p["b"])
 
 
-def _recurrent(kind: type[nn.RNNBase], w_x: Any, w_h: Any, b_x: Any, b_h: Any = None) -> nn.RNNBase:
+def _recurrent(
+    kind: type[nn.RNNBase], w_x: Any, w_h: Any, b_x: Any, b_h: Any = None
+) -> nn.RNNBase:
     """Torch has two biases; where there is one, the other is zero and stays so."""
     layer = kind(w_x.shape[0], w_h.shape[0], batch_first=True)
     b = np.zeros_like(b_x) if b_h is None else b_h
@@ -65,7 +69,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.reshape(len(labels), -1).mean(1)
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
@@ -95,7 +99,9 @@ class TaskHeads(nn.Module):
         for layer in self.trunk:
             x = _gelu(layer(x))
         heads = zip(self.hidden, self.out, labels.unbind(1), strict=True)
-        return sum(_cross_entropy(out(torch.tanh(hid(x))), label) for hid, out, label in heads)
+        return sum(
+            _cross_entropy(out(torch.tanh(hid(x))), label) for hid, out, label in heads
+        )
 
 
 class DeepSets(nn.Module):
@@ -104,7 +110,11 @@ class DeepSets(nn.Module):
     def __init__(self, params: Any, groups: int = 8):
         super().__init__()
         self.inner = nn.ModuleList(map(_dense, params["inner"]))
-        self.outer, self.out, self.groups = _dense(params["outer"]), _dense(params["out"]), groups
+        self.outer, self.out, self.groups = (
+            _dense(params["outer"]),
+            _dense(params["out"]),
+            groups,
+        )
 
     def forward(self, x: Tensor, group: Tensor, label: Tensor) -> Tensor:
         for layer in self.inner:
@@ -133,7 +143,9 @@ def rnn(p: Any) -> nn.Module:
 def lstm(p: Any) -> nn.Module:
     w, b = np.asarray(p["cell"]["w"]), np.asarray(p["cell"]["b"])
     units = len(b) // 4
-    forget = np.repeat(np.float32([0, 1, 0, 0]), units)  # the 1 that the model adds in its loss
+    forget = np.repeat(
+        np.float32([0, 1, 0, 0]), units
+    )  # the 1 that the model adds in its loss
     cell = _recurrent(nn.LSTM, w[:-units], w[-units:], b + forget)
     return Recurrent(cell, _dense(p["out"]))
 
@@ -153,7 +165,9 @@ class EmbeddingBag(nn.Module):
         self.hidden, self.out = _linear(params["hidden"]), _linear(params["out"])
 
     def forward(self, words: Tensor, label: Tensor) -> Tensor:
-        return _cross_entropy(self.out(F.relu(self.hidden(self.embed(words).mean(1)))), label)
+        return _cross_entropy(
+            self.out(F.relu(self.hidden(self.embed(words).mean(1)))), label
+        )
 
 
 class NextWord(nn.Module):
@@ -174,7 +188,11 @@ class Block(nn.Module):
 
     def __init__(self, p: Any, heads: int = 4):
         super().__init__()
-        self.norm1, self.norm2, self.heads = _layer_norm(p["norm1"]), _layer_norm(p["norm2"]), heads
+        self.norm1, self.norm2, self.heads = (
+            _layer_norm(p["norm1"]),
+            _layer_norm(p["norm2"]),
+            heads,
+        )
         self.qkv, self.out = _linear(p["qkv"]), _linear(p["out"])
         self.up, self.down = _dense(p["up"]), _dense(p["down"])
 
@@ -187,19 +205,25 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Counterpart of `transformer` with a list of layers; also with a weight that is tied."""
+    """Counterpart of `transformer` with a list of layers, or with a tied weight."""
 
     def __init__(self, params: Any):
         super().__init__()
-        self.embed, self.positions = _embedding(params["embed"]), _embedding(params["positions"])
+        self.embed, self.positions = (
+            _embedding(params["embed"]),
+            _embedding(params["positions"]),
+        )
         self.layers = nn.ModuleList(map(Block, params["layers"]))
         self.norm = _layer_norm(params["norm"])
         self.unembed = _linear(params["unembed"]) if "unembed" in params else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         words = tokens[:, :-1].contiguous()  # Opacus asks for it
-        # positions for each example, for by their first axis Opacus tells examples apart
-        x = self.embed(words) + self.positions(torch.arange(words.shape[1]).repeat(len(words), 1))
+        # positions for each example, for by their first axis Opacus tells examples
+        # apart
+        x = self.embed(words) + self.positions(
+            torch.arange(words.shape[1]).repeat(len(words), 1)
+        )
         for layer in self.layers:
             x = layer(x)
         x = self.norm(x)
@@ -211,10 +235,10 @@ class Transformer(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Counterpart of `small_conv_net`, with channels before height and width, as torch has them.
+    """Counterpart of `small_conv_net`, with channels before height and width.
 
-    Opacus gives wrong rows, without a word, of convolutions of images that lie in memory with their
-    channels last. So they are laid out anew.
+    Opacus gives wrong rows, without a word, of convolutions of images that lie in
+    memory with their channels last. So they are laid out anew.
     """
 
     def __init__(self, params: Any, shape: tuple[int, int, int] = (7, 7, 32)):
@@ -241,7 +265,9 @@ class MixerLayer(nn.Module):
         self.up, self.down = _dense(p["up"]), _dense(p["down"])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.rows2(_gelu(self.rows1(self.norm1(x).transpose(1, 2)))).transpose(1, 2)
+        x = x + self.rows2(_gelu(self.rows1(self.norm1(x).transpose(1, 2)))).transpose(
+            1, 2
+        )
         return x + self.down(_gelu(self.up(self.norm2(x))))
 
 

@@ -1,4 +1,4 @@
-"""The peers of PyTorch, each against torch's own ordinary gradient of the same model."""
+"""The peers of PyTorch, each against torch's ordinary gradient of the same model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from _torch_models import COUNTERPARTS, tensor
 from _ways import MAX_NORM
 from torch import Tensor, nn
 
-TOLERANCE = 1e-4  # of a product, against that of rows; over the largest entry of the leaf
+TOLERANCE = (
+    1e-4  # of a product, against that of rows; over the largest entry of the leaf
+)
 Batch = tuple[Tensor, ...]
 
 
@@ -47,13 +49,15 @@ def _by_rows(module: nn.Module, batch: Batch, product: str) -> list[Tensor]:
     total = [torch.zeros_like(p) for p in parameters]
     for example in zip(*(x.split(1) for x in batch), strict=True):
         row = torch.autograd.grad(module(*example).sum(), parameters)
-        factor = min(1.0, MAX_NORM / float(torch.cat([x.flatten() for x in row]).norm()))
+        factor = min(
+            1.0, MAX_NORM / float(torch.cat([x.flatten() for x in row]).norm())
+        )
         for x, y in zip(total, row, strict=True):
             x += y**2 if product == "square" else factor * y
     return total
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Opacus
 
 
@@ -64,7 +68,9 @@ def _for_opacus(module: nn.Module) -> nn.Module:
     twins = {nn.RNN: DPRNN, nn.LSTM: DPLSTM, nn.GRU: DPGRU}
     for name, layer in list(module.named_children()):
         if type(layer) in twins:
-            twin = twins[type(layer)](layer.input_size, layer.hidden_size, batch_first=True)
+            twin = twins[type(layer)](
+                layer.input_size, layer.hidden_size, batch_first=True
+            )
             twin.load_state_dict(layer.state_dict())
             own = dict(layer.named_parameters())
             for key, p in twin.named_parameters():
@@ -74,7 +80,7 @@ def _for_opacus(module: nn.Module) -> nn.Module:
 
 
 def _opacus_ghost(module: nn.Module, batch: Batch) -> Case:
-    """Ghost clipping: norms by a backward pass, and another one with the losses weighted."""
+    """Ghost clipping: a backward pass for norms, another with weighted losses."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
     from opacus.optimizers import DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
@@ -87,7 +93,9 @@ def _opacus_ghost(module: nn.Module, batch: Batch) -> Case:
 
     def run():
         optimizer.zero_grad(set_to_none=True)
-        DPTensorFastGradientClipping(module, optimizer, module(*batch), "sum").backward()
+        DPTensorFastGradientClipping(
+            module, optimizer, module(*batch), "sum"
+        ).backward()
         return [p.grad for p in parameters]
 
     return run
@@ -121,7 +129,7 @@ def _noiseless(kind: type, module: nn.Module) -> Any:
     )
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # BackPACK
 
 
@@ -162,7 +170,7 @@ def _backpack_square(module: nn.Module, batch: Batch) -> Case:
     return run
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 PEERS: dict[str, dict[str, Callable[[nn.Module, Batch], Case]]] = {  # by product
     "clipped": {
@@ -178,11 +186,15 @@ WITH_ROWS = ("Opacus hooks",)
 def figures(
     family: str, problem: Problem, product: str, *, rounds: int, cap: float
 ) -> dict[str, Figure]:
-    """Figures of the peers that are installed, for a product of a model that has a counterpart.
+    """Figures of the installed peers, for a product of a model with a counterpart.
 
     They know no memory, FLOPs and compilation. What gives a wrong result is not timed.
     """
-    if family not in COUNTERPARTS or product not in PEERS or jax.default_backend() != "cpu":
+    if (
+        family not in COUNTERPARTS
+        or product not in PEERS
+        or jax.default_backend() != "cpu"
+    ):
         return {}
     torch.set_num_threads(os.cpu_count() or 1)
     module = COUNTERPARTS[family](problem.params)
@@ -197,7 +209,9 @@ def figures(
             notes[name] = f"about {human_bytes(rows)}"
             continue
         try:
-            with warnings.catch_warnings(action="ignore"):  # of modules that cannot be handled
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # of modules that cannot be handled
                 case = peer(deepcopy(module), batch)
                 found, seconds = timed(case)
         except ImportError:
@@ -220,7 +234,9 @@ def figures(
         log_progress(f"    torch's own ordinary gradient, {human_seconds(seconds)}")
     unknown = float("nan")
     return {
-        name: Figure(times.get(name), unknown, unknown, unknown, -1, notes.get(name, ""))
+        name: Figure(
+            times.get(name), unknown, unknown, unknown, -1, notes.get(name, "")
+        )
         for name in PEERS[product]
         if name in times or name in notes
     }

@@ -6,7 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from _layers import Draw, Problem, cross_entropy, dense, layer_norm, norm_params, stacked
+from _layers import (
+    Draw,
+    Problem,
+    cross_entropy,
+    dense,
+    layer_norm,
+    norm_params,
+    stacked,
+)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
@@ -46,7 +54,9 @@ def transformer(
     def fun(p, tokens):
         x = p["embed"][tokens[:-1]] + p["positions"]
         if scan:
-            x, _ = jax.lax.scan(lambda x, layer: (block(layer, x), None), x, p["layers"])
+            x, _ = jax.lax.scan(
+                lambda x, layer: (block(layer, x), None), x, p["layers"]
+            )
         else:
             for layer in p["layers"]:
                 x = block(layer, x)
@@ -65,7 +75,9 @@ def transformer(
     return Problem(fun, params, (draw.ints(vocabulary, n, t + 1),))
 
 
-def mixture_of_experts(draw: Draw, t: int, n: int, experts: int = 8, d: int = 128) -> Problem:
+def mixture_of_experts(
+    draw: Draw, t: int, n: int, experts: int = 8, d: int = 128
+) -> Problem:
     """Every token goes to all experts, weighted by its router."""
 
     def layer(p, x):
@@ -88,11 +100,15 @@ def mixture_of_experts(draw: Draw, t: int, n: int, experts: int = 8, d: int = 12
         for _ in range(2)
     ]
     return Problem(
-        fun, {"layers": layers, "out": draw.dense(d, 10)}, (draw(n, t, d), draw.ints(10, n))
+        fun,
+        {"layers": layers, "out": draw.dense(d, 10)},
+        (draw(n, t, d), draw.ints(10, n)),
     )
 
 
-def low_rank_adapters(draw: Draw, t: int, n: int, d: int = 256, rank: int = 8) -> Problem:
+def low_rank_adapters(
+    draw: Draw, t: int, n: int, d: int = 256, rank: int = 8
+) -> Problem:
     """Attention layers whose projections are frozen, with adapters that are learned."""
 
     def fun(p, frozen, x, label):
@@ -102,11 +118,14 @@ def low_rank_adapters(draw: Draw, t: int, n: int, d: int = 256, rank: int = 8) -
                 for i, m in enumerate(jnp.split(w["qkv"], 3, axis=1))
             ]
             x = x + attention(*projected, heads=4) @ w["out"]
-            x = x + dense(w["down"], jax.nn.gelu(dense(w["up"], layer_norm(w["norm2"], x))))
+            x = x + dense(
+                w["down"], jax.nn.gelu(dense(w["up"], layer_norm(w["norm2"], x)))
+            )
         return cross_entropy(dense(p["out"], jnp.mean(x, axis=0)), label)
 
     adapters = [
-        {"down": draw.weight(3, d, rank, fan=d), "up": 0.01 * draw(3, rank, d)} for _ in range(4)
+        {"down": draw.weight(3, d, rank, fan=d), "up": 0.01 * draw(3, rank, d)}
+        for _ in range(4)
     ]
     frozen = [block_params(draw, d) for _ in range(4)]
     params = {"layers": adapters, "out": draw.dense(d, 10)}

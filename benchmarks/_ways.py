@@ -1,6 +1,7 @@
-"""The ways to a product with per-example gradients: ours, by each route, and those of the peers.
+"""Ways to a product with per-example gradients: ours, by each route, and the peers'.
 
-A way takes a problem and the name of a product, and gives a function of the problem's arguments.
+A way takes a problem and the name of a product, and gives a function of the problem's
+arguments.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def weights(problem: Problem) -> jax.Array:
     return jnp.linspace(-1, 2, problem.size, dtype="float32")
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Ours
 
 
@@ -78,7 +79,9 @@ def by_route(problem: Problem, product: str, route: Any) -> Callable[..., Any]:
 
     def run(*args):
         batch = resolve(problem.fun, args, {}, 0, problem.in_axes)
-        source = Source.of(problem.fun, batch, has_aux=False, chunk_size=None, many=False)
+        source = Source.of(
+            problem.fun, batch, has_aux=False, chunk_size=None, many=False
+        )
         made = source.factor(batch, route)
         outputs = Outputs.of(made.output_avals)
         J = Jacobian(Rows.of(source, made.leaves, outputs.rows(batch.size)), outputs)
@@ -97,7 +100,7 @@ ROUTES: dict[str, Callable[[Problem, str], Callable[..., Any]]] = {
 }
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # The peers
 
 
@@ -112,7 +115,9 @@ def by_rows(problem: Problem, product: str) -> Callable[..., Any]:
                 factors = jnp.minimum(1, MAX_NORM / norms)
                 return jax.tree.map(lambda x: jnp.tensordot(factors, x, 1), rows), norms
             case "weighted":
-                return jax.tree.map(lambda x: jnp.tensordot(weights(problem), x, 1), rows)
+                return jax.tree.map(
+                    lambda x: jnp.tensordot(weights(problem), x, 1), rows
+                )
             case "gram":
                 flat = [x.reshape(problem.size, -1) for x in jax.tree.leaves(rows)]
                 return sum(x @ x.T for x in flat)
@@ -129,7 +134,9 @@ def with_optax(problem: Problem, product: str) -> Callable[..., Any]:
 
     def run(*args):
         rows = jax.vmap(jax.grad(problem.fun), in_axes=problem.in_axes)(*args)
-        aggregate = optax.contrib.differentially_private_aggregate(MAX_NORM, 0.0, jax.random.key(0))
+        aggregate = optax.contrib.differentially_private_aggregate(
+            MAX_NORM, 0.0, jax.random.key(0)
+        )
         mean, _ = aggregate.update(rows, aggregate.init(args[0]))
         total = jax.tree.map(lambda x: x * problem.size, mean)
         return total, jax.vmap(optax.tree.norm)(rows)
@@ -184,5 +191,9 @@ def peers_with(product: str, size: int) -> list[str]:
     if product == "clipped":
         found.append("optax")
         if installed("jax_privacy", "jax_privacy"):
-            found += ["jax_privacy"] + ["jax_privacy, 8"] * (size % 8 == 0) + ["jax_privacy, 1"]
+            found += (
+                ["jax_privacy"]
+                + ["jax_privacy, 8"] * (size % 8 == 0)
+                + ["jax_privacy, 1"]
+            )
     return found

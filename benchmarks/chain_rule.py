@@ -1,18 +1,21 @@
-"""Time and memory of the chain rule in chunks against the ordinary gradient of the composed loss.
+"""Time and memory of the chain rule in chunks against the ordinary gradient.
 
-    python benchmarks/chain_rule.py [--only NAME ...] [--chunks 16 32 64 128 256] [--seconds 4]
+    python benchmarks/chain_rule.py [--only NAME ...] [--chunks 16 32 64 128 256]
+        [--seconds 4] [--save [NAME]]
 
-The loss is contrastive, so it couples all examples and no average over microbatches has its
-gradient. What is compared is timed in the same run, call by call in turn; a quotient of two times
-is the median, over rounds, of their quotient in one round. The chunked gradient evaluates every
-example once more than the ordinary one does: 4/3 of its work, if a backward pass is worth two
-evaluations; `work` counts its products of matrices. `microbatches` is what chunks alone cost: the
-mean of the gradients of the losses of the same chunks, which is the gradient of another loss, but
-evaluates every example once; `/ microbatches` is then the price of the chain rule itself.
+The loss is contrastive, so it couples all examples and no average over microbatches has
+its gradient. What is compared is timed in the same run, call by call in turn; a
+quotient of two times is the median, over rounds, of their quotient in one round. The
+chunked gradient evaluates every example once more than the ordinary one does: 4/3 of
+its work, if a backward pass is worth two evaluations; `work` counts its products of
+matrices. `microbatches` is what chunks alone cost: the mean of the gradients of the
+losses of the same chunks, which is the gradient of another loss, but evaluates every
+example once; `/ microbatches` is then the price of the chain rule itself.
 
-Differences are those to the ordinary gradient, in float32 as measured and in float64, relative to
-the largest entry of each leaf. The last line of an encoder has the memory of the loss and its
-derivative by given outputs, N × N similarities among it, below which no chunk can go.
+Differences are those to the ordinary gradient, in float32 as measured and in float64,
+relative to the largest entry of each leaf. The last line of an encoder has the memory
+of the loss and its derivative by given outputs, N × N similarities among it, below
+which no chunk can go.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from _measure import (
     interleaved,
     markdown_table,
 )
+from _results import add_save_option, save
 from _transformers import block_params, transformer_block
 
 from pytree_grads import chain_rule_grad
@@ -45,7 +49,7 @@ from pytree_grads import chain_rule_grad
 
 @dataclass(frozen=True)
 class Encoder:
-    """A function of one example that returns an embedding, its parameters and a batch."""
+    """A function that embeds one example, its parameters and a batch."""
 
     name: str
     fun: Callable[[Any, jax.Array], jax.Array]
@@ -66,7 +70,9 @@ def mlp(n: int, widths: Sequence[int]) -> Encoder:
 
     draw = Draw("chain rule mlp")
     params = [draw.dense(a, b) for a, b in pairwise(widths)]
-    return Encoder(f"MLP {'-'.join(map(str, widths))}, N = {n:,}", fun, params, draw(n, widths[0]))
+    return Encoder(
+        f"MLP {'-'.join(map(str, widths))}, N = {n:,}", fun, params, draw(n, widths[0])
+    )
 
 
 def conv_net(n: int, channels: Sequence[int] = (1, 16, 32)) -> Encoder:
@@ -90,7 +96,9 @@ def transformer(n: int, t: int = 32, d: int = 128, layers: int = 2) -> Encoder:
     draw = Draw("chain rule transformer")
     blocks = [block_params(draw, d) for _ in range(layers)]
     params = {"layers": blocks, "norm": norm_params(d), "out": draw.weight(d, 64)}
-    return Encoder(f"transformer {layers} × {d}, T = {t}, N = {n:,}", fun, params, draw(n, t, d))
+    return Encoder(
+        f"transformer {layers} × {d}, T = {t}, N = {n:,}", fun, params, draw(n, t, d)
+    )
 
 
 def contrastive(outputs: jax.Array) -> jax.Array:
@@ -124,7 +132,7 @@ def averaged(encoder: Encoder, size: int) -> Callable[..., Any]:
 
 
 def difference(got: Any, expected: Any) -> float:
-    """The largest difference of any entry, relative to the largest entry of its leaf."""
+    """The largest difference of an entry, relative to the largest of its leaf."""
     return max(
         float(np.max(np.abs(np.asarray(x) - np.asarray(y))) / np.max(np.abs(y)))
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
@@ -135,22 +143,36 @@ def in_float64(encoder: Encoder, size: int | None, examples: int = 300) -> float
     """The difference in double precision, on fewer examples."""
     with jax.enable_x64(True):
         args = jax.tree.map(
-            lambda x: jnp.asarray(x, jnp.float64), (encoder.params, encoder.batch[:examples])
+            lambda x: jnp.asarray(x, jnp.float64),
+            (encoder.params, encoder.batch[:examples]),
         )
         got = jax.jit(chunked(encoder, size))(*args)
         return difference(got, jax.jit(ordinary(encoder))(*args))
 
 
-HEADER = ["encoder", "gradient", "time", "/ ordinary", "/ microbatches", "work / ordinary",
-          "temporary", "off by", "float64"]  # fmt: skip
+HEADER = [
+    "encoder",
+    "gradient",
+    "time",
+    "/ ordinary",
+    "/ microbatches",
+    "work / ordinary",
+    "temporary",
+    "off by",
+    "float64",
+]
 
 
 def rows_of(encoder: Encoder, chunks: Sequence[int], seconds: float) -> list[list[str]]:
     """The table's rows for one encoder."""
     args = encoder.params, encoder.batch
     count = len(encoder.batch)
-    sizes = {f"chunks of {k:,}": k for k in chunks if k < count} | {f"one of {count:,}": None}
-    programs: dict[str, Program] = {"ordinary": compile_program(ordinary(encoder), *args)}
+    sizes = {f"chunks of {k:,}": k for k in chunks if k < count} | {
+        f"one of {count:,}": None
+    }
+    programs: dict[str, Program] = {
+        "ordinary": compile_program(ordinary(encoder), *args)
+    }
     for name, size in sizes.items():
         programs[name] = compile_program(chunked(encoder, size), *args)
     means = {
@@ -186,20 +208,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print what it ran on and the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chunks", type=int, nargs="+", default=[16, 32, 64, 128, 256])
-    parser.add_argument("--examples", type=int, nargs=2, default=[1024, 512], metavar="N",
-                        help="of the networks of vectors and images, and of the transformer "
-                        "(%(default)s)")  # fmt: skip
-    parser.add_argument("--only", nargs="+", default=[""], help="encoders by their first letters")
-    parser.add_argument("--seconds", type=float, default=4.0, help="an encoder (%(default)s)")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        nargs=2,
+        default=[1024, 512],
+        metavar="N",
+        help="of the networks of vectors and images, and of the transformer "
+        "(%(default)s)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="encoders by their first letters"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="an encoder (%(default)s)"
+    )
+    add_save_option(parser, "chain_rule")
     options = parser.parse_args(argv)
     rows = []
     flat, sequences = options.examples
-    encoders = mlp(flat, SHALLOW), mlp(flat, DEEP), conv_net(flat), transformer(sequences)
+    encoders = (
+        mlp(flat, SHALLOW),
+        mlp(flat, DEEP),
+        conv_net(flat),
+        transformer(sequences),
+    )
     for encoder in encoders:
         if encoder.name.startswith(tuple(options.only)):
             rows += rows_of(encoder, options.chunks, options.seconds)
-    print(f"{environment()}.\n")
-    print(markdown_table(HEADER, rows))
+    ran_on, table = f"{environment()}.", markdown_table(HEADER, rows)
+    print(f"{ran_on}\n\n{table}")
+    if options.save:
+        save(options.save, "The chain rule in chunks", ran_on, table)
 
 
 if __name__ == "__main__":

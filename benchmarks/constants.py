@@ -1,6 +1,6 @@
-"""Time both sides of each number in `pytree_grads/_factored/thresholds.py`, on the device at hand.
+"""Time both sides of each number in `pytree_grads/_engine/thresholds.py`, on the device at hand.
 
-    python benchmarks/constants.py [--only APART NARROW ...] [--seconds 2]
+    python benchmarks/constants.py [--only APART NARROW ...] [--seconds 2] [--save [NAME]]
 
 A row of the table is a small model in which one number decides between two ways. `below` is what is
 done where the size is less than the number, `above` what is done otherwise; quotients are those of
@@ -29,6 +29,7 @@ from _measure import (
     interleaved,
     markdown_table,
 )
+from _results import add_save_option, save
 from _ways import ours
 
 from pytree_grads._engine import thresholds
@@ -38,7 +39,7 @@ HUGE = 1 << 60
 
 @dataclass(frozen=True)
 class Case:
-    """A model in which a number of `_costs` decides, of a size that is compared with it."""
+    """A model in which a number of `thresholds` decides, of a size that is compared with it."""
 
     name: str
     size: int
@@ -70,7 +71,7 @@ LAST = (
 
 @contextmanager
 def changed(name: str, value: int) -> Iterator[None]:
-    """Another number in the place of one of `_costs`."""
+    """Use another number in place of one of `thresholds`."""
     own = getattr(thresholds, name)
     setattr(thresholds, name, value)
     try:
@@ -231,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], help="numbers of these names")
     parser.add_argument("--seconds", type=float, default=2.0, help="a row (%(default)s)")
+    add_save_option(parser, "constants")
     options = parser.parse_args(argv)
     rows = []
     for case in cases():
@@ -241,8 +243,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             log_progress(" ".join(rows[-1]))
         except Exception as error:  # a table with a gap is better than none
             log_progress(f"{case.name} {case.size}: {type(error).__name__}: {str(error)[:300]}")
-    print(f"{environment()}.\n")
-    print(markdown_table(HEADER, rows))
+    ran_on, table = f"{environment()}.", markdown_table(HEADER, rows)
+    print(f"{ran_on}\n\n{table}")
+    if options.save:
+        save(options.save, "The numbers that choices rest on", ran_on, table)
 
 
 if __name__ == "__main__":

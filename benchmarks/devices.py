@@ -1,12 +1,13 @@
-"""What devices send and hold: formulas, checked against compiled programs, and read out far beyond.
+"""What devices send and hold: formulas, checked against compiled programs.
 
-    python benchmarks/devices.py [--write benchmarks/README.md]
+    python benchmarks/devices.py [--save [NAME]]
 
-The network is a chain of L layers x + tanh(x W), W of d × d, so that P = L d² parameters; N
-examples of T positions each are shared out to D devices. Nothing is run: XLA compiles each product
-for 1, 2, 4 and 8 simulated devices, and the program says what it exchanges and what memory it asks
-for. Bytes sent are those of a ring: (D-1)/D of the array for gathering or scattering it, twice that
-for a sum of which every device has the result. A loop counts as often as it turns.
+The network is a chain of L layers x + tanh(x W), W of d × d, so that P = L d²
+parameters; N examples of T positions each are shared out to D devices. Nothing is run:
+XLA compiles each product for 1, 2, 4 and 8 simulated devices, and the program says what
+it exchanges and what memory it asks for. Bytes sent are those of a ring: (D-1)/D of the
+array for gathering or scattering it, twice that for a sum of which every device has the
+result. A loop counts as often as it turns.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from _measure import environment, human_bytes, markdown_table
+from _results import add_save_option, save
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pytree_grads import chain_rule_grad, jacobian
 
-BEGIN, END = "<!-- devices.py: begin -->", "<!-- devices.py: end -->"
 FLOAT = 4  # bytes of a number
 DEVICES = (1, 2, 4, 8)
 
@@ -70,10 +70,10 @@ Formula = Callable[[Size], float]
 
 @dataclass(frozen=True)
 class Product:
-    """One call, and the numbers that a device sends and holds for it: formulas of a size.
+    """One call, and formulas for the numbers that a device sends and holds.
 
-    Where parameters are sharded as the batch is, they are gathered first: `gathers` times P more
-    are sent, and `gathered` times P more are held.
+    Where parameters are sharded as the batch is, they are gathered first: `gathers`
+    times P more are sent, and `gathered` times P more are held.
     """
 
     name: str
@@ -81,17 +81,23 @@ class Product:
     sent: Formula
     temporary: Formula
     result: Formula
-    formulas: tuple[str, str, str]  # of what is sent, of temporary memory, and of the result
+    formulas: tuple[
+        str, str, str
+    ]  # of what is sent, of temporary memory, and of the result
     gathers: int = 1
     gathered: int = 1
     manual: bool = False  # inside shard_map
 
-    def expected(self, size: Size, sharded: bool, *, scatters: bool = False) -> tuple[float, float]:
-        """Numbers sent and held. `scatters` says whether a sum that is sharded is sent once."""
+    def expected(
+        self, size: Size, sharded: bool, *, scatters: bool = False
+    ) -> tuple[float, float]:
+        """Numbers sent and held; `scatters` says whether a sharded sum is sent once."""
         send, hold = self.sent(size), self.temporary(size)
         arguments, result = size.params + size.activations, self.result(size)
         if sharded and size.devices > 1:
-            send = send / (2 if scatters else 1) + self.gathers * size.others * size.params
+            send = (
+                send / (2 if scatters else 1) + self.gathers * size.others * size.params
+            )
             hold += self.gathered * size.params
             arguments = size.params / size.devices + size.activations
             result /= size.devices if result == size.params else 1
@@ -113,7 +119,9 @@ def ordinary(size: Size):
 def clipped(**settings):
     def of(size: Size):
         chunk = size.chunk // (size.devices if "axis_name" in settings else 1)
-        own = {**settings, "chunk_size": chunk} if "chunk_size" in settings else settings
+        own = (
+            {**settings, "chunk_size": chunk} if "chunk_size" in settings else settings
+        )
         return lambda p, x: jacobian(network, **own)(p, x).clip(1.0).sum()
 
     return of
@@ -160,29 +168,83 @@ def nothing(s: Size) -> float:
 
 
 PRODUCTS = [
-    Product("ordinary gradient", ordinary, of_sum, gradient_memory, like_params,
-            ("2 P", "(2 L + 2) A", "P")),
-    Product("`clip().sum()`", clipped(), of_sum, clip_memory, like_params,
-            ("2 P", "(2.5 L - 1) A", "P")),
-    Product("the same, in chunks", clipped(chunk_size=1), of_sums, in_chunks(clip_memory),
-            like_params, ("2 P · N/k", "max((2.5 L - 1) A · k/N, 2 P)", "P")),
-    Product("the same, in `shard_map`", clipped(chunk_size=1, axis_name="data"), of_sum,
-            lambda s: clip_memory(s) * s.chunk / s.examples + s.params, like_params,
-            ("2 P", "(2.5 L - 1) A · k/N + P", "P"), manual=True),
-    Product("chain rule, in chunks", chain, of_sums, in_chunks(gradient_memory), like_params,
-            ("2 P · N/k", "max((2 L + 2) A · k/N, 2 P)", "P"), gathered=2),
-    Product("`norms()`", lambda s: lambda p, x: jacobian(network)(p, x).norms(), nothing,
-            norm_memory, per_row, ("0", "(L (1 + T/d) + 3) A", "N/D")),
-    Product("`J @ v`", lambda s: lambda p, x: jacobian(network)(p, x) @ p, nothing,
-            gradient_memory, per_row, ("0", "(2 L + 2) A", "N/D"), gathers=2, gathered=2),
-    Product("`gram()`", lambda s: lambda p, x: jacobian(network)(p, x).gram(),
-            lambda s: 2 * s.layers * s.others * s.devices * s.activations,
-            lambda s: 2 * s.layers * (s.devices + 1) * s.activations,
-            lambda s: per_row(s) * s.examples, ("2 L D A", "2 L (D + 1) A", "N²/D")),
-    Product("`to_rows()`", lambda s: lambda p, x: jacobian(network)(p, x).to_rows(), nothing,
-            lambda s: (s.layers + 3) * s.activations, lambda s: per_row(s) * s.params,
-            ("0", "(L + 3) A", "N P/D")),
-]  # fmt: skip
+    Product(
+        "ordinary gradient",
+        ordinary,
+        of_sum,
+        gradient_memory,
+        like_params,
+        ("2 P", "(2 L + 2) A", "P"),
+    ),
+    Product(
+        "`clip().sum()`",
+        clipped(),
+        of_sum,
+        clip_memory,
+        like_params,
+        ("2 P", "(2.5 L - 1) A", "P"),
+    ),
+    Product(
+        "the same, in chunks",
+        clipped(chunk_size=1),
+        of_sums,
+        in_chunks(clip_memory),
+        like_params,
+        ("2 P · N/k", "max((2.5 L - 1) A · k/N, 2 P)", "P"),
+    ),
+    Product(
+        "the same, in `shard_map`",
+        clipped(chunk_size=1, axis_name="data"),
+        of_sum,
+        lambda s: clip_memory(s) * s.chunk / s.examples + s.params,
+        like_params,
+        ("2 P", "(2.5 L - 1) A · k/N + P", "P"),
+        manual=True,
+    ),
+    Product(
+        "chain rule, in chunks",
+        chain,
+        of_sums,
+        in_chunks(gradient_memory),
+        like_params,
+        ("2 P · N/k", "max((2 L + 2) A · k/N, 2 P)", "P"),
+        gathered=2,
+    ),
+    Product(
+        "`norms()`",
+        lambda s: lambda p, x: jacobian(network)(p, x).norms(),
+        nothing,
+        norm_memory,
+        per_row,
+        ("0", "(L (1 + T/d) + 3) A", "N/D"),
+    ),
+    Product(
+        "`J @ v`",
+        lambda s: lambda p, x: jacobian(network)(p, x) @ p,
+        nothing,
+        gradient_memory,
+        per_row,
+        ("0", "(2 L + 2) A", "N/D"),
+        gathers=2,
+        gathered=2,
+    ),
+    Product(
+        "`gram()`",
+        lambda s: lambda p, x: jacobian(network)(p, x).gram(),
+        lambda s: 2 * s.layers * s.others * s.devices * s.activations,
+        lambda s: 2 * s.layers * (s.devices + 1) * s.activations,
+        lambda s: per_row(s) * s.examples,
+        ("2 L D A", "2 L (D + 1) A", "N²/D"),
+    ),
+    Product(
+        "`to_rows()`",
+        lambda s: lambda p, x: jacobian(network)(p, x).to_rows(),
+        nothing,
+        lambda s: (s.layers + 3) * s.activations,
+        lambda s: per_row(s) * s.params,
+        ("0", "(L + 3) A", "N P/D"),
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -194,8 +256,12 @@ class Found:
 
 
 def compiled(product: Product, size: Size, sharded: bool) -> Found:
-    mesh = jax.make_mesh((size.devices,), ("data",), axis_types=(AxisType.Explicit,),
-                         devices=jax.devices()[: size.devices])  # fmt: skip
+    mesh = jax.make_mesh(
+        (size.devices,),
+        ("data",),
+        axis_types=(AxisType.Explicit,),
+        devices=jax.devices()[: size.devices],
+    )
     split, whole = PartitionSpec("data"), PartitionSpec()
     call = product.call(size)
     with jax.set_mesh(mesh):
@@ -203,13 +269,19 @@ def compiled(product: Product, size: Size, sharded: bool) -> Found:
             call = jax.shard_map(call, in_specs=(whole, split), out_specs=whole)
 
         def array(shape, spec):
-            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+            return jax.ShapeDtypeStruct(
+                shape, jnp.float32, sharding=NamedSharding(mesh, spec)
+            )
 
         params = [array((size.width,) * 2, split if sharded else whole)] * size.layers
         x = array((size.examples, size.positions, size.width), split)
         program = jax.jit(call).lower(params, x).compile()
     memory = program.memory_analysis()
-    held = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    held = (
+        memory.temp_size_in_bytes
+        + memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+    )
     return Found(sent(program.as_text(), size), held / FLOAT)
 
 
@@ -217,7 +289,7 @@ RINGS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0}
 
 
 def sent(text: str, size: Size) -> float:
-    """The numbers that a device sends: what the program says, as often as its loops turn."""
+    """The numbers that a device sends, as often as its loops turn."""
     bodies: dict[str, list[str]] = {}
     name = ""
     for line in text.splitlines():
@@ -244,7 +316,9 @@ def sent(text: str, size: Size) -> float:
     return total
 
 
-def checks(sharded: bool, devices: Sequence[int] = DEVICES) -> list[tuple[Product, list[float]]]:
+def checks(
+    sharded: bool, devices: Sequence[int] = DEVICES
+) -> list[tuple[Product, list[float]]]:
     """For each product, what programs send and hold over what was expected, D by D."""
     found = []
     for product in PRODUCTS:
@@ -257,7 +331,10 @@ def checks(sharded: bool, devices: Sequence[int] = DEVICES) -> list[tuple[Produc
                 compiled(product, size, sharded),
                 product.expected(size, sharded),
             )
-            quotients += [program.sent / send if send else 1 + program.sent, program.held / hold]
+            quotients += [
+                program.sent / send if send else 1 + program.sent,
+                program.held / hold,
+            ]
         found.append((product, quotients))
         print(f"{product.name}: {quotients}", file=sys.stderr, flush=True)
     return found
@@ -269,13 +346,17 @@ def check_table(sharded: bool) -> str:
     rows = []
     for product, quotients in checks(sharded):
         pairs = zip(quotients[::2], quotients[1::2], strict=True)
-        rows.append([product.name, *product.formulas, *(f"{s:.2f}, {h:.2f}" for s, h in pairs)])
+        rows.append(
+            [product.name, *product.formulas, *(f"{s:.2f}, {h:.2f}" for s, h in pairs)]
+        )
     return markdown_table(header, rows)
 
 
 def far_table() -> str:
     """A model of 7 billion parameters on 1,024 devices."""
-    size = Size(layers=416, width=4096, examples=4096, positions=2048, devices=1024, chunk=1024)
+    size = Size(
+        layers=416, width=4096, examples=4096, positions=2048, devices=1024, chunk=1024
+    )
     rows = []
     for product in PRODUCTS:
         if product.name == "`gram()`":
@@ -283,56 +364,54 @@ def far_table() -> str:
         whole = product.expected(size, False)
         split = product.expected(size, True, scatters=True)
         texts = [human_bytes(FLOAT * x) for x in (*whole, *split)]
-        rows.append([product.name, *texts[:2], *(texts[2:] if not product.manual else ["", ""])])
+        rows.append(
+            [product.name, *texts[:2], *(texts[2:] if not product.manual else ["", ""])]
+        )
     header = ["product", "replicated: sent", "held", "sharded: sent", "held"]
     return markdown_table(header, rows)
 
 
+PROGRAMS = "Programs compiled for L = 8, d = 128, N = 1,024, T = 4, chunks of k = 128."
+
+
 def report() -> str:
     return f"""\
-{environment()}. Programs compiled for L = 8, d = 128, N = 1,024, T = 4, chunks of k = 128.
+A device sends (D - 1)/D of what stands under *sent*. It holds its arguments, P + A, in
+addition to what stands under *temporary* and *result*; A = N T d / D is the number of
+activations of one layer. All are counts of numbers, four bytes each. The last columns
+are what the compiled program sends and holds over what the formulas say.
 
-A device sends (D - 1)/D of what stands under *sent*. It holds its arguments, P + A, beside what
-stands under *temporary* and *result*; A = N T d / D is the number of activations of one layer. All
-are counts of numbers, four bytes each. The last columns are what the compiled program sends and
-holds over what the formulas say.
-
-#### Parameters on every device
+## Parameters on every device
 
 {check_table(False)}
 
-#### Parameters sharded as the batch is
+## Parameters sharded as the batch is
 
-They are gathered first: one P more is sent and held, two for `J @ v`, whose v is gathered too (the
-chain rule in chunks holds two as well). Arguments and sums take P/D. On GPUs and TPUs, XLA scatters
-as it sums, which sends P where the formula has 2 P; on CPUs it sums and then cuts, as counted here.
+They are gathered first: one P more is sent and held, two for `J @ v`, whose v is
+gathered too (the chain rule in chunks holds two as well). Arguments and sums take P/D.
+On GPUs and TPUs, XLA scatters as it sums, which sends P where the formula has 2 P; on
+CPUs it sums and then cuts, as counted here.
 
 {check_table(True)}
 
-#### 7 billion parameters on 1,024 devices
+## 7 billion parameters on 1,024 devices
 
-L = 416 matrices of d = 4,096; N = 4,096 sequences of T = 2,048; chunks of one sequence a device;
-sums of sharded parameters are scattered.
+L = 416 matrices of d = 4,096; N = 4,096 sequences of T = 2,048; chunks of one sequence
+a device; sums of sharded parameters are scattered.
 
 {far_table()}
 """
 
 
-def write(path: Path, text: str) -> None:
-    """Put text between the two markers of a file."""
-    before, rest = path.read_text().split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.split(END)[1]}")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", type=Path, help="a Markdown file, to write between its markers")
+    add_save_option(parser, "devices")
     options = parser.parse_args(argv)
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
-    text = report()
-    print(text)
-    if options.write:
-        write(options.write, text)
+    ran_on, tables = f"{environment()}. {PROGRAMS}", report()
+    print(f"{ran_on}\n\n{tables}")
+    if options.save:
+        save(options.save, "Many devices", ran_on, tables)
 
 
 if __name__ == "__main__":

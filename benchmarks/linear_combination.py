@@ -1,19 +1,22 @@
-"""Time linear combinations of trees against the peers and against a copy of the same bytes.
+"""Time linear combinations of trees against peers and a copy of the same bytes.
 
-    python benchmarks/linear_combination.py [--leaves 1 100 1000] [--megabytes 10 100 1000]
+    python benchmarks/linear_combination.py [--leaves 1 100 1000] [--megabytes 10 100
+        1000] [--save [NAME]]
 
-K trees are combined with K traced coefficients. What is compared is timed in the same run, call by
-call in turn, jitted calls beside jitted ones and eager beside eager; medians are printed, and a
-quotient of two times is the median, over rounds, of their quotient in one round. Where the compiled
-programs of ours and of all peers are the same, instruction for instruction, a last column says so,
-and the quotient of their times shows what noise there was.
+K trees are combined with K traced coefficients. What is compared is timed in the same
+run, call by call in turn, jitted calls beside jitted ones and eager beside eager;
+medians are printed, and a quotient of two times is the median, over rounds, of their
+quotient in one round. Where the compiled programs of ours and of all peers are the
+same, instruction for instruction, a last column says so, and the quotient of their
+times shows what noise there was.
 
-A combination reads K trees and writes one. The copy is a jitted program that moves as many bytes
-through as many leaves: it reads (K+1)/2 trees and writes as many. What memory allows is measured in
-memory that is in use already: the combination is written over its first tree and the copy over an
-earlier copy, both donated, as a training step does it. Beside stands the same with results in
-memory that is fresh, for which the operating system hands out pages first: that is dear, and a copy
-needs more of it than a combination.
+A combination reads K trees and writes one. The copy is a jitted program that moves as
+many bytes through as many leaves: it reads (K+1)/2 trees and writes as many. What
+memory allows is measured in memory that is in use already: the combination is written
+over its first tree and the copy over an earlier copy, both donated, as a training step
+does it. Beside stands the same with results in memory that is fresh, for which the
+operating system hands out pages first: that is dear, and a copy needs more of it than a
+combination.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from _measure import (
     interleaved,
     markdown_table,
 )
+from _results import add_save_option, save
 
 from pytree_grads import Vector, linear_combination
 
@@ -45,7 +49,9 @@ Combine = Callable[[jax.Array, list[Any]], Any]
 
 def vectors(coefficients, trees):
     """Our operators."""
-    return sum(c * Vector(tree) for c, tree in zip(coefficients, trees, strict=True)).tree
+    return sum(
+        c * Vector(tree) for c, tree in zip(coefficients, trees, strict=True)
+    ).tree
 
 
 def with_optax(coefficients, trees):
@@ -65,15 +71,25 @@ def with_tree_math(coefficients, trees):
 def plain(coefficients, trees):
     """What one would write by hand."""
     return jax.tree.map(
-        lambda *leaves: sum(c * leaf for c, leaf in zip(coefficients, leaves, strict=True)), *trees
+        lambda *leaves: sum(
+            c * leaf for c, leaf in zip(coefficients, leaves, strict=True)
+        ),
+        *trees,
     )
 
 
 OURS = "linear_combination"
 IN_PLACE = ", in place"
-PEERS = {"optax.tree.add_scale": with_optax, "tree_math.Vector": with_tree_math,
-         "jax.tree.map": plain}  # fmt: skip
-COMBINATIONS: dict[str, Combine] = {OURS: linear_combination, "Vector": vectors, **PEERS}
+PEERS = {
+    "optax.tree.add_scale": with_optax,
+    "tree_math.Vector": with_tree_math,
+    "jax.tree.map": plain,
+}
+COMBINATIONS: dict[str, Combine] = {
+    OURS: linear_combination,
+    "Vector": vectors,
+    **PEERS,
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +119,8 @@ class Case:
         """Coefficients and trees."""
         names = [f"leaf{i}" for i in range(self.leaves)]
         trees = [
-            {name: jnp.full(self.leaf_size, 1.0 + k) for name in names} for k in range(self.count)
+            {name: jnp.full(self.leaf_size, 1.0 + k) for name in names}
+            for k in range(self.count)
         ]
         return jnp.linspace(0.5, 1.5, self.count), trees
 
@@ -119,7 +136,7 @@ def copy(tree):
 
 
 class InPlace:
-    """A jitted program that writes its result over its first argument, call after call."""
+    """A jitted program that writes its result over its first argument."""
 
     def __init__(self, fun: Callable[..., Any], target: Any, *args: Any):
         self.compiled = jax.jit(fun, donate_argnums=0, keep_unused=True)
@@ -163,21 +180,31 @@ def measure(case: Case, seconds: float) -> Measured:
     arguments, source = case.arguments(), case.copied()
     coefficients, (first, *others) = arguments
     rounds = [
-        {name: compile_program(combine, *arguments) for name, combine in COMBINATIONS.items()}
+        {
+            name: compile_program(combine, *arguments)
+            for name, combine in COMBINATIONS.items()
+        }
         for _ in range(3)
     ]
     jitted = {name: _call(jax.jit(f), *arguments) for name, f in COMBINATIONS.items()}
     jitted["copy"] = _call(jax.jit(copy), source)
-    shrinking = coefficients / coefficients.sum()  # called again and again, it stays finite
+    shrinking = (
+        coefficients / coefficients.sum()
+    )  # called again and again, it stays finite
     jitted[OURS + IN_PLACE] = InPlace(combine_into, first, shrinking, others)
     jitted["copy" + IN_PLACE] = InPlace(copy_into, source, source)
     eager = {name: _call(combine, *arguments) for name, combine in COMBINATIONS.items()}
     return Measured(
         case,
         rounds[-1],
-        {name: Timing(tuple(r[name].compile_seconds for r in rounds)) for name in COMBINATIONS},
         {
-            name: Timing(tuple(r[name].trace_seconds + r[name].compile_seconds for r in rounds))
+            name: Timing(tuple(r[name].compile_seconds for r in rounds))
+            for name in COMBINATIONS
+        },
+        {
+            name: Timing(
+                tuple(r[name].trace_seconds + r[name].compile_seconds for r in rounds)
+            )
             for name in COMBINATIONS
         },
         interleaved(jitted, seconds=seconds, rounds=11),
@@ -203,8 +230,15 @@ def rows_of(found: Measured):
         ]
 
 
-HEADER = ["leaves × size", "way", "eager", "jitted", "GB/s", "trace + compile",
-          "temporary"]  # fmt: skip
+HEADER = [
+    "leaves × size",
+    "way",
+    "eager",
+    "jitted",
+    "GB/s",
+    "trace + compile",
+    "temporary",
+]
 
 
 def verdict(found: Measured) -> list[str]:
@@ -226,9 +260,16 @@ def verdict(found: Measured) -> list[str]:
     ]
 
 
-VERDICT = ["leaves × size", "eager / fastest peer", "jitted / fastest peer", "same program",
-           "bandwidth / copy, in place", "bandwidth / copy, fresh", "trace + compile / plain sum",
-           "compile / plain sum"]  # fmt: skip
+VERDICT = [
+    "leaves × size",
+    "eager / fastest peer",
+    "jitted / fastest peer",
+    "same program",
+    "bandwidth / copy, in place",
+    "bandwidth / copy, fresh",
+    "trace + compile / plain sum",
+    "compile / plain sum",
+]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -237,7 +278,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--leaves", type=int, nargs="+", default=[1, 100, 1000])
     parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--trees", type=int, default=4, help="K (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="a case (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="a case (%(default)s)"
+    )
+    add_save_option(parser, "linear_combination")
     options = parser.parse_args(argv)
     rows, verdicts = [], []
     for megabytes in options.megabytes:
@@ -246,9 +290,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = measure(case, options.seconds)
             rows += rows_of(found)
             verdicts.append(verdict(found))
-    print(f"{environment()}. K = {options.trees} trees of float32; MB are those of all K trees.\n")
-    print(markdown_table(VERDICT, verdicts), "\n")
-    print(markdown_table(HEADER, rows))
+    ran_on = (
+        f"{environment()}. K = {options.trees} trees of float32; MB are of all K trees."
+    )
+    tables = f"{markdown_table(VERDICT, verdicts)}\n\n{markdown_table(HEADER, rows)}"
+    print(f"{ran_on}\n\n{tables}")
+    if options.save:
+        save(options.save, "Linear combinations", ran_on, tables)
 
 
 if __name__ == "__main__":

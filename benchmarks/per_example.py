@@ -1,24 +1,23 @@
-"""Time products with J, the matrix of per-example gradients, against the ordinary gradient.
+"""Time products with the per-example gradients against the ordinary gradient.
 
-    python benchmarks/per_example.py [--only NAME ...] [--quick] [--products clipped gram ...]
-        [--peers [NAME ...]] [--no-routes] [--depths [N ...]] [--repeats 5] [--times 1]
-        [--write benchmarks/README.md]
+    python benchmarks/per_example.py [--only NAME ...] [--quick] [--products clipped
+        gram ...] [--peers [NAME ...]] [--no-routes] [--depths [N ...]] [--repeats 5]
+        [--times 1] [--save [NAME]]
 
-Prints Markdown, and tells what it does meanwhile on the standard error. The ordinary gradient is
-`jax.grad` of the sum of the losses of the batch, which is mapped over with `jax.vmap`; all else is
-given as multiples of it, measured in the same run. See `_models.py` for the models. A fast peer
-may work on microbatches of 8 examples or of 1; `at best` lets ours take such chunks too.
+Prints Markdown, and tells what it does meanwhile on the standard error. The ordinary
+gradient is `jax.grad` of the sum of the losses of the batch, which is mapped over with
+`jax.vmap`; all else is given as multiples of it, measured in the same run. See
+`_models.py` for the models. A fast peer may work on microbatches of 8 examples or of 1;
+`at best` lets ours take such chunks too.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 from _figures import (
@@ -39,17 +38,24 @@ from _measure import (
     trace_seconds,
 )
 from _models import MODELS, Model, mlp
+from _results import add_save_option, save
 from _ways import PEERS, PRODUCTS, ROUTES, installed, ordinary, ours, peers_with
 
-CHOICES = ("factored", "materialised", "one at a time", "vmap(grad)")  # for the cost model
+CHOICES = (
+    "factored",
+    "materialised",
+    "one at a time",
+    "vmap(grad)",
+)  # for the cost model
 SIZES = ("8 at a time", "one at a time")  # of chunks, as those of peers
 DEEPEST_COMPILED = 300  # layers
 TORCH = (
-    "The peers of PyTorch are multiples of torch's own ordinary gradient of the same model in the "
-    "same run, and count as such in ÷ best peer; their memory is not known, and – is what they "
+    "The peers of PyTorch are multiples of torch's own ordinary gradient of the same "
+    "model in the "
+    "same run, and count as such in ÷ best peer; their memory is not known, and – is "
+    "what they "
     "cannot do."
 )
-BEGIN, END = "<!-- per_example.py: begin -->", "<!-- per_example.py: end -->"
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,16 @@ class Entry:
 
     def times(self, names: Iterable[str]) -> dict[str, float]:
         """The times of those of some ways that were run."""
-        found = {name: self.figures[name].time for name in names if name in self.figures}
+        found = {
+            name: self.figures[name].time for name in names if name in self.figures
+        }
         return {name: x for name, x in found.items() if x is not None}
 
     def bytes_of(self, names: Sequence[str]) -> list[int]:
         """The temporary memory of those of some ways that could be compiled."""
-        found = [self.figures[name].temp_bytes for name in names if name in self.figures]
+        found = [
+            self.figures[name].temp_bytes for name in names if name in self.figures
+        ]
         return [count for count in found if count >= 0]
 
     def best(self, names: Iterable[str]) -> float | None:
@@ -98,7 +108,7 @@ class Entry:
 
     @property
     def over_best_route(self) -> float | None:
-        """Our time over that of the fastest route; materialised rows are also to be had by hand."""
+        """Our time over that of the fastest route, rows by hand among them."""
         return _over(self.ours.time, self.best(CHOICES))
 
 
@@ -119,8 +129,12 @@ def run(model: Model, options: argparse.Namespace) -> dict[str, Entry]:
         if options.routes:
             names += [x for x in ROUTES if product == "clipped" or x == "factored"]
         if options.peers:
-            names += [x for x in peers_with(product, problem.size) if x in options.peers]
-        ways = {name: partial((ROUTES | PEERS)[name], product=product) for name in names}
+            names += [
+                x for x in peers_with(product, problem.size) if x in options.peers
+            ]
+        ways = {
+            name: partial((ROUTES | PEERS)[name], product=product) for name in names
+        }
         seconds, figures = measure(
             problem,
             base,
@@ -147,10 +161,12 @@ def torch_figures(
     import _torch_peers
 
     cap = options.memory_cap * 2**30
-    return _torch_peers.figures(model.family, problem, product, rounds=options.repeats, cap=cap)
+    return _torch_peers.figures(
+        model.family, problem, product, rounds=options.repeats, cap=cap
+    )
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Tables
 
 
@@ -164,7 +180,15 @@ def peers_of(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
 def product_table(entries: Sequence[Entry]) -> str:
     jax_peers, torch_peers = peers_of(entries)
     names = jax_peers + torch_peers
-    header = ["model", "ordinary", "memory", "**time**", "**memory**", "**FLOPs**", "**compile**"]
+    header = [
+        "model",
+        "ordinary",
+        "memory",
+        "**time**",
+        "**memory**",
+        "**FLOPs**",
+        "**compile**",
+    ]
     few = any("8 at a time" in entry.figures for entry in entries)
     if names:
         header += ["8 at a time"] * few + [*names, "÷ best peer"] + ["at best"] * few
@@ -205,15 +229,23 @@ def summary(results: Mapping[str, Sequence[Entry]]) -> str:
     rows = []
     for product, entries in results.items():
         families = {entry.model.name: entry.model.family for entry in entries}
-        # One example is its own sum: what it takes beside is next to nothing, and would say much.
+        # One example is its own sum: what it takes beside is next to nothing, and would
+        # say much.
         several = [entry for entry in entries if entry.problem.size > 1]
-        counted = {"time": entries, "memory": several, "flops": entries, "build": entries}
+        counted = {
+            "time": entries,
+            "memory": several,
+            "flops": entries,
+            "build": entries,
+        }
         columns = {
             name: {entry.model.name: getattr(entry.ours, name) for entry in own}
             for name, own in counted.items()
         }
         columns["peer"] = {entry.model.name: entry.over_best_peer for entry in entries}
-        columns["at best"] = {entry.model.name: entry.best_over_best_peer for entry in entries}
+        columns["at best"] = {
+            entry.model.name: entry.best_over_best_peer for entry in entries
+        }
         row = [PRODUCTS[product]]
         for values in columns.values():
             known = {name: x for name, x in values.items() if x is not None and x == x}
@@ -222,7 +254,14 @@ def summary(results: Mapping[str, Sequence[Entry]]) -> str:
             row.append("–" if worst is None else f"{shown(known[worst])} ({worst})")
         rows.append(row)
     header = ["product"]
-    for name in ("time", "memory", "FLOPs", "compile", "time ÷ best peer", "best ÷ best peer"):
+    for name in (
+        "time",
+        "memory",
+        "FLOPs",
+        "compile",
+        "time ÷ best peer",
+        "best ÷ best peer",
+    ):
         header += [name, f"worst {name}"]
     # a row per figure reads better than twelve columns
     return markdown_table(
@@ -243,9 +282,12 @@ def choices(results: Mapping[str, Sequence[Entry]]) -> str:
             if quotient > 1.1:
                 routes = entry.times(CHOICES)
                 best = min(routes, key=routes.__getitem__)
-                lines.append([entry.model.name, PRODUCTS[product], shown(quotient), best])
+                lines.append(
+                    [entry.model.name, PRODUCTS[product], shown(quotient), best]
+                )
     told = (
-        "The route that is chosen is within 10 % of the best one of factors, rows and one example "
+        "The route that is chosen is within 10 % of the best one of factors, rows and "
+        "one example "
         f"at a time in {good} of {total} entries."
     )
     if lines:
@@ -272,11 +314,11 @@ def memory_against_peers(entries: Sequence[Entry]) -> str:
     return markdown_table(["model", "ours", "peers", "quotient"], rows)
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def depth_table(depths: Sequence[int]) -> str:
-    """The time to trace and to compile a list of layers of which nothing is alike but the shape.
+    """The time to trace and to compile a list of layers of the same shape.
 
     Very deep ones are only traced.
     """
@@ -289,7 +331,9 @@ def depth_table(depths: Sequence[int]) -> str:
             if layers > DEEPEST_COMPILED:
                 seconds.append((trace_seconds(fun, *problem.args), None))
             else:
-                made = compile_program(fun, *problem.args, repeats=3 if layers <= 100 else 1)
+                made = compile_program(
+                    fun, *problem.args, repeats=3 if layers <= 100 else 1
+                )
                 seconds.append((made.trace_seconds, made.compile_seconds))
         (trace, build), (our_trace, our_build) = seconds
         rows.append(
@@ -316,34 +360,30 @@ def versions() -> str:
     return f"{environment()}; {', '.join(told)}."
 
 
-def report(results: Mapping[str, Sequence[Entry]], options: argparse.Namespace) -> str:
-    results = {product: entries for product, entries in results.items() if entries}
+def rounds(options: argparse.Namespace) -> str:
+    """How often it was timed."""
     told = f"Medians of {options.repeats} rounds"
     if options.seconds:
-        told += f"; of what can be done in {options.seconds:g} s where ways are nearly the fastest"
-    parts = [f"{versions()} {told}."]
-    parts += ["#### Means and worst cases", summary(results)]
+        told += f"; of what can be done in {options.seconds:g} s where ways are nearly "
+        told += "the fastest"
+    return f"{told}."
+
+
+def report(results: Mapping[str, Sequence[Entry]], options: argparse.Namespace) -> str:
+    results = {product: entries for product, entries in results.items() if entries}
+    parts = ["## Means and worst cases", summary(results)]
     for product, entries in results.items():
         title = PRODUCTS[product]
-        parts += [f"#### {title[0].upper()}{title[1:]}", product_table(entries)]
+        parts += [f"## {title[0].upper()}{title[1:]}", product_table(entries)]
     if options.routes:
-        parts += ["#### Routes to the clipped sum"] if "clipped" in results else []
+        parts += ["## Routes to the clipped sum"] if "clipped" in results else []
         parts += [route_table(results["clipped"])] if "clipped" in results else []
         parts.append(choices(results))
         if options.peers and "clipped" in results:
-            parts += ["#### The least memory", memory_against_peers(results["clipped"])]
+            parts += ["## The least memory", memory_against_peers(results["clipped"])]
     if options.depths:
-        parts += ["#### Depth", depth_table(options.depths)]
+        parts += ["## Depth", depth_table(options.depths)]
     return "\n\n".join(parts) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Put text between the two markers of a file."""
-    pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
-    page = path.read_text()
-    if not pattern.search(page):
-        page += f"\n{BEGIN}\n{END}\n"
-    path.write_text(pattern.sub(lambda _: f"\n{text}\n", page))
 
 
 def parse() -> argparse.Namespace:
@@ -351,19 +391,47 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--only", nargs="+", default=[], help="models whose name contains one of these words")
-    add("--quick", action="store_true", help="three models, to see that everything runs")
+    add(
+        "--only",
+        nargs="+",
+        default=[],
+        help="models whose name contains one of these words",
+    )
+    add(
+        "--quick", action="store_true", help="three models, to see that everything runs"
+    )
     add("--times", type=int, default=1, help="as many examples, for larger devices")
     add("--products", nargs="+", choices=PRODUCTS, default=list(PRODUCTS))
     peers = [*PEERS, "torch"]
     add("--peers", nargs="*", choices=peers, default=peers, help="none to skip")
     add("--routes", action=switch, default=True)
-    add("--depths", nargs="*", type=int, default=[10, 100, 1000], help="layers; none to skip")
+    add(
+        "--depths",
+        nargs="*",
+        type=int,
+        default=[10, 100, 1000],
+        help="layers; none to skip",
+    )
     add("--repeats", type=int, default=5, help="rounds of timing")
-    add("--seconds", type=float, default=4, help="for which the fastest are timed, at least")
-    add("--memory-cap", type=float, default=6, help="GiB; what would need more is not run")
-    add("--minutes", type=float, default=float("inf"), help="no model is begun after that many")
-    add("--write", type=Path, help="a Markdown file, to write between its markers")
+    add(
+        "--seconds",
+        type=float,
+        default=4,
+        help="for which the fastest are timed, at least",
+    )
+    add(
+        "--memory-cap",
+        type=float,
+        default=6,
+        help="GiB; what would need more is not run",
+    )
+    add(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="no model is begun after that many",
+    )
+    add_save_option(parser, "per_example")
     return parser.parse_args()
 
 
@@ -389,10 +457,11 @@ def main() -> None:
             log_progress(f"    {type(error).__name__}: {str(error)[:500]}")
         log_progress(f"    {time.perf_counter() - start:.0f} s")
         jax.clear_caches()
-    text = report(results, options)
-    print(text)
-    if options.write:
-        write(options.write, text)
+    tables = report(results, options)
+    ran_on = f"{versions()} {rounds(options)}"
+    print(f"{ran_on}\n\n{tables}")
+    if options.save:
+        save(options.save, "Per-example products", ran_on, tables)
 
 
 if __name__ == "__main__":

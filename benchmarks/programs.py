@@ -1,17 +1,19 @@
 """Compare the programs that two states of the package compile to: old beside new.
 
-    python benchmarks/programs.py --save OLD.json [--resume] --package CHECKOUT_OF_THE_OLD
-    python benchmarks/programs.py --against OLD.json [--save NEW.json] [--package CHECKOUT]
-    python benchmarks/programs.py --time CHECKOUT_OF_THE_OLD [--package CHECKOUT]
+    python benchmarks/programs.py --save OLD.json [--resume] --package
+    CHECKOUT_OF_THE_OLD python benchmarks/programs.py --against OLD.json [--save
+    NEW.json] [--package CHECKOUT] python benchmarks/programs.py --time
+    CHECKOUT_OF_THE_OLD [--package CHECKOUT]
         each with [--models NAME ...] [--products clipped gram ...] [--modes kept ...]
 
-The programs are those of `per_example.py`: the clipped sum and norms of all models in all modes,
-and the other products of nine models. Each is compiled for a J of its own. Operations are counted
-in the jaxpr, loops as often as they run. Two programs are the same if their optimised instructions
-are, up to names. Times to trace and compile are those of the processor, all cores together; they
-are comparable only if old and new are compiled in turn, each in a process of its own. That is what
-`--time` does; programs that differ are also called in turn. `--package` is the new checkout, by
-default that of this file.
+The programs are those of `per_example.py`: the clipped sum and norms of all models in
+all modes, and the other products of nine models. Each is compiled for a J of its own.
+Operations are counted in the jaxpr, loops as often as they run. Two programs are the
+same if their optimised instructions are, up to names. Times to trace and compile are
+those of the processor, all cores together; they are comparable only if old and new are
+compiled in turn, each in a process of its own. That is what `--time` does; programs
+that differ are also called in turn. `--package` is the new checkout, by default that of
+this file.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ MODES: dict[str, dict[str, Any]] = {
     "one at a time": {"chunk_size": 1},
     "recompute": {"recompute": True},
 }
-# The models of all products, and the modes of products other than the clipped sum and norms.
+# The models of all products, and the modes of products other than the clipped sum and
+# norms.
 SEVERAL = {
     "MLP 784-1024-1024-10, N=384",
     "deep sets, 64 members, N=64",
@@ -114,15 +117,19 @@ class Entry:
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     for model in MODELS:
-        if options.models and not any(x.lower() in model.name.lower() for x in options.models):
+        if options.models and not any(
+            x.lower() in model.name.lower() for x in options.models
+        ):
             continue
         for product in options.products:
             for mode in options.modes:
-                if product == "clipped" or (model.name in SEVERAL and mode in FEWER_MODES):
+                if product == "clipped" or (
+                    model.name in SEVERAL and mode in FEWER_MODES
+                ):
                     yield Case(model.name, product, mode)
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # In the process that has imported the package of one checkout
 
 
@@ -130,7 +137,10 @@ _compiled: dict[Case, Program] = {}  # at most one
 
 
 def _set_up(checkout: Path) -> None:
-    """Choose the package; each program is compiled anew, whatever cache there is on disk."""
+    """Choose the package.
+
+    Each program is compiled anew, whatever cache there is on disk.
+    """
     sys.path.insert(0, str(checkout))
     jax.config.update("jax_enable_compilation_cache", False)
 
@@ -158,7 +168,9 @@ def _build(case: Case, repeats: int) -> Entry:
     _compiled.clear()
     try:
         program = _program(case, repeats)
-    except Exception as error:  # JAX has exceptions that cannot be sent to another process
+    except (
+        Exception
+    ) as error:  # JAX has exceptions that cannot be sent to another process
         raise RuntimeError(f"{type(error).__name__}: {str(error)[:300]}") from None
     _compiled[case] = program
     return Entry(
@@ -184,7 +196,9 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _set_up, (self.checkout,))
+        self._pool = ProcessPoolExecutor(
+            1, get_context("spawn"), _set_up, (self.checkout,)
+        )
 
     def _run(self, fun: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -198,12 +212,15 @@ class Worker:
         return self._run(_build, case, repeats)
 
     def call(self, case: Case, times: int) -> float:
-        """The seconds of a call of the program that was built last, of so many in a row."""
+        """The seconds of a call of the last program built, of several in a row."""
         return self._run(_call, case, times)
 
 
 def calls_in_turn(case: Case, old: Worker, new: Worker, seconds: float) -> list[Pair]:
-    """The seconds of a call, a pair per round; old and new take turns in going first."""
+    """The seconds of a call, a pair per round.
+
+    Old and new take turns in going first.
+    """
     once = min(worker.call(case, 1) for worker in (old, new, old, new))
     times = max(1, round(SHORT / once))
     pairs: list[Pair] = []
@@ -215,17 +232,21 @@ def calls_in_turn(case: Case, old: Worker, new: Worker, seconds: float) -> list[
     return pairs
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Files
 
 
 def read(path: Path) -> dict[str, Entry]:
-    return {name: Entry(**x) for name, x in json.loads(path.read_text())["programs"].items()}
+    return {
+        name: Entry(**x) for name, x in json.loads(path.read_text())["programs"].items()
+    }
 
 
 def write(path: Path, entries: Mapping[str, Entry]) -> None:
     programs = {name: asdict(entry) for name, entry in entries.items()}
-    path.write_text(json.dumps({"environment": environment(), "programs": programs}, indent=1))
+    path.write_text(
+        json.dumps({"environment": environment(), "programs": programs}, indent=1)
+    )
 
 
 @dataclass
@@ -242,7 +263,10 @@ class Found:
 
 
 def find(options: argparse.Namespace) -> Found:
-    """Compile the programs; the file is written after each, so that `--resume` goes on there."""
+    """Compile the programs.
+
+    The file is written after each, so that `--resume` goes on there.
+    """
     found = Found(read(options.against) if options.against else {}, {}, {})
     if options.resume and options.save.exists():
         found.new = read(options.save)
@@ -265,7 +289,11 @@ def find(options: argparse.Namespace) -> Found:
 
 
 def _find_one(
-    case: Case, worker: Worker, other: Worker | None, found: Found, options: argparse.Namespace
+    case: Case,
+    worker: Worker,
+    other: Worker | None,
+    found: Found,
+    options: argparse.Namespace,
 ) -> None:
     name = str(case)
     if other:
@@ -275,7 +303,7 @@ def _find_one(
         found.calls[name] = calls_in_turn(case, other, worker, options.seconds)
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Tables
 
 
@@ -299,7 +327,11 @@ def ratios(old: Entry, new: Entry) -> dict[str, float]:
 
 def comparison(found: Found) -> str:
     """The table of programs, and what there is to say of it."""
-    times = {name: ratios(found.old[name], x) for name, x in found.new.items() if name in found.old}
+    times = {
+        name: ratios(found.old[name], x)
+        for name, x in found.new.items()
+        if name in found.old
+    }
     if not times:
         return "No program is in both."
     rows = []
@@ -331,14 +363,18 @@ def summary(found: Found, times: Mapping[str, Mapping[str, float]]) -> str:
     for key in COUNTS:
         worst = max(times, key=lambda name: times[name][key])
         told.append(f"Largest ratio of {key}: {times[worst][key]:.3f} ({worst}).")
-    means = [f"{key} {geometric_mean(x[key] for x in times.values()):.3f}" for key in TIMES]
+    means = [
+        f"{key} {geometric_mean(x[key] for x in times.values()):.3f}" for key in TIMES
+    ]
     above = [
         f"- {name}: {', '.join(f'{key} {x[key]:.3f}' for key in COUNTS)}"
         for name, x in times.items()
         if max(x[key] for key in COUNTS) > ALLOWED
     ]
     parts = [" ".join(told), f"Mean ratios of the time to build: {', '.join(means)}."]
-    parts.append(f"Above {ALLOWED}: {len(above)}." + "\n\n" * bool(above) + "\n".join(above))
+    parts.append(
+        f"Above {ALLOWED}: {len(above)}." + "\n\n" * bool(above) + "\n".join(above)
+    )
     parts += [f"Only old: {name}." for name in found.old if name not in found.new]
     parts += [f"Only new: {name}." for name in found.new if name not in found.old]
     return "\n\n".join(parts)
@@ -347,21 +383,27 @@ def summary(found: Found, times: Mapping[str, Mapping[str, float]]) -> str:
 def call_table(calls: Mapping[str, Sequence[Pair]]) -> str:
     """The time of a call of those that differ."""
     quotients = {
-        name: statistics.median(new / old for old, new in pairs) for name, pairs in calls.items()
+        name: statistics.median(new / old for old, new in pairs)
+        for name, pairs in calls.items()
     }
     rows = [
         [
             name,
-            *(human_seconds(statistics.median(side)) for side in zip(*pairs, strict=True)),
+            *(
+                human_seconds(statistics.median(side))
+                for side in zip(*pairs, strict=True)
+            ),
             f"{quotients[name]:.3f}",
         ]
         for name, pairs in calls.items()
     ]
-    mean = f"Mean ratio of the time of a call: {geometric_mean(quotients.values()):.3f}."
+    mean = (
+        f"Mean ratio of the time of a call: {geometric_mean(quotients.values()):.3f}."
+    )
     return f"{markdown_table(['program', 'old', 'new', 'time ×'], rows)}\n\n{mean}"
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def parse() -> argparse.Namespace:
@@ -369,16 +411,39 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--save", type=Path, help="a file to write what is found of the new programs to")
-    add("--resume", action="store_true", help="keep what the file of --save has already")
+    add(
+        "--save", type=Path, help="a file to write what is found of the new programs to"
+    )
+    add(
+        "--resume", action="store_true", help="keep what the file of --save has already"
+    )
     add("--against", type=Path, help="such a file of the old programs")
-    add("--time", type=checkout, help="the old checkout, to compile and call both in turn")
+    add(
+        "--time",
+        type=checkout,
+        help="the old checkout, to compile and call both in turn",
+    )
     add("--package", type=checkout, default=HERE, help="the new checkout")
-    add("--models", nargs="+", default=[], help="models whose name contains one of these words")
+    add(
+        "--models",
+        nargs="+",
+        default=[],
+        help="models whose name contains one of these words",
+    )
     add("--products", nargs="+", choices=PRODUCTS, default=list(PRODUCTS))
     add("--modes", nargs="+", choices=MODES, default=list(MODES))
-    add("--repeats", type=int, default=3, help="times that a program is compiled, at most")
-    add("--seconds", type=float, default=2, help="for which a program is called, at least")
+    add(
+        "--repeats",
+        type=int,
+        default=3,
+        help="times that a program is compiled, at most",
+    )
+    add(
+        "--seconds",
+        type=float,
+        default=2,
+        help="for which a program is called, at least",
+    )
     options = parser.parse_args()
     if not (options.save or options.against or options.time):
         parser.error("one of --save, --against and --time is needed")
@@ -402,7 +467,10 @@ def main() -> None:
         wanted = {str(case) for case in cases(options)}
         found.old = {name: x for name, x in found.old.items() if name in wanted}
         found.new = {name: x for name, x in found.new.items() if name in wanted}
-        print(f"{environment()}. Old beside new; × is new over old.\n\n{comparison(found)}")
+        print(
+            f"{environment()}. Old beside new; × is new over old.\n\n"
+            f"{comparison(found)}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,27 +1,29 @@
-"""Learn to see which handwritten digits are alike, with a loss that couples 4,096 of them.
+"""Learn which handwritten digits are alike, with a loss that couples 4,096 of them.
 
-Nobody tells the network which digit is which. It sees every image twice, stretched, slanted and
-moved a little, and must pick out the second view of an image among those of all the others: a
-contrastive loss. The more others there are, the harder the question, so the loss of a batch is no
-sum over its images, and to cut the batch into microbatches and average their gradients is to ask an
-easier question.
+Nobody tells the network which digit is which. It sees every image twice, stretched,
+slanted and moved a little, and must pick out the second view of an image among those of
+all the others: a contrastive loss. The more others there are, the harder the question,
+so the loss of a batch is no sum over its images, and to cut the batch into microbatches
+and average their gradients is to ask an easier question.
 
-`chain_rule_value_and_grad(..., chunk_size=128)` takes the gradient of the whole question, 4,096
-images at once, in the memory of 128: embeddings first, chunk by chunk; then the loss's derivative
-by the embeddings, once; then a backward pass per chunk, in which each image's random key distorts
-it just as before. The example trains the same network both ways, on the same images in the same
-number of steps, and draws what became of it: how well held-out images are told apart, whether the
-nearest neighbour of a held-out image is the same digit, and what memory each way took.
+`chain_rule_value_and_grad(..., chunk_size=128)` takes the gradient of the whole
+question, 4,096 images at once, in the memory of 128: embeddings first, chunk by chunk;
+then the loss's derivative by the embeddings, once; then a backward pass per chunk, in
+which each image's random key distorts it just as before. The example trains the same
+network both ways, on the same images in the same number of steps, and draws what became
+of it: how well held-out images are told apart, whether the nearest neighbour of a
+held-out image is the same digit, and what memory each way took.
 
-What came of it in a run of 60 steps: the network that was asked the harder question answers it
-better at every check, at the end by 0.05 nats (3.53 against 3.58 for 904 held-out images;
-with two other seeds, by 0.06). That is what the large batch is for: with 128 images few of the
-others are hard to tell from the right one, and with 4,096 many are. Nothing else differs between
-the two, and what is in between comes out in between: microbatches of 512 end at 3.54, of 2,048 at
-3.53. It is a small gain here, for there are only ten kinds of digits. The nearest neighbour is the
-same digit in 90.8 % of cases against 89.7 %, and that difference is within its standard error of
-1.4 %: of neighbours these runs prove nothing. The price is a second evaluation of the network and a
-loss of 4,096 rows: a step took twice the time.
+What came of it in a run of 60 steps: the network that was asked the harder question
+answers it better at every check, at the end by 0.05 nats (3.53 against 3.58 for 904
+held-out images; with two other seeds, by 0.06). That is what the large batch is for:
+with 128 images few of the others are hard to tell from the right one, and with 4,096
+many are. Nothing else differs between the two, and what is in between comes out in
+between: microbatches of 512 end at 3.54, of 2,048 at 3.53. It is a small gain here, for
+there are only ten kinds of digits. The nearest neighbour is the same digit in 90.8 % of
+cases against 89.7 %, and that difference is within its standard error of 1.4 %: of
+neighbours these runs prove nothing. The price is a second evaluation of the network and
+a loss of 4,096 rows: a step took twice the time.
 
     python examples/contrastive.py [--steps 60] [--output contrastive.png]
 """
@@ -51,7 +53,7 @@ INK, QUIET, ACCENT = "#22223b", "#8d8d9b", "#c8553d"
 Gradient = Callable[..., tuple[jax.Array, Any]]
 
 
-# ------------------------------------------------------------------- the model and its question
+# ----------------------------------------------------------- the model and its question
 
 
 def init_params(key: jax.Array) -> dict[str, jax.Array]:
@@ -59,7 +61,9 @@ def init_params(key: jax.Array) -> dict[str, jax.Array]:
     shapes = {"patch": (16, 32), "hidden": (49 * 32, 96), "out": (96, 32)}
     return {
         name: jax.random.normal(k, shape) * (2 / shape[0]) ** 0.5
-        for (name, shape), k in zip(shapes.items(), jax.random.split(key, 3), strict=True)
+        for (name, shape), k in zip(
+            shapes.items(), jax.random.split(key, 3), strict=True
+        )
     }
 
 
@@ -78,23 +82,29 @@ def view(key: jax.Array, image: jax.Array) -> jax.Array:
     shift = jax.random.uniform(move, (2,), minval=-2.5, maxval=2.5)
     lean = jax.random.uniform(slant, minval=-0.4, maxval=0.4)
     pixel = jnp.arange(28.0)
-    across = scale[:, None] * (pixel - 13.5) + 13.5 + shift[:, None]  # (2, 28): where to look
+    across = (
+        scale[:, None] * (pixel - 13.5) + 13.5 + shift[:, None]
+    )  # (2, 28): where to look
     rows = jax.nn.relu(1 - jnp.abs(across[0, :, None] - pixel))
-    slanted = across[1] + lean * (pixel[:, None] - 13.5)  # (28, 28): each row moves on its own
+    slanted = across[1] + lean * (
+        pixel[:, None] - 13.5
+    )  # (28, 28): each row moves on its own
     columns = jax.nn.relu(1 - jnp.abs(slanted[:, :, None] - pixel))
     return jnp.einsum("ijk,ik->ij", columns, rows @ image)
 
 
-def two_views(params: dict[str, jax.Array], image: jax.Array, key: jax.Array) -> jax.Array:
+def two_views(
+    params: dict[str, jax.Array], image: jax.Array, key: jax.Array
+) -> jax.Array:
     """The embeddings of two views of one image, (2, 32)."""
     return jax.vmap(lambda key: embed(params, view(key, image)))(jax.random.split(key))
 
 
 def contrastive(pairs: jax.Array) -> jax.Array:
-    """How surprising it is which second view belongs to which first: in nats, the mean over images.
+    """How surprising the pairing of first and second views is: a mean in nats.
 
-    The N × N similarities are taken 128 rows at a time and again in the backward pass, so that the
-    loss needs no more memory than the network does.
+    The N × N similarities are taken 128 rows at a time and again in the backward pass,
+    so that the loss needs no more memory than the network does.
     """
 
     @jax.checkpoint
@@ -105,17 +115,19 @@ def contrastive(pairs: jax.Array) -> jax.Array:
     sides = [(first, second), (second, first)]
     return jnp.mean(
         jnp.stack([
-            jax.lax.map(lambda xs, o=other: surprise(*xs, o), (one, other), batch_size=128)
+            jax.lax.map(
+                lambda xs, o=other: surprise(*xs, o), (one, other), batch_size=128
+            )
             for one, other in sides
         ])
     )  # fmt: skip
 
 
-# ----------------------------------------------------------------------- two ways to a gradient
+# --------------------------------------------------------------- two ways to a gradient
 
 
 def whole_batch(size: int) -> Gradient:
-    """The exact gradient of the loss of all images, `size` of them in memory at a time."""
+    """The exact gradient of the loss of all images, `size` in memory at a time."""
     return chain_rule_value_and_grad(contrastive, two_views, chunk_size=size)
 
 
@@ -140,12 +152,12 @@ def memory(gradient: Gradient, *args: Any) -> int:
     return analysis.temp_size_in_bytes
 
 
-# ------------------------------------------------------------------------------- the training
+# ------------------------------------------------------------------------- the training
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images to learn from and to be asked about, with the labels that only the report reads."""
+    """Images for training and held-out ones; only the report reads labels."""
 
     images: jax.Array  # (N, 28, 28)
     labels: np.ndarray  # (N,)
@@ -154,7 +166,10 @@ class Digits:
 
 
 def load(count: int) -> Digits:
-    """So many of the first 4,096 of 5,000 images in a fixed random order; the last are held out."""
+    """So many of the first 4,096 of 5,000 images in a fixed random order.
+
+    The last are held out.
+    """
     images, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(images))
     images = jnp.asarray(images[order].reshape(-1, 28, 28) / 255, jnp.float32)
@@ -178,7 +193,9 @@ class Learner:
         def step(params, state, images, key):
             order_key, view_key = jax.random.split(key)
             shuffled = images[jax.random.permutation(order_key, len(images))]
-            _, grads = gradient(params, shuffled, jax.random.split(view_key, len(images)))
+            _, grads = gradient(
+                params, shuffled, jax.random.split(view_key, len(images))
+            )
             updates, state = optimizer.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
@@ -194,20 +211,24 @@ class Learner:
     def step(self, key: jax.Array) -> None:
         """One step of Adam, timed."""
         start = time.perf_counter()
-        self.params, self.state = self._step(self.params, self.state, self.digits.images, key)
+        self.params, self.state = self._step(
+            self.params, self.state, self.digits.images, key
+        )
         jax.block_until_ready(self.params)
         self.seconds.append(time.perf_counter() - start)
 
     def check(self, number: int) -> None:
-        """The loss of held-out images, and how often a nearest neighbour is the same digit."""
+        """The held-out loss, and how often the nearest neighbour is the same digit."""
         digits = self.digits
         loss, nearest = self._report(self.params, digits.images, digits.held_images)
         right = digits.labels[np.asarray(nearest)] == digits.held_labels
         self.checks.append((number, float(loss), float(right.mean())))
 
 
-def train(ways: dict[str, Gradient], digits: Digits, steps: int, seed: int) -> dict[str, Learner]:
-    """Train a network each way, turn by turn, with the same images and the same random views."""
+def train(
+    ways: dict[str, Gradient], digits: Digits, steps: int, seed: int
+) -> dict[str, Learner]:
+    """Train a network each way, with the same images and the same random views."""
     learners = {name: Learner(way, digits, steps, seed) for name, way in ways.items()}
     bar = tqdm(range(1, steps + 1), desc="training", unit="step")
     for number in bar:
@@ -220,7 +241,7 @@ def train(ways: dict[str, Gradient], digits: Digits, steps: int, seed: int) -> d
     return learners
 
 
-# --------------------------------------------------------------------------------- the figure
+# --------------------------------------------------------------------------- the figure
 
 
 def tidy(axes, title: str) -> None:
@@ -245,7 +266,9 @@ def draw(learners: dict[str, Learner], sizes: dict[str, int], count: int) -> Fig
         loss_axes.plot(steps, losses, color=colour, label=f"{name}: {losses[-1]:.3f}")
         right_axes.plot(steps, right, color=colour, label=f"{name}: {right[-1]:.1%}")
         error = standard_error(right, count)
-        right_axes.fill_between(steps, right - error, right + error, color=colour, alpha=0.12, lw=0)
+        right_axes.fill_between(
+            steps, right - error, right + error, color=colour, alpha=0.12, lw=0
+        )
     right_axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
     tidy(loss_axes, "loss of held-out images, in nats")
     tidy(right_axes, "nearest neighbour is the same digit, ± standard error")
@@ -263,20 +286,32 @@ def draw(learners: dict[str, Learner], sizes: dict[str, int], count: int) -> Fig
     return figure
 
 
-# -------------------------------------------------------------------------------- the program
+# -------------------------------------------------------------------------- the program
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Learner]:
     """Train both ways, report, draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="of training (%(default)s)")
-    parser.add_argument("--images", type=int, default=4096, help="in a batch (%(default)s)")
-    parser.add_argument("--chunk", type=int, default=128, help="images at a time (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and views (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("contrastive.png"), help="the figure")
+    parser.add_argument(
+        "--steps", type=int, default=60, help="of training (%(default)s)"
+    )
+    parser.add_argument(
+        "--images", type=int, default=4096, help="in a batch (%(default)s)"
+    )
+    parser.add_argument(
+        "--chunk", type=int, default=128, help="images at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights and views (%(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("contrastive.png"), help="the figure"
+    )
     options = parser.parse_args(argv)
     if options.images > 4096 or options.images % options.chunk:
-        parser.error("--images must be a multiple of --chunk (for the microbatches), up to 4096")
+        parser.error(
+            "--images must be a multiple of --chunk (for the microbatches), up to 4096"
+        )
 
     digits = load(options.images)
     whole, parts = "the whole batch,\nin chunks", "microbatches,\naveraged"
@@ -294,17 +329,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Learner]:
     for name, learner in learners.items():
         _, loss, right = learner.checks[-1]
         print(
-            f"{name.replace(chr(10), ' '):28} held-out loss {loss:.3f}, neighbours right "
+            f"{name.replace(chr(10), ' '):28} held-out loss {loss:.3f}, neighbours "
+            "right "
             f"{right:.1%}, {sizes[name] / 2**20:,.0f} MiB, "
             f"{np.median(learner.seconds):.2f} s a step"
         )
-    print(f"the whole batch in one piece takes {list(sizes.values())[-1] / 2**20:,.0f} MiB")
-    (_, loss, right), (_, other_loss, other_right) = (x.checks[-1] for x in learners.values())
+    print(
+        f"the whole batch in one piece takes {list(sizes.values())[-1] / 2**20:,.0f} "
+        "MiB"
+    )
+    (_, loss, right), (_, other_loss, other_right) = (
+        x.checks[-1] for x in learners.values()
+    )
     count = len(digits.held_labels)
     chance = 2**0.5 * standard_error(right, count)
     print(
         f"the whole batch {'wins' if loss < other_loss else 'loses'} by "
-        f"{abs(loss - other_loss):.3f} nats; neighbours differ by {right - other_right:+.1%}, "
+        f"{abs(loss - other_loss):.3f} nats; neighbours differ by "
+        f"{right - other_right:+.1%}, "
         f"where {chance:.1%} is the standard error"
     )
     figure = draw(learners, sizes, count)

@@ -1,15 +1,16 @@
 """Learn to read handwritten digits, and watch the gradient of every single image.
 
-A small network is trained on the 1,797 scanned digits of scikit-learn with optax. One jit-compiled
-step does all the work: `value_and_jacobian` runs the network once, and the same J gives the norm of
-each image's own gradient and the mean of the gradients, each clipped to a norm of 20. The norm says
-how hard an image pulls at the network. Early on every image pulls; later most have nothing left to
-say, and the few that still pull are the ones that a person hesitates over as well.
+A small network is trained on the 1,797 scanned digits of scikit-learn with optax. One
+jit-compiled step does all the work: `value_and_jacobian` runs the network once, and the
+same J gives the norm of each image's own gradient and the mean of the gradients, each
+clipped to a norm of 20. The norm says how hard an image pulls at the network. Early on
+every image pulls; later most have nothing left to say, and the few that still pull are
+the ones that a person hesitates over as well.
 
-No gradient of an image is ever built. What that saves is measured before the training, on the same
-network and images: time and memory of loss, norms and clipped mean beside `vmap(grad)`, which
-builds every gradient, and beside the ordinary gradient of the batch, which knows no norms. The
-figure shows all of it.
+No gradient of an image is ever built. What that saves is measured before the training,
+on the same network and images: time and memory of loss, norms and clipped mean beside
+`vmap(grad)`, which builds every gradient, and beside the ordinary gradient of the
+batch, which knows no norms. The figure shows all of it.
 
     python examples/digits.py [--steps 1500] [--output digits.png]
 """
@@ -40,14 +41,22 @@ BATCH_SIZE, MAX_NORM = 64, 20.0
 INK, QUIET, ACCENT = "#22223b", "#8d8d9b", "#c8553d"
 
 
-# ---------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------- the model
 
 
-def init_params(key: jax.Array, widths: Sequence[int] = (64, 128, 128, 10)) -> list[dict]:
-    """A list of dense layers; the weights of each are scaled to its number of inputs."""
+def init_params(
+    key: jax.Array, widths: Sequence[int] = (64, 128, 128, 10)
+) -> list[dict]:
+    """A list of dense layers.
+
+    The weights of each are scaled to its number of inputs.
+    """
     shapes = list(pairwise(widths))
     return [
-        {"w": jax.random.normal(key, shape) * (2 / shape[0]) ** 0.5, "b": jnp.zeros(shape[1])}
+        {
+            "w": jax.random.normal(key, shape) * (2 / shape[0]) ** 0.5,
+            "b": jnp.zeros(shape[1]),
+        }
         for key, shape in zip(jax.random.split(key, len(shapes)), shapes, strict=True)
     ]
 
@@ -66,9 +75,11 @@ def surprise(params: list[dict], image: jax.Array, label: jax.Array) -> jax.Arra
 
 
 def jitter(key: jax.Array, image: jax.Array) -> jax.Array:
-    """The image moved by at most one pixel up or down and left or right, (64,) -> (64,)."""
+    """The image moved by at most one pixel in each direction, (64,) -> (64,)."""
     corner = jax.random.randint(key, (2,), 0, 3)
-    return jax.lax.dynamic_slice(jnp.pad(image.reshape(8, 8), 1), corner, (8, 8)).ravel()
+    return jax.lax.dynamic_slice(
+        jnp.pad(image.reshape(8, 8), 1), corner, (8, 8)
+    ).ravel()
 
 
 def norms_of_gradients(params, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -76,21 +87,27 @@ def norms_of_gradients(params, images: jax.Array, labels: jax.Array) -> jax.Arra
     return jacobian(surprise)(params, images, labels).norms()
 
 
-# ------------------------------------------------------- loss, clipped mean and norms, and the cost
+# ------------------------------------------- loss, clipped mean and norms, and the cost
 
 
 def from_factors(params, images, labels):
-    """Mean loss, mean of the clipped gradients, and their norms before: one pass gives all."""
+    """Mean loss, mean of the clipped gradients and their norms before, in one pass."""
     losses, J = value_and_jacobian(surprise)(params, images, labels)
     return losses.mean(), J.clip(MAX_NORM).mean(), J.norms()
 
 
 def from_rows(params, images, labels):
     """What `from_factors` returns, from the stacked gradients of all images."""
-    losses, rows = jax.vmap(jax.value_and_grad(surprise), (None, 0, 0))(params, images, labels)
+    losses, rows = jax.vmap(jax.value_and_grad(surprise), (None, 0, 0))(
+        params, images, labels
+    )
     norms = jax.vmap(optax.tree.norm)(rows)
     weights = jnp.minimum(1.0, MAX_NORM / norms) / len(norms)
-    return losses.mean(), jax.tree.map(lambda x: jnp.tensordot(weights, x, 1), rows), norms
+    return (
+        losses.mean(),
+        jax.tree.map(lambda x: jnp.tensordot(weights, x, 1), rows),
+        norms,
+    )
 
 
 def ordinary(params, images, labels):
@@ -118,7 +135,7 @@ class Cost:
 
 
 def costs(params, images, labels, rounds: int = 11) -> dict[str, Cost]:
-    """Median times, taken in turns, and the temporary memory of the compiled programs."""
+    """Median times, taken in turns, and temporary memory of compiled programs."""
     args = params, images, labels
     programs = {name: jax.jit(way).lower(*args).compile() for name, way in WAYS.items()}
     times: dict[str, list[float]] = {name: [] for name in programs}
@@ -136,12 +153,12 @@ def costs(params, images, labels, rounds: int = 11) -> dict[str, Cost]:
     }
 
 
-# ------------------------------------------------------------------------------- the training
+# ------------------------------------------------------------------------- the training
 
 
 @dataclass(frozen=True)
 class History:
-    """What was seen on the way: the loss and the norms of every step, accuracies now and then."""
+    """Loss and norms of every step, and accuracies now and then."""
 
     losses: np.ndarray  # (steps,)
     norms: np.ndarray  # (steps, batch)
@@ -172,7 +189,9 @@ def train(train_set, test_set, steps: int, seed: int) -> tuple[list[dict], Histo
     params = init_params(key)
     opt_state = optimizer.init(params)
     losses, norms, checks = [], [], []
-    bar = tqdm(batches(len(labels), steps, seed), total=steps, desc="training", unit="step")
+    bar = tqdm(
+        batches(len(labels), steps, seed), total=steps, desc="training", unit="step"
+    )
     for number, chosen in enumerate(bar, start=1):
         params, opt_state, loss, norm = step(
             params, opt_state, chosen, jax.random.fold_in(key, number)
@@ -180,26 +199,35 @@ def train(train_set, test_set, steps: int, seed: int) -> tuple[list[dict], Histo
         losses.append(loss)
         norms.append(norm)
         if number == 1 or number % 25 == 0 or number == steps:
-            right = float(accuracy(params, images, labels)), float(accuracy(params, *test_set))
+            right = (
+                float(accuracy(params, images, labels)),
+                float(accuracy(params, *test_set)),
+            )
             checks.append((number, *right))
-            bar.set_postfix(loss=f"{loss:.3f}", test=f"{right[1]:.1%}", norm=f"{norm.mean():.2f}")
+            bar.set_postfix(
+                loss=f"{loss:.3f}", test=f"{right[1]:.1%}", norm=f"{norm.mean():.2f}"
+            )
     checked, train_accuracy, test_accuracy = np.array(checks).T
-    history = History(np.array(losses), np.array(norms), checked, train_accuracy, test_accuracy)
+    history = History(
+        np.array(losses), np.array(norms), checked, train_accuracy, test_accuracy
+    )
     return params, history
 
 
 def batches(count: int, steps: int, seed: int):
-    """The numbers of the images in each batch: every image once, in a new order, then again."""
+    """The indices of each batch: all images in a random order, then again."""
     generator = np.random.default_rng(seed)
     order = np.empty(0, dtype=np.int32)
     for _ in range(steps):
         while len(order) < BATCH_SIZE:
-            order = np.concatenate([order, generator.permutation(count).astype(np.int32)])
+            order = np.concatenate(
+                [order, generator.permutation(count).astype(np.int32)]
+            )
         yield order[:BATCH_SIZE]
         order = order[BATCH_SIZE:]
 
 
-# --------------------------------------------------------------------------------- the figure
+# --------------------------------------------------------------------------- the figure
 
 
 @dataclass(frozen=True)
@@ -225,7 +253,7 @@ def most_surprising(params, train_set, count: int) -> Surprises:
 
 
 def draw(history: History, surprises: Surprises, cost: dict[str, Cost]) -> Figure:
-    """Loss, accuracy, the norms over time, what they cost, and the most surprising digits."""
+    """Loss, accuracy, norms over time, their cost, and the most surprising digits."""
     figure = Figure(figsize=(15, 7.4), facecolor="white", layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(2.3, 1), hspace=0.02)
     left, middle, right = above.subfigures(1, 3, width_ratios=(1, 1.45, 0.9))
@@ -234,8 +262,12 @@ def draw(history: History, surprises: Surprises, cost: dict[str, Cost]) -> Figur
     draw_accuracy(accuracy_axes, history)
     draw_norms(middle.subplots(), history.norms)
     time_axes, memory_axes = right.subplots(2, 1)
-    draw_costs(time_axes, "time", "ms", {name: x.milliseconds for name, x in cost.items()})
-    draw_costs(memory_axes, "memory", "MiB", {name: x.mebibytes for name, x in cost.items()})
+    draw_costs(
+        time_axes, "time", "ms", {name: x.milliseconds for name, x in cost.items()}
+    )
+    draw_costs(
+        memory_axes, "memory", "MiB", {name: x.mebibytes for name, x in cost.items()}
+    )
     draw_digits(below, surprises)
     return figure
 
@@ -265,7 +297,9 @@ def draw_accuracy(axes, history: History) -> None:
         ("train", history.train_accuracy, QUIET),
         ("test", history.test_accuracy, ACCENT),
     ):
-        axes.plot(history.checked, values, color=colour, label=f"{name} {values[-1]:.1%}")
+        axes.plot(
+            history.checked, values, color=colour, label=f"{name} {values[-1]:.1%}"
+        )
     axes.set_ylim(min(0.8, history.test_accuracy[-1] - 0.1), 1.005)
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("step", color=QUIET)
@@ -274,31 +308,50 @@ def draw_accuracy(axes, history: History) -> None:
 
 
 def draw_norms(axes, norms: np.ndarray) -> None:
-    """A histogram of the images' norms for each stretch of the training, side by side."""
+    """A histogram of the norms for each stretch of the training, side by side."""
     steps = len(norms)
     columns = min(60, steps)
     levels = np.log10(np.maximum(norms, 1e-30))
     highest = levels.max() + 0.1
     edges = np.linspace(max(np.quantile(levels, 0.01), highest - 6), highest, 46)
     stretches = np.array_split(levels, columns)
-    density = np.stack([np.histogram(part, edges)[0] / part.size for part in stretches], axis=1)
+    density = np.stack(
+        [np.histogram(part, edges)[0] / part.size for part in stretches], axis=1
+    )
     ends = np.linspace(0.5, steps + 0.5, columns + 1)
-    shade = LinearSegmentedColormap.from_list("shade", ["white", "#f2cc8f", ACCENT, "#4a1942"])
+    shade = LinearSegmentedColormap.from_list(
+        "shade", ["white", "#f2cc8f", ACCENT, "#4a1942"]
+    )
     # Square roots of the shares: the eye sees faint tails as well.
     scale = PowerNorm(0.5, vmin=0, vmax=np.quantile(density, 0.998))
-    mesh = axes.pcolormesh(ends, 10**edges, density, cmap=shade, norm=scale, rasterized=True)
+    mesh = axes.pcolormesh(
+        ends, 10**edges, density, cmap=shade, norm=scale, rasterized=True
+    )
     bar = axes.figure.colorbar(
-        mesh, ax=axes, orientation="horizontal", extend="max", aspect=45, shrink=0.9, pad=0.02
+        mesh,
+        ax=axes,
+        orientation="horizontal",
+        extend="max",
+        aspect=45,
+        shrink=0.9,
+        pad=0.02,
     )
     bar.set_label("share of the images in these steps with this norm", color=QUIET)
     bar.ax.xaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
     bar.ax.tick_params(colors=QUIET, labelsize=9)
     bar.outline.set_edgecolor(QUIET)
-    axes.axhline(MAX_NORM, color=INK, linewidth=1.0, linestyle=":", label="clipping bound")
+    axes.axhline(
+        MAX_NORM, color=INK, linewidth=1.0, linestyle=":", label="clipping bound"
+    )
     middles = (ends[:-1] + ends[1:]) / 2
-    for quantile, style, name in ((0.99, "--", "99th percentile"), (0.5, "-", "median")):
+    for quantile, style, name in (
+        (0.99, "--", "99th percentile"),
+        (0.5, "-", "median"),
+    ):
         values = [10 ** np.quantile(part, quantile) for part in stretches]
-        axes.plot(middles, values, color=INK, linewidth=1.4, linestyle=style, label=name)
+        axes.plot(
+            middles, values, color=INK, linewidth=1.4, linestyle=style, label=name
+        )
     axes.set_yscale("log")
     axes.set_ylim(10 ** edges[0], 10 ** edges[-1])
     axes.set_xlabel("step", color=QUIET)
@@ -308,9 +361,15 @@ def draw_norms(axes, norms: np.ndarray) -> None:
 
 def draw_costs(axes, what: str, unit: str, values: dict[str, float]) -> None:
     """A bar for each way."""
-    names = [f"{name},\nno norms" if name == "ordinary gradient" else name for name in values]
-    bars = axes.barh(names, list(values.values()), color=[QUIET, ACCENT, INK], height=0.6)
-    axes.bar_label(bars, [f" {x:.2g} {unit}" for x in values.values()], color=INK, fontsize=10)
+    names = [
+        f"{name},\nno norms" if name == "ordinary gradient" else name for name in values
+    ]
+    bars = axes.barh(
+        names, list(values.values()), color=[QUIET, ACCENT, INK], height=0.6
+    )
+    axes.bar_label(
+        bars, [f" {x:.2g} {unit}" for x in values.values()], color=INK, fontsize=10
+    )
     axes.set_xlim(0, 1.35 * max(values.values()))
     axes.invert_yaxis()
     tidy(axes, f"{what} for {BATCH_SIZE} images, in {unit}")
@@ -320,7 +379,7 @@ def draw_costs(axes, what: str, unit: str, values: dict[str, float]) -> None:
 
 
 def draw_digits(figure, surprises: Surprises) -> None:
-    """The images that pull the hardest, with what they are and what they were taken for."""
+    """The images with the largest gradients, their labels and predictions."""
     figure.suptitle(
         "the training images with the largest gradients",
         x=0.008,
@@ -347,12 +406,18 @@ def draw_digits(figure, surprises: Surprises) -> None:
             fontsize=10,
         )
         axes.text(
-            0.5, -0.06, f"norm {norm:.2g}", transform=axes.transAxes, ha="center", va="top",
-            color=QUIET, fontsize=9,
-        )  # fmt: skip
+            0.5,
+            -0.06,
+            f"norm {norm:.2g}",
+            transform=axes.transAxes,
+            ha="center",
+            va="top",
+            color=QUIET,
+            fontsize=9,
+        )
 
 
-# -------------------------------------------------------------------------------- the program
+# -------------------------------------------------------------------------- the program
 
 
 def report_costs(count: int, cost: dict[str, Cost]) -> None:
@@ -360,16 +425,25 @@ def report_costs(count: int, cost: dict[str, Cost]) -> None:
     print(f"loss, clipped mean and norms of {count:,} images:")
     for name, each in cost.items():
         note = ", without norms and clipping" if name == "ordinary gradient" else ""
-        print(f"  {name:18} {each.milliseconds:7.2f} ms, {each.mebibytes:7.2f} MiB{note}")
+        print(
+            f"  {name:18} {each.milliseconds:7.2f} ms, {each.mebibytes:7.2f} MiB{note}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> float:
     """Train, report, draw; returns the test accuracy."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500, help="steps of training (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and order (%(default)s)")
     parser.add_argument(
-        "--output", type=Path, default=Path("digits.png"), help="the figure (%(default)s)"
+        "--steps", type=int, default=1500, help="steps of training (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights and order (%(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("digits.png"),
+        help="the figure (%(default)s)",
     )
     options = parser.parse_args(argv)
 
@@ -382,16 +456,27 @@ def main(argv: Sequence[str] | None = None) -> float:
     cost = costs(start, train_x[:BATCH_SIZE], train_y[:BATCH_SIZE])
     report_costs(BATCH_SIZE, cost)
     report_costs(len(train_y), costs(start, train_x, train_y))
-    params, history = train((train_x, train_y), (test_x, test_y), options.steps, options.seed)
+    params, history = train(
+        (train_x, train_y), (test_x, test_y), options.steps, options.seed
+    )
     surprises = most_surprising(params, (train_x, train_y), count=10)
 
     accuracy = float(history.test_accuracy[-1])
     print(f"test accuracy {accuracy:.1%} on {len(test_y)} images never trained on")
     print("training images with the largest gradients:")
     for label, read, belief, norm in list(
-        zip(surprises.labels, surprises.read, surprises.belief, surprises.norms, strict=True)
+        zip(
+            surprises.labels,
+            surprises.read,
+            surprises.belief,
+            surprises.norms,
+            strict=True,
+        )
     )[:5]:
-        print(f"  a {label}, read as {read}: norm {norm:.3g}, {belief:.0%} sure of the {label}")
+        print(
+            f"  a {label}, read as {read}: norm {norm:.3g}, {belief:.0%} sure of the "
+            f"{label}"
+        )
     figure = draw(history, surprises, cost)
     figure.savefig(options.output, dpi=150, bbox_inches="tight", pad_inches=0.15)
     print(f"figure saved to {options.output}")

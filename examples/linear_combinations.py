@@ -1,14 +1,15 @@
 """Combine gradients as one combines numbers.
 
-The question that this package began with: the gradients of a model at two inputs are in hand, each
-a tree of arrays shaped like the parameters. The loss of the two outputs p1 and p2 is p1² + p2², so
-by the chain rule its gradient is
+The question that this package began with: the gradients of a model at two inputs are in
+hand, each a tree of arrays shaped like the parameters. The loss of the two outputs p1
+and p2 is p1² + p2², so by the chain rule its gradient is
 
     2*p1 * grad1  +  2*p2 * grad2
 
-How does one write that, when grad1 and grad2 are no numbers but trees? Here are the ordinary
-gradient and four ways to say the sum, on f(x) = m*x + b, where the answer (5.76 for m, 3.2 for b)
-can be checked by hand; and then on a model of 1,000 parameter arrays, where nothing else changes.
+How does one write that, when grad1 and grad2 are no numbers but trees? Here are the
+ordinary gradient and four ways to say the sum, on f(x) = m*x + b, where the answer
+(5.76 for m, 3.2 for b) can be checked by hand; and then on a model of 1,000 parameter
+arrays, where nothing else changes.
 """
 
 from __future__ import annotations
@@ -47,10 +48,15 @@ def loss(outputs: jax.Array) -> jax.Array:
 
 
 def five_ways(model: Callable[..., jax.Array]) -> dict[str, Callable[..., Any]]:
-    """The same gradient, written in five ways; each takes the parameters and two inputs."""
+    """The same gradient, written in five ways.
+
+    Each takes the parameters and two inputs.
+    """
 
     def ordinary(params, xs):
-        return jax.grad(lambda params: loss(jax.vmap(model, (None, 0))(params, xs)))(params)
+        return jax.grad(lambda params: loss(jax.vmap(model, (None, 0))(params, xs)))(
+            params
+        )
 
     def operators(params, xs):
         p1, grad1 = jax.value_and_grad(model)(params, xs[0])
@@ -94,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     slopes, offsets = jax.random.uniform(jax.random.key(0), (2, options.lines))
     params = {
-        f"line{i}": {"m": m, "b": b} for i, (m, b) in enumerate(zip(slopes, offsets, strict=True))
+        f"line{i}": {"m": m, "b": b}
+        for i, (m, b) in enumerate(zip(slopes, offsets, strict=True))
     }
     print(f"\nthe same with {len(jax.tree.leaves(params)):,} parameter arrays")
     ways = five_ways(many_lines)
@@ -102,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, way in ways.items():
         gradient = Vector(way(params, xs))
         difference = (gradient - expected).norm() / expected.norm()
-        print(f"  {name:<42} norm {gradient.norm():.6f}   off by {difference:.0e} of it")
+        print(
+            f"  {name:<42} norm {gradient.norm():.6f}   off by {difference:.0e} of it"
+        )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 r"""One training script for one device, for many, and for several processes.
 
-A network learns to read handwritten digits, some of which carry a wrong label. The gradient of
-every image is clipped, so that no label, however wrong, pulls harder than the bound. The images
-of a batch are shared out to all devices that the script finds; that is all it does about them.
-The rows of the Jacobian are then where their images are, norms are taken there, and the mean of
-the clipped rows is all that devices send to each other, beside a number or two to report. It
-prints the same losses in each of these ways to start it:
+A network learns to read handwritten digits, some of which carry a wrong label. The
+gradient of every image is clipped, so that no label, however wrong, pulls harder than
+the bound. The images of a batch are shared out to all devices that the script finds;
+that is all it does about them. The rows of the Jacobian are then where their images
+are, norms are taken there, and the mean of the clipped rows is all that devices send to
+each other, beside a number or two to report. It prints the same losses in each of these
+ways to start it:
 
-    python examples/multi_device.py
-    JAX_NUM_CPU_DEVICES=8 python examples/multi_device.py
-    for i in 0 1; do JAX_COORDINATOR_ADDRESS=127.0.0.1:9911 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=$i \
+    python examples/multi_device.py JAX_NUM_CPU_DEVICES=8 python
+    examples/multi_device.py for i in 0 1; do JAX_COORDINATOR_ADDRESS=127.0.0.1:9911
+    JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=$i \
         python examples/multi_device.py & done; wait
 
-On a cluster that JAX knows (Slurm, GKE, TPU pods) add --cluster, and JAX finds the others.
+On a cluster that JAX knows (Slurm, GKE, TPU pods) add --cluster, and JAX finds the
+others.
 """
 
 from __future__ import annotations
@@ -62,7 +64,12 @@ def train_step(params, state, images, labels):
     """One step along the mean of clipped gradients; it knows nothing of devices."""
     losses, J = value_and_jacobian(loss)(params, images, labels)
     updates, state = optimizer.update(J.clip(MAX_NORM).mean(), state, params)
-    return optax.apply_updates(params, updates), state, losses.mean(), (J.norms() > MAX_NORM).mean()
+    return (
+        optax.apply_updates(params, updates),
+        state,
+        losses.mean(),
+        (J.norms() > MAX_NORM).mean(),
+    )
 
 
 @jax.jit
@@ -74,8 +81,12 @@ def accuracy(params, images, labels):
 def main(argv: Sequence[str] | None = None) -> None:
     """Train on whatever is there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="of training (%(default)s)")
-    parser.add_argument("--cluster", action="store_true", help="let JAX find other processes")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="of training (%(default)s)"
+    )
+    parser.add_argument(
+        "--cluster", action="store_true", help="let JAX find other processes"
+    )
     options = parser.parse_args(argv)
 
     find_other_processes(options.cluster)
@@ -94,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     random = np.random.default_rng(0)  # the same numbers in every process
     wrong = random.random(len(train_y)) < WRONG
-    train_y = np.where(wrong, random.integers(0, 10, len(train_y)), train_y).astype(np.int32)
+    train_y = np.where(wrong, random.integers(0, 10, len(train_y)), train_y).astype(
+        np.int32
+    )
     params = {
         "w": random.standard_normal((64, 64), np.float32) / 8,
         "b": np.zeros(64, np.float32),
@@ -118,9 +131,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         seen.append((float(mean_loss), float(clipped)))
         if step % every == 0:
             average, part = np.mean(seen[-every:], axis=0)
-            say(f"to step {step:4}: loss {average:.3f}, {part:.0%} of the gradients clipped")
+            say(
+                f"to step {step:4}: loss {average:.3f}, {part:.0%} of the gradients "
+                "clipped"
+            )
     read = accuracy(params, place(test_x, everywhere), place(test_y, everywhere))
-    say(f"test accuracy {read:.1%}, with {WRONG:.0%} of the training labels drawn at random")
+    say(
+        f"test accuracy {read:.1%}, with {WRONG:.0%} of the training labels drawn at "
+        "random"
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Step along the curvature: Gauss-Newton steps by conjugate gradients on real digits.
 
-A gradient says which way is down, and not how far. The Gauss-Newton matrix G = Jᵀ H J of the loss
-knows: J are the derivatives of the network's outputs, H is the curvature of the loss by them. With
-2,400 parameters one would rather not build G. `gauss_newton_product` gives v ↦ G v, here 256 images
-at a time, and conjugate gradients solve (G + λ) step = gradient with nothing but such products. For
-a cross-entropy of logits G is the Fisher matrix, and the step is the natural gradient.
+A gradient says which way is down, and not how far. The Gauss-Newton matrix G = Jᵀ H J
+of the loss knows: J are the derivatives of the network's outputs, H is the curvature of
+the loss by them. With 2,400 parameters one would rather not build G.
+`gauss_newton_product` gives v ↦ G v, here 256 images at a time, and conjugate gradients
+solve (G + λ) step = gradient with nothing but such products. For a cross-entropy of
+logits G is the Fisher matrix, and the step is the natural gradient.
 
-Printed is the training loss after each of a few such steps, beside Adam's: after as many steps,
-where the curvature wins by a lot; and after as many passes over the images as the conjugate
-gradients took, where on this easy problem Adam is ahead, though by less and less.
+Printed is the training loss after each of a few such steps, beside Adam's: after as
+many steps, where the curvature wins by a lot; and after as many passes over the images
+as the conjugate gradients took, where on this easy problem Adam is ahead, though by
+less and less.
 
     python examples/second_order.py [--steps 10]
 """
@@ -44,14 +46,19 @@ def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
 
 @jax.jit
 def gauss_newton_step(params, images, labels, damping):
-    """Solve (G + λ) step = gradient, and go there if it is down; (params, damping, loss)."""
+    """Solve (G + λ) step = gradient, and go there if it is down.
+
+    (params, damping, loss).
+    """
     value_and_grad = chain_rule_value_and_grad(cross_entropy, logits, chunk_size=CHUNK)
     loss, grad = value_and_grad(params, images, outer_args=(labels,))
     product = gauss_newton_product(cross_entropy, logits, chunk_size=CHUNK)(
         params, images, outer_args=(labels,)
     )
     step, _ = jax.scipy.sparse.linalg.cg(
-        lambda v: (Vector(product(v)) + damping * Vector(v)).tree, grad, maxiter=ITERATIONS
+        lambda v: (Vector(product(v)) + damping * Vector(v)).tree,
+        grad,
+        maxiter=ITERATIONS,
     )
     there = (Vector(params) - Vector(step)).tree
     new_loss = cross_entropy(jax.vmap(logits, (None, 0))(there, images), labels)
@@ -72,14 +79,18 @@ def adam(params, images, labels, steps: int):
         updates, state = optimizer.update(grad, state, params)
         return (optax.apply_updates(params, updates), state), loss
 
-    (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
+    (params, _), losses = jax.lax.scan(
+        step, (params, optimizer.init(params)), length=steps
+    )
     return params, losses
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train both ways and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=10, help="of Gauss-Newton (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="of Gauss-Newton (%(default)s)"
+    )
     options = parser.parse_args(argv)
 
     images, labels = load_digits(return_X_y=True)
@@ -96,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # A product evaluates each chunk twice, with its derivatives, as two gradients do.
     passes = 1 + 2 * ITERATIONS
-    adams, losses = jax.jit(adam, static_argnums=3)(start, train_x, train_y, passes * options.steps)
+    adams, losses = jax.jit(adam, static_argnums=3)(
+        start, train_x, train_y, passes * options.steps
+    )
     params, damping = start, jnp.float32(0.1)
     lines = []
     for number in tqdm(range(1, options.steps + 1), desc="training", unit="step"):
@@ -108,7 +121,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(lines))
     for name, trained in (("Gauss-Newton", params), ("Adam", adams)):
         read = jax.vmap(logits, (None, 0))(trained, test_x).argmax(axis=1)
-        print(f"{name}: test accuracy {(read == test_y).mean():.1%} on {len(test_y)} images")
+        print(
+            f"{name}: test accuracy {(read == test_y).mean():.1%} on {len(test_y)} "
+            "images"
+        )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""Add and subtract trained networks: a soup, a task, and an average that does not stall.
+"""Add and subtract trained networks: a soup, a task, and a moving average.
 
-Weights are trees like gradients, and much is done with them that is a linear combination. The
-average of several trained networks (a soup) is a network that reads as well as they do. What
-training on a task has added is a difference (a task vector), and can be added to a network or taken
-away: two networks go on from one start with half of the ten digits each, and each forgets the other
-half; half of what the one has learned and half of what the other has, added to the start, read more
-of all ten than the start did. And the exponential moving average of a training run is a combination
-of two trees at every step. In bfloat16 that last one stalls, if written by hand: an update of a
-hundredth of the difference is less than the spacing of the numbers. A `Vector` carries its sums in
-float32 and rounds where the tree is read, so it does not. (Where it crosses `jax.jit` it is
-rounded, like any tree: an average inside a compiled step is kept in float32.) All on small networks
-that learn scikit-learn's handwritten digits, in some seconds.
+Weights are trees like gradients, and much is done with them that is a linear
+combination. The average of several trained networks (a soup) is a network that reads as
+well as they do. What training on a task has added is a difference (a task vector), and
+can be added to a network or taken away: two networks go on from one start with half of
+the ten digits each, and each forgets the other half; half of what the one has learned
+and half of what the other has, added to the start, read more of all ten than the start
+did. And the exponential moving average of a training run is a combination of two trees
+at every step. In bfloat16 that last one stalls, if written by hand: an update of a
+hundredth of the difference is less than the spacing of the numbers. A `Vector` carries
+its sums in float32 and rounds where the tree is read, so it does not. (Where it crosses
+`jax.jit` it is rounded, like any tree: an average inside a compiled step is kept in
+float32.) All on small networks that learn scikit-learn's handwritten digits, in some
+seconds.
 
     python examples/weights.py [--steps 200]
 """
@@ -38,7 +40,9 @@ def logits(params: dict[str, jax.Array], image: jax.Array) -> jax.Array:
     return jax.nn.relu(image @ params["w"] + params["b"]) @ params["v"]
 
 
-def surprise(params: dict[str, jax.Array], image: jax.Array, label: jax.Array) -> jax.Array:
+def surprise(
+    params: dict[str, jax.Array], image: jax.Array, label: jax.Array
+) -> jax.Array:
     """The cross-entropy of one image."""
     return optax.softmax_cross_entropy_with_integer_labels(logits(params, image), label)
 
@@ -68,13 +72,17 @@ def trained(params, images, labels, steps: int, seed: int):
 
 def accuracy(params, images, labels) -> float:
     """The fraction of images that are read right."""
-    return float((jax.vmap(logits, (None, 0))(params, images).argmax(axis=1) == labels).mean())
+    return float(
+        (jax.vmap(logits, (None, 0))(params, images).argmax(axis=1) == labels).mean()
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a few networks, combine them and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200, help="of a training (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="of a training (%(default)s)"
+    )
     steps = parser.parse_args(argv).steps
 
     images, labels = load_digits(return_X_y=True)
@@ -98,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     low, high = train_y < 5, train_y >= 5
     task, other = (
-        Vector(trained(base, train_x[part], train_y[part], steps // 4, seed)) - Vector(base)
+        Vector(trained(base, train_x[part], train_y[part], steps // 4, seed))
+        - Vector(base)
         for part, seed in ((low, 4), (high, 5))
     )
     for name, vector in (
@@ -110,7 +119,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         parts = [
             f"{accuracy(vector.tree, test_x[part], test_y[part]):.1%} of {which}"
-            for part, which in ((test_y < 5, "0 to 4"), (test_y >= 5, "5 to 9"), (..., "all"))
+            for part, which in (
+                (test_y < 5, "0 to 4"),
+                (test_y >= 5, "5 to 9"),
+                (..., "all"),
+            )
         ]
         print(f"{name:27} reads {', '.join(parts)}")
 

@@ -1,6 +1,7 @@
 """The tables of ``benchmarks/per_example.py``, of figures made by hand."""
 
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,11 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+
+from pytree_grads._engine import thresholds
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").glob("*.md"))
 
 
 @pytest.fixture
@@ -21,7 +27,7 @@ def per_example(benchmarks):
 @pytest.fixture
 def benchmarks(monkeypatch):
     before = set(sys.modules)
-    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    folder = BENCHMARKS
     monkeypatch.syspath_prepend(str(folder))
     yield
     for name in set(sys.modules) - before:
@@ -71,7 +77,7 @@ def test_peers_of_jax_alone_are_shown_alone(per_example):
 def test_every_number_that_the_package_chooses_by_is_timed_on_both_sides(benchmarks):
     import constants
 
-    names = {name for name in vars(_costs) if name.isupper()}
+    names = {name for name in vars(thresholds) if name.isupper()}
     taken: dict[str, set[bool]] = {}
     for case in constants.cases():
         taken.setdefault(case.name, set()).add(case.is_above)
@@ -106,3 +112,34 @@ def test_programs_above_what_they_were_are_listed(benchmarks):
     assert "Above 1.01: 1.\n\n- worse: operations 1.030, products 1.000, memory inf" in told
     assert "Only old: gone." in told
     assert "Mean ratio of the time of a call: 1.500." in told
+
+
+def test_saved_tables_keep_the_title_and_the_notes(benchmarks, monkeypatch, tmp_path):
+    import _results
+
+    monkeypatch.setattr(_results, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/b.py", "--only", "a b", "--save"])
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    path = _results.save("made", "Made", "Python 3", "| a |\n|---|\n")
+    first = path.read_text()
+    expected = "# Made\n\nPython 3\n\n    python benchmarks/b.py --only 'a b' --save\n"
+    assert first.startswith(expected)
+    assert first.endswith(_results.NOTES + "\n")
+    path.write_text(first.replace("# Made", "# Mine") + "\nA note.\n")
+    again = _results.save("made", "Made", "Python 4", "| b |\n|---|\n").read_text()
+    assert again.startswith("# Mine\n\nPython 4\n")
+    assert again.endswith(f"| b |\n|---|\n\n{_results.NOTES}\n\nA note.\n")
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_a_result_file_begins_with_what_it_ran_on_and_its_command(path):
+    title, _, environment, *rest = path.read_text().splitlines()
+    assert title.startswith("# ")
+    assert "core" in environment
+    assert any(line.startswith("    ") and "python " in line for line in rest[:4])
+
+
+def test_every_result_file_is_linked():
+    page = (BENCHMARKS / "README.md").read_text()
+    assert {path.stem for path in RESULTS} == set(re.findall(r"\(results/(\w+)\.md\)", page))
+    assert page.count("\n") <= 150

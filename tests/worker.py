@@ -51,6 +51,20 @@ def advance(params, x, y):
     return (Vector(params) - 0.1 * Vector(clipped) - 0.1 * Vector(grads)).tree, value
 
 
+def resumed(manager, params):
+    """The parameters and the step of the latest checkpoint, or these and step 0."""
+    import orbax.checkpoint as ocp
+
+    latest = manager.latest_step()
+    if latest is None:
+        return params, 0
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+    print(f"resumed at step {latest}", flush=True)
+    return manager.restore(latest, args=ocp.args.StandardRestore(shapes)), latest
+
+
 def main(own, processes=1, port=None, steps=6, output=None, checkpoints=None, pause=None):
     """Train; ``pause`` is a step after which nothing more is done until the process is killed."""
     jax.config.update("jax_enable_x64", True)
@@ -75,13 +89,7 @@ def main(own, processes=1, port=None, steps=6, output=None, checkpoints=None, pa
         import orbax.checkpoint as ocp
 
         manager = ocp.CheckpointManager(Path(checkpoints))
-        if (latest := manager.latest_step()) is not None:
-            shapes = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), params
-            )
-            params = manager.restore(latest, args=ocp.args.StandardRestore(shapes))
-            first = latest
-            print(f"resumed at step {first}", flush=True)
+        params, first = resumed(manager, params)
     for step in range(first, steps):
         params, value = advance(params, *place(sharded, batch(step)))
         print(f"step {step + 1}: {float(value):.6f}", flush=True)

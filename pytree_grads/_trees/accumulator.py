@@ -13,48 +13,54 @@ from .._jax.compat import is_outside_traces
 from . import algebra
 from .checks import PyTree, check_matching, describe, is_array
 
-# What optax has for this keeps no weights and sums in the dtype of the gradient: a thousand ones in
-# bfloat16 are 256 to `optax.microbatching` (its SUM, MEAN and RUNNING_MEAN accumulators), and
-# `optax.MultiSteps` takes the mean of means. So nothing of it stands underneath.
+# Nothing of optax is used here. Its accumulators keep no weights and sum in the dtype
+# of the gradient: to `optax.microbatching` a thousand ones in bfloat16 are 256, and
+# `optax.MultiSteps` takes the mean of means.
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=["dtypes"]
+    jax.tree_util.register_dataclass,
+    data_fields=["total", "weight"],
+    meta_fields=["dtypes"],
 )
 @dataclass(frozen=True, eq=False)
 class Accumulator:
-    """A weighted sum of gradients, Σ w g, beside the sum of their weights, Σ w.
+    """The weighted sum of gradients, Σ w g, and the sum of their weights, Σ w.
 
-    The mean Σ w g / Σ w is divided once, at the end. The mean of means of uneven microbatches is
-    another number, and not the one that is wanted: add each microbatch's mean gradient with what it
-    is the mean of (examples, or tokens that no mask hides) as its weight.
+    The mean Σ w g / Σ w is divided once, at the end. For uneven microbatches it differs
+    from the mean of their means. Add the mean gradient of each microbatch, and give as
+    its weight the number that it is the mean of: examples, or tokens that are not
+    masked.
 
-    Both sums are carried in float32 or wider, in a pytree that crosses ``jax.jit`` and the carry of
-    ``jax.lax.scan`` as it is. Every method is one compiled call. Two accumulators merge by addition
-    of what they hold, so ``jax.lax.psum(accumulator, axis_name)`` merges those of many devices.
-    (Inside ``jax.shard_map``, the carry of a scan has to vary as the gradients do, from the start
-    on: ``jax.lax.pcast(accumulator, axis_name, to="varying")``.)
+    Both sums are carried in the accumulation dtype: float32, or wider where a leaf is.
+    An accumulator is a pytree, so it crosses ``jax.jit`` and the carry of
+    ``jax.lax.scan`` without rounding. Every method is one compiled call. Two
+    accumulators merge by addition, so ``jax.lax.psum(accumulator, axis_name)`` merges
+    those of many devices. (Inside ``jax.shard_map``, the carry of a scan must vary over
+    devices from the start, as the gradients do: ``jax.lax.pcast(accumulator, axis_name,
+    to="varying")``.)
 
     Attributes:
-      total: Σ w g, in the carried dtypes; a tree like the gradients.
-      weight: Σ w, a real scalar. In float32 it counts without rounding to 2²⁴.
-      dtypes: the dtypes of the gradients, leaf by leaf, which ``sum`` and ``mean`` return.
+      total: Σ w g, a tree like the gradients, in the accumulation dtypes.
+      weight: Σ w, a real scalar of shape (). In float32 it counts to 2²⁴ without
+          rounding.
+      dtypes: the dtypes of the gradients, leaf by leaf, which ``sum`` and ``mean``
+          return.
 
-    =========================================  =====================================================
-    case                                       result
-    =========================================  =====================================================
-    weight 0                                   the gradient is left out, whatever it holds: NaN too
-    no gradient yet, or all weights 0          ``sum`` is zero, ``mean`` is NaN
-    a leaf of dtype ``float0``                 stays ``float0``
-    a negative weight                          subtracts
-    the order of merging                       no weight is lost: sums differ by rounding alone, and
-                                               not at all where they are representable
-    =========================================  =====================================================
+    =============================  =====================================================
+    case                           result
+    =============================  =====================================================
+    weight 0                       the gradient is left out, even if it holds a NaN
+    no gradient, or all weights 0  ``sum`` is zero, ``mean`` is NaN
+    a leaf of dtype ``float0``     stays ``float0``
+    a negative weight              subtracts
+    another order of merging       differs by rounding at most
+    =============================  =====================================================
 
     >>> import jax.numpy as jnp
-    >>> per_token = [{"w": jnp.array([1.0, 4.0])}, {"w": jnp.array([3.0, 0.0])}]  # two means,
+    >>> per_token = [{"w": jnp.array([1.0, 4.0])}, {"w": jnp.array([3.0, 0.0])}]
     >>> accumulator = Accumulator.zeros_like(per_token[0])
-    >>> for grads, tokens in zip(per_token, [300, 100]):  # of so many tokens each
+    >>> for grads, tokens in zip(per_token, [300, 100]):
     ...     accumulator = accumulator.add(grads, tokens)
     >>> print(accumulator.mean()["w"], accumulator.weight)
     [1.5 3. ] 400.0
@@ -66,31 +72,55 @@ class Accumulator:
 
     @classmethod
     def zeros_like(cls, grads: PyTree) -> "Accumulator":
-        """Nothing yet, for gradients like these, or like the parameters they belong to.
+        """An empty accumulator.
+
+        Args:
+          grads: a tree like the gradients to come, or like their parameters: real or
+            complex floating-point arrays of any shapes. Its values are not read.
+
+        Returns:
+          An ``Accumulator`` whose ``total`` and ``weight`` are zero.
 
         Raises:
           TypeError: a leaf is not a real or complex floating-point array.
+
+        >>> import jax.numpy as jnp
+        >>> empty = Accumulator.zeros_like({"w": jnp.ones(2, jnp.bfloat16)})
+        >>> print(empty.total["w"].dtype, empty.sum()["w"].dtype, empty.weight)
+        float32 bfloat16 0.0
         """
         empty = algebra.call(_zeros_like, grads=grads)
         empty.__dict__["_is_start"] = is_outside_traces()
         return empty
 
     def add(self, grads: PyTree, weight: Any = 1) -> "Accumulator":
-        """With one more gradient, multiplied by its weight: another accumulator.
-
-        This one stays as it is. If it is the empty one of ``zeros_like``, its ``sum`` and ``mean``
-        raise afterwards, outside ``jit``: the result has been thrown away, most likely.
+        """Add a gradient with its weight.
 
         Args:
-          grads: a tree like the others, in structure, shapes and dtypes.
-          weight: a real scalar, traced: a new value does not compile again.
+          grads: a tree with the structure, shapes and dtypes of the others.
+          weight: a real scalar, shape (). It is traced, so a new value does not compile
+              again.
+
+        Returns:
+          Another accumulator. This one does not change.
 
         Raises:
           TypeError: the weight is not a real number, or a leaf cannot be summed.
-          ValueError: the weight is not a scalar, or the trees disagree.
+          ValueError: the weight is not a scalar, or the trees disagree. Later, by
+            ``sum`` and ``mean`` of an accumulator from ``zeros_like`` outside ``jit``:
+            something was added to it, so the result of ``add`` was most likely thrown
+            away.
+
+        >>> import jax.numpy as jnp
+        >>> grads = {"w": jnp.array([1.0, 2.0])}
+        >>> accumulator = Accumulator.zeros_like(grads).add(grads).add(grads, 3)
+        >>> print(accumulator.total["w"], accumulator.weight)
+        [4. 8.] 4.0
         """
         if not (is_array(weight) or isinstance(weight, int | float | complex)):
-            raise TypeError(f"argument weight must be a real scalar, got {describe(weight)}")
+            raise TypeError(
+                f"argument weight must be a real scalar, got {describe(weight)}"
+            )
         meets = algebra.carried_reals(self.total, self.weight)
         weight = algebra.floating("argument weight", weight, meets)
         added = algebra.call(_added, self, weight, grads=grads)
@@ -99,39 +129,81 @@ class Accumulator:
         return added
 
     def merge(self, other: "Accumulator") -> "Accumulator":
-        """What both hold, as if all had been added to one.
+        """Combine two accumulators.
+
+        Args:
+          other: an accumulator of trees with the same structure, shapes and dtypes.
+
+        Returns:
+          The accumulator to which all gradients of both had been added.
 
         Raises:
-          TypeError: the other is not an accumulator.
+          TypeError: ``other`` is not an accumulator.
           ValueError: the trees disagree.
+
+        >>> import jax.numpy as jnp
+        >>> grads = {"w": jnp.array([1.0, 2.0])}
+        >>> one = Accumulator.zeros_like(grads).add(grads, 2)
+        >>> print(one.merge(one.add(grads)).weight)
+        5.0
         """
         if not isinstance(other, Accumulator):
-            raise TypeError(f"argument other must be an Accumulator, got {describe(other)}")
+            raise TypeError(
+                f"argument other must be an Accumulator, got {describe(other)}"
+            )
         return _merged(self, other)
 
     def sum(self) -> PyTree:
-        """Σ w g, rounded once to the dtypes of the gradients."""
+        """The weighted sum Σ w g.
+
+        Returns:
+          A tree like the gradients, rounded once to their dtypes; zero if it is empty.
+
+        Raises:
+          ValueError: something was added to this empty accumulator: see ``add``.
+
+        >>> import jax.numpy as jnp
+        >>> grads = {"w": jnp.array([1.0, 2.0])}
+        >>> print(Accumulator.zeros_like(grads).add(grads, 0.5).sum()["w"])
+        [0.5 1. ]
+        """
         self._check_not_forgotten()
         return _rounded(self, _undivided)
 
     def mean(self) -> PyTree:
-        """Σ w g / Σ w, rounded once to the dtypes of the gradients; NaN if the weights sum to 0."""
+        """The weighted mean Σ w g / Σ w.
+
+        Returns:
+          A tree like the gradients, rounded once to their dtypes; NaN if Σ w is 0.
+
+        Raises:
+          ValueError: something was added to this empty accumulator: see ``add``.
+
+        >>> import jax.numpy as jnp
+        >>> grads = {"w": jnp.array([1.0, 2.0])}
+        >>> print(Accumulator.zeros_like(grads).add(grads, 0.5).mean()["w"])
+        [1. 2.]
+        """
         self._check_not_forgotten()
         return _rounded(self, _divided)
 
     def _check_not_forgotten(self) -> None:
-        """Raise if this is still what ``zeros_like`` made, and something was added to it."""
+        """Raise if something was added to this empty accumulator."""
         if self.__dict__.get("_was_added_to"):
             raise ValueError(
-                "this accumulator is empty, though something was added to it: add returns another "
-                "and leaves this one as it is, so write accumulator = accumulator.add(grads)"
+                "this accumulator is empty, though something was added to it: add "
+                "returns another "
+                "and leaves this one as it is, so write accumulator = "
+                "accumulator.add(grads)"
             )
 
     def _declared(self) -> PyTree:
         """The shapes and dtypes of the gradients."""
         leaves, treedef = jax.tree.flatten(self.total)
         pairs = zip(leaves, self.dtypes, strict=True)
-        return jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(x.shape, d) for x, d in pairs])
+        return jax.tree.unflatten(
+            treedef, [jax.ShapeDtypeStruct(x.shape, d) for x, d in pairs]
+        )
 
 
 @functools.partial(jax.jit, inline=True)
@@ -148,8 +220,10 @@ def _zeros_like(grads: PyTree) -> Accumulator:
 def _added(accumulator: Accumulator, weight: jax.Array, grads: PyTree) -> Accumulator:
     if weight.shape:
         raise ValueError(
-            f"argument weight must be a scalar, got {describe(weight)}: for gradients that are "
-            "stacked, jacobian(...).weighted_sum(weights) or linear_combination(weights, grads)"
+            f"argument weight must be a scalar, got {describe(weight)}: for gradients "
+            "that are "
+            "stacked, jacobian(...).weighted_sum(weights) or "
+            "linear_combination(weights, grads)"
         )
     if jnp.iscomplexobj(weight):
         raise TypeError(f"argument weight must be real, got {describe(weight)}")

@@ -1,4 +1,4 @@
-"""The strict algebra of trees: no broadcasting, no silent cast, sums in float32 or wider."""
+"""Strict algebra of trees: no broadcast, no silent cast, sums in float32 or wider."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -20,10 +20,10 @@ from .checks import (
 
 
 def carried_dtype(dtype: Any) -> np.dtype:
-    """The dtype in which sums of a leaf are carried: float32, or the leaf's own if it is wider.
+    """The accumulation dtype of a leaf: float32, or its own dtype if that is wider.
 
-    >>> carried_dtype(jnp.bfloat16), carried_dtype(jnp.float64), carried_dtype(jnp.complex64)
-    (dtype('float32'), dtype('float64'), dtype('complex64'))
+    >>> [carried_dtype(x).name for x in (jnp.bfloat16, jnp.float64, jnp.complex64)]
+    ['float32', 'float64', 'complex64']
     """
     if jnp.finfo(dtype).bits < 32:
         return jnp.dtype(jnp.float32)
@@ -31,12 +31,12 @@ def carried_dtype(dtype: Any) -> np.dtype:
 
 
 def common_dtype(*dtypes: Any) -> np.dtype:
-    """The narrowest dtype that carries sums of all of these, whatever JAX's promotion allows."""
+    """The narrowest dtype that can accumulate all of these, with or without x64."""
     return np.result_type(*map(carried_dtype, dtypes))
 
 
 def widened(dtype: Any) -> np.dtype:
-    """The dtype in which a coefficient of this dtype is kept: inexact, float32 or wider."""
+    """The dtype to keep a coefficient in: floating or complex, float32 or wider."""
     return carried_dtype(dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32)
 
 
@@ -46,46 +46,59 @@ def map_inexact(fun: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
 
 
 def carry(tree: PyTree) -> PyTree:
-    """Every leaf in its carried dtype."""
+    """Cast every leaf to its accumulation dtype."""
     return map_inexact(lambda x: jnp.asarray(x, carried_dtype(x.dtype)), tree)
 
 
 def round_like(tree: PyTree, like: PyTree) -> PyTree:
-    """Every leaf cast, once, to the dtype of its counterpart in ``like``."""
+    """Cast every leaf to the dtype of the corresponding leaf of ``like``."""
     return map_inexact(lambda x, y: x.astype(y.dtype), tree, like)
 
 
 def carried_reals(*trees: PyTree) -> set[np.dtype]:
-    """The real dtypes that carry sums of the leaves of trees: what a coefficient meets."""
+    """The real accumulation dtypes of all leaves, which coefficients multiply."""
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(trees) if hasattr(leaf, "dtype")}
-    return {real_part(carried_dtype(d)) for d in dtypes if jnp.issubdtype(d, jnp.inexact)}
+    return {
+        real_part(carried_dtype(d)) for d in dtypes if jnp.issubdtype(d, jnp.inexact)
+    }
 
 
 def real_part(dtype: Any) -> np.dtype:
-    """The dtype of the real part of a floating dtype, as JAX has it with or without x64."""
+    """The dtype of the real part of a floating or complex dtype, canonical for JAX."""
     return jnp.finfo(jax.dtypes.canonicalize_dtype(dtype)).dtype
 
 
-def floating(name: str, numbers: Any, meets: Collection[Any], *, real: bool = False) -> Any:
-    """Numbers that a user gives, as an array of the floating kind and width of what they meet.
+def floating(
+    name: str, numbers: Any, meets: Collection[Any], *, real: bool = False
+) -> Any:
+    """Convert numbers from the user to a floating array, as wide as a product needs.
 
-    NumPy converts numbers of the host in one step: JAX would cut an int64 to 32 bits before. And an
-    int, a float64 or a float32 then looks the same to ``jax.jit``, which need not compile again.
+    NumPy converts Python and NumPy numbers in one step; JAX would first cut an int64 to
+    32 bits. After that, an int, a float64 and a float32 look the same to ``jax.jit``,
+    which does not compile again.
 
     Args:
-      name: what the numbers are called in messages.
-      numbers: a number, an array, or nested sequences of numbers of the host.
-      meets: real dtypes; the widest is that of the result, or of its real part.
-      real: whether complex numbers and booleans are refused.
+      name: the name of the numbers in messages.
+      numbers: a number, an array, or nested sequences of Python or NumPy numbers.
+      meets: the real dtypes that the numbers are multiplied with.
+      real: whether to refuse complex numbers and booleans.
+
+    Returns:
+      A floating array in the widest of the dtypes, or a complex one if the numbers are.
 
     Raises:
-      TypeError: these are no numbers, or none of the kind that is asked for.
-      ValueError: a finite number of the host is infinite in one of the dtypes; or a sequence is
-        ragged, or holds traced numbers.
+      TypeError: ``numbers`` holds no numbers, or complex ones or booleans if `real`.
+      ValueError: a finite Python or NumPy number is infinite in one of the dtypes; or a
+        sequence is ragged, or holds traced numbers.
+
+    >>> floating("c", [1, 2], {jnp.dtype("float32")})
+    array([1., 2.], dtype=float32)
     """
     array = numbers if isinstance(numbers, jax.Array) else _host_array(name, numbers)
     what = array if isinstance(numbers, list | tuple) else numbers
-    if real and not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+    if real and not any(
+        jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer)
+    ):
         kind = "hold real numbers" if array.ndim else "be a real number"
         raise TypeError(f"{name} must {kind}, got {describe(what)}")
     check_numbers(name, array, what)
@@ -99,20 +112,26 @@ def floating(name: str, numbers: Any, meets: Collection[Any], *, real: bool = Fa
 
 
 def _host_array(name: str, numbers: Any) -> np.ndarray:
-    """Python and NumPy numbers as an array, those of more than 64 bits as floats."""
+    """Python and NumPy numbers as an array; ints of more than 64 bits become floats."""
     try:
         array = np.asarray(numbers)
-    except (ValueError, jax.errors.TracerArrayConversionError):  # ragged, or tracers in lists
+    except (ValueError, jax.errors.TracerArrayConversionError):
+        # Ragged, or tracers in lists.
         raise ValueError(
-            f"{name} must be a sequence of K scalars, or one array of shape (K,) or (M, K), "
+            f"{name} must be a sequence of K scalars, or one array of shape (K,) or "
+            "(M, K), "
             f"got {numbers!r}"
         ) from None
     kinds = complex | float | int | np.number
     if array.dtype == object and all(isinstance(x, kinds) for x in array.flat):
         try:
-            array = array.astype(complex if any(map(np.iscomplexobj, array.flat)) else float)
+            array = array.astype(
+                complex if any(map(np.iscomplexobj, array.flat)) else float
+            )
         except OverflowError:
-            raise ValueError(f"{name} must fit a float, got an int that is too large") from None
+            raise ValueError(
+                f"{name} must fit a float, got an int that is too large"
+            ) from None
     return array
 
 
@@ -121,22 +140,31 @@ def _check_range(name: str, array: np.ndarray, dtype: Any) -> None:
     wide = array.astype(complex if np.iscomplexobj(array) else float)
     with np.errstate(over="ignore", invalid="ignore"):
         lost = [
-            np.isfinite(x) & ~np.isfinite(x.astype(dtype)) for x in (np.real(wide), np.imag(wide))
+            np.isfinite(x) & ~np.isfinite(x.astype(dtype))
+            for x in (np.real(wide), np.imag(wide))
         ]
     if np.any(lost):
         raise ValueError(
-            f"{name} must fit {jnp.dtype(dtype).name}, the dtype of what it meets (at most "
-            f"{float(jnp.finfo(dtype).max):.3g}), got {wide[lost[0] | lost[1]].flat[0]:.6g}"
+            f"{name} must fit {jnp.dtype(dtype).name}, the dtype of what it meets (at "
+            "most "
+            f"{float(jnp.finfo(dtype).max):.3g}), got "
+            f"{wide[lost[0] | lost[1]].flat[0]:.6g}"
         )
 
 
 def floating_like(
     name: str, tree: PyTree, like: PyTree, like_name: str, *, carried: bool
 ) -> PyTree:
-    """A tree of numbers that a user gives, with a floating array for each of `like`.
+    """Convert a tree of numbers from the user to floating arrays, as `like` has them.
 
-    If `carried`, all leaves get the dtypes that carry those of `like`. If not, integers and numbers
-    of Python get the very dtypes of `like`, and floating arrays keep their own.
+    Args:
+      name: the name of the tree in messages.
+      tree: a tree of numbers or arrays, of the structure of `like`.
+      like: a tree of arrays.
+      like_name: its name in messages.
+      carried: whether each leaf gets the accumulation dtype of its counterpart. If not,
+        integers and Python numbers get the dtype of their counterpart, and floating
+        arrays keep their own.
 
     Raises:
       TypeError: a leaf does not hold numbers.
@@ -156,7 +184,7 @@ def floating_like(
 
 
 def check_numbers(name: str, array: Any, what: Any) -> None:
-    """Raise a TypeError unless an array holds numbers or booleans; it was given as `what`."""
+    """Raise a TypeError about `what` unless an array holds numbers or booleans."""
     if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
         raise TypeError(f"{name} must hold numbers, got {describe(what)}")
 
@@ -168,17 +196,21 @@ def check_real_leaves(coefficients: Any, name: str, tree: PyTree, what: str) -> 
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not (is_float0(leaf) or jnp.iscomplexobj(leaf)):
             raise TypeError(
-                f"{what} is complex, but {located(name, path)} is real ({describe(leaf)}): the "
-                "result would not fit its dtype; cast the tree to complex with optax.tree.cast, or "
+                f"{what} is complex, but {located(name, path)} is real "
+                f"({describe(leaf)}): the "
+                "result would not fit its dtype; cast the tree to complex with "
+                "optax.tree.cast, or "
                 "combine real and imaginary parts apart"
             )
 
 
-def scale(coefficient: jax.Array, leaf: jax.Array, op: Callable = jnp.multiply) -> jax.Array:
-    """``op(coefficient, leaf)`` in the leaf's dtype, the coefficient broadcast over the leaf.
+def scale(
+    coefficient: jax.Array, leaf: jax.Array, op: Callable = jnp.multiply
+) -> jax.Array:
+    """Broadcast ``op(coefficient, leaf)`` over a leaf, in the leaf's dtype.
 
-    A real coefficient acts on the parts of a complex leaf one by one: promoted to complex it would
-    turn an infinity into NaN.
+    A real coefficient is applied to the real and the imaginary part of a complex leaf
+    separately. As a complex number it would turn an infinity into NaN.
     """
     if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(coefficient):
         part = coefficient.astype(leaf.real.dtype)
@@ -187,23 +219,37 @@ def scale(coefficient: jax.Array, leaf: jax.Array, op: Callable = jnp.multiply) 
 
 
 def divide_by(divisor: jax.Array, leaf: jax.Array) -> jax.Array:
-    """The ``op`` of a ``scale`` that divides."""
+    """``leaf / divisor``, as an ``op`` for ``scale``."""
     return leaf / divisor
 
 
 def contract(coefficients: jax.Array, leaf: jax.Array) -> jax.Array:
-    """The contraction of the last axis of ``coefficients`` with the first of ``leaf``, carried."""
+    """Contract the last axis of ``coefficients`` with the first of ``leaf``.
+
+    Args:
+      coefficients: (..., K).
+      leaf: (K, *shape).
+
+    Returns:
+      An array (..., *shape) in the accumulation dtype of the leaf.
+    """
     leaf = leaf.astype(carried_dtype(leaf.dtype))
     if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(coefficients):
-        return jax.lax.complex(contract(coefficients, leaf.real), contract(coefficients, leaf.imag))
+        return jax.lax.complex(
+            contract(coefficients, leaf.real), contract(coefficients, leaf.imag)
+        )
     return jnp.tensordot(
-        coefficients.astype(leaf.dtype), leaf, axes=([-1], [0]), precision=jax.lax.Precision.HIGHEST
+        coefficients.astype(leaf.dtype),
+        leaf,
+        axes=([-1], [0]),
+        precision=jax.lax.Precision.HIGHEST,
     )
 
 
 def inner(left: PyTree, right: PyTree) -> jax.Array:
-    """The sum over all entries of ``conj(left) * right``, for trees in their carried dtypes."""
-    # A product and a sum, as fast as a dot, take leaves that are sharded over an Explicit mesh too.
+    """The inner product of trees in their accumulation dtypes; conjugates ``left``."""
+    # A product and a sum are as fast as a dot, and take leaves that are sharded over
+    # Explicit mesh axes too.
     parts = [
         jnp.sum(jnp.conj(x) * y)
         for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
@@ -214,18 +260,22 @@ def inner(left: PyTree, right: PyTree) -> jax.Array:
 
 
 def norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm of all entries of a tree in its carried dtypes; its gradient at 0 is 0.
+    """The Euclidean norm of a tree in its accumulation dtypes.
 
-    The entries are divided by the largest first, so the squares neither overflow nor vanish.
+    Its derivative at 0 is 0. The entries are first divided by the largest, so that
+    squares neither overflow nor underflow.
     """
     leaves = [x for x in jax.tree.leaves(tree) if not is_float0(x)]
-    parts = [p for x in leaves for p in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+    parts = [
+        p for x in leaves for p in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))
+    ]
     dtype = np.result_type(np.float32, *(part.dtype for part in parts))
     largest = jnp.zeros((), dtype)
     for part in parts:
         peak = jnp.max(jnp.abs(jax.lax.stop_gradient(part)), initial=0.0)
         largest = jnp.maximum(largest, peak.astype(dtype))
-    # Neither the unit nor its reciprocal may be subnormal: XLA takes such numbers for zero.
+    # Neither the unit nor its reciprocal may be subnormal, since XLA flushes those to
+    # zero.
     tiny = jnp.finfo(dtype).tiny
     unit = jnp.clip(largest, tiny, 1 / tiny)
     squares = [jnp.sum(jnp.square(p.astype(dtype) / unit)) for p in parts]
@@ -235,20 +285,24 @@ def norm(tree: PyTree) -> jax.Array:
 
 
 def summing_error(name: str, tree: PyTree) -> TypeError | None:
-    """The error for the first leaf of a tree that has no place in a sum of gradients, if any."""
+    """The error for the first leaf of a tree that cannot be summed, or None."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         if is_inexact(leaf) or is_float0(leaf):
             continue
-        mend = "leave it out of the tree (eqx.filter, eqx.partition, or a dict without it)"
+        mend = (
+            "leave it out of the tree (eqx.filter, eqx.partition, or a dict without it)"
+        )
         dtype = leaf.dtype if is_array(leaf) else type(leaf)
         if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             kind = "an array of PRNG keys"
         elif any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, np.bool_)):
-            kind, mend = "an integer or boolean", f"cast it with optax.tree.cast, or {mend}"
+            kind = "an integer or boolean"
+            mend = f"cast it with optax.tree.cast, or {mend}"
         else:
             kind = "not an array of numbers" if is_array(leaf) else "not an array"
         return TypeError(
-            f"{located(name, path)} is {kind} ({describe(leaf)}), and only real or complex "
+            f"{located(name, path)} is {kind} ({describe(leaf)}), and only real or "
+            "complex "
             f"floating-point leaves can be combined: {mend}"
         )
     return None
@@ -262,17 +316,17 @@ def check_summable(name: str, tree: PyTree) -> None:
 
 
 def check_all_matching(name: str, trees: Sequence[PyTree]) -> None:
-    """Raise unless the trees agree in structure, shape and dtype and hold only summable leaves."""
+    """Raise unless trees can be summed and agree in structure, shapes and dtypes."""
     for i, tree in enumerate(trees):
         check_summable(f"{name}[{i}]", tree)
         check_matching(trees[0], tree, f"{name}[0]", f"{name}[{i}]")
 
 
 def call(jitted: Callable[..., Any], *args: Any, **trees: PyTree) -> Any:
-    """Call a jitted function, with our own words for a leaf that jit itself does not take.
+    """Call a jitted function, with a clear error for a leaf that ``jax.jit`` refuses.
 
-    The checks inside ``jitted`` run while it is traced and cost nothing later; a leaf that is not
-    an array never gets there.
+    The checks inside ``jitted`` run while it is traced and cost nothing later, but they
+    never see a leaf that is not an array.
     """
     try:
         return jitted(*args, **trees)

@@ -1,4 +1,4 @@
-"""Validators and the wording of errors: where it is, what was expected, what came, and the mend."""
+"""Validators and the wording of errors."""
 
 import functools
 import inspect
@@ -15,24 +15,24 @@ KeyPath = tuple[Any, ...]
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf has a shape and a dtype: a JAX or NumPy array or scalar, or a tracer."""
+    """Whether a leaf is a JAX or NumPy array or scalar, or a tracer."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
 def is_float0(leaf: Any) -> bool:
-    """Whether a leaf is the empty tangent that ``jax.grad(..., allow_int=True)`` gives integers."""
+    """Whether a leaf is ``float0``, as ``jax.grad(allow_int=True)`` gives integers."""
     return getattr(leaf, "dtype", None) == jax.dtypes.float0
 
 
 def is_inexact(leaf: Any) -> bool:
-    """Whether a leaf is a real or complex floating-point array, or a Python float or complex."""
+    """Whether a leaf is a floating or complex array, or a Python float or complex."""
     if is_array(leaf):
         return not is_float0(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
     return isinstance(leaf, float | complex)
 
 
 def describe(value: Any) -> str:
-    """What a value is, as JAX's own messages say it: ``float32[4,3]`` or ``a value of type str``.
+    """Describe a value as JAX does: ``float32[4,3]``, or ``a value of type str``.
 
     >>> describe(np.zeros((4, 3), np.float32)), describe("relu"), describe(None)
     ('float32[4,3]', 'a value of type str', 'None')
@@ -41,12 +41,14 @@ def describe(value: Any) -> str:
         return "None"
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         return f"a value of type {type(value).__name__}"
-    name = "float0" if is_float0(value) else getattr(value.dtype, "name", str(value.dtype))
+    name = (
+        "float0" if is_float0(value) else getattr(value.dtype, "name", str(value.dtype))
+    )
     return f"{name}[{','.join(map(str, value.shape))}]"
 
 
 def describe_node(tree: PyTree) -> str:
-    """What stands at the top of a tree: ``a list of length 3``, ``a dict``, ``float32[4]``."""
+    """Describe the root of a tree: ``a list of length 3``, ``a dict`` or an array."""
     if jax.tree_util.all_leaves([tree]) or tree is None:
         return describe(tree)
     if isinstance(tree, list | tuple):
@@ -60,7 +62,7 @@ def located(name: str, path: KeyPath) -> str:
 
 
 def argument_names(fun: Callable[..., Any], count: int) -> list[str]:
-    """The names under which ``fun`` takes its first ``count`` positional arguments."""
+    """The names of the first ``count`` positional arguments of ``fun``."""
     try:
         parameters = inspect.signature(fun).parameters.values()
     except (TypeError, ValueError):  # a builtin, or a callable that hides its signature
@@ -82,21 +84,23 @@ def check_chunk_size(chunk_size: int | None) -> None:
         return
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int | np.integer):
         raise TypeError(
-            f"argument chunk_size must be None or an int (it is static), got {describe(chunk_size)}"
+            "argument chunk_size must be None or an int (it is static), got "
+            f"{describe(chunk_size)}"
         )
     if chunk_size < 1:
         raise ValueError(f"argument chunk_size must be at least 1, got {chunk_size}")
 
 
 def check_key(key: Any) -> None:
-    """Raise a TypeError unless ``key`` is one PRNG key, typed or raw (uint32, of rank 1)."""
+    """Raise a TypeError unless ``key`` is one PRNG key, typed or raw (uint32)."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         is_key = key.shape == ()
     else:
         is_key = is_array(key) and key.dtype == np.uint32 and key.ndim == 1
     if not is_key:
         raise TypeError(
-            f"argument key must be a PRNG key as jax.random.key makes it, got {describe(key)}"
+            "argument key must be a PRNG key as jax.random.key makes it, got "
+            f"{describe(key)}"
         )
 
 
@@ -105,14 +109,16 @@ def positive_int(name: str, number: int) -> int:
     try:
         found = operator.index(number)
     except TypeError:
-        raise TypeError(f"argument {name} must be an int (it is static), got {number!r}") from None
+        raise TypeError(
+            f"argument {name} must be an int (it is static), got {number!r}"
+        ) from None
     if found < 1:
         raise ValueError(f"argument {name} must be at least 1, got {found}")
     return found
 
 
 def normalize_argnums(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """``argnums`` as distinct non-negative positions among ``count`` positional arguments.
+    """``argnums`` as distinct positions, 0 or more, among ``count`` arguments.
 
     >>> normalize_argnums((0, -1), 3)
     (0, 2)
@@ -127,11 +133,14 @@ def normalize_argnums(argnums: int | Sequence[int], count: int) -> tuple[int, ..
             f"argument argnums must be an int or a tuple of ints, got {argnums!r}"
         ) from None
     if not given:
-        raise ValueError("argument argnums is empty: name at least one argument to differentiate")
+        raise ValueError(
+            "argument argnums is empty: name at least one argument to differentiate"
+        )
     for i in given:
         if not -count <= i < count:
             raise ValueError(
-                f"argument argnums={argnums!r} needs a positional argument {i}, but {count} came "
+                f"argument argnums={argnums!r} needs a positional argument {i}, but "
+                f"{count} came "
                 "(an argument that is differentiated cannot be passed by keyword)"
             )
     positions = tuple(i % count for i in given)
@@ -141,49 +150,60 @@ def normalize_argnums(argnums: int | Sequence[int], count: int) -> tuple[int, ..
 
 
 def check_arrays(name: str, tree: PyTree) -> None:
-    """Raise a TypeError that names the first leaf of ``tree`` that is no array to JAX."""
+    """Raise a TypeError that names the first leaf that is not an array to JAX."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         try:
             jax.typeof(leaf)
         except TypeError:
             where = f"{name}{jax.tree_util.keystr(path)}"
-            raise TypeError(f"{where} must be an array or a number, got {describe(leaf)}") from None
+            raise TypeError(
+                f"{where} must be an array or a number, got {describe(leaf)}"
+            ) from None
 
 
 def check_tree_of_numbers(name: str, tree: PyTree) -> None:
-    """Raise a TypeError that names the first leaf of ``tree`` that is no array of numbers."""
+    """Raise a TypeError that names the first leaf that holds no numbers."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         is_integer = is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.integer)
         if not (is_inexact(leaf) or is_integer or isinstance(leaf, int)):
-            raise TypeError(f"{located(name, path)} must hold numbers, got {describe(leaf)}")
+            raise TypeError(
+                f"{located(name, path)} must hold numbers, got {describe(leaf)}"
+            )
 
 
 def check_scalar(value: Any, what: str, mend: str) -> None:
-    """Raise unless ``jax.grad`` could differentiate ``value``: a real floating-point scalar."""
+    """Raise unless ``value`` is a real floating scalar, as ``jax.grad`` needs."""
     if describe_node(value) in ("a tuple of length 2", "a list of length 2"):
         option = "outer_has_aux=True" if what.endswith("outer") else "has_aux=True"
-        mend = f"{option} takes a pair (value, aux), of which the value alone is differentiated"
+        mend = f"{option} takes a pair (value, aux), and differentiates the value alone"
     if not is_inexact(value):
-        raise TypeError(f"{what} must be a floating-point scalar, got {describe(value)}: {mend}")
+        raise TypeError(
+            f"{what} must be a floating-point scalar, got {describe(value)}: {mend}"
+        )
     if jnp.iscomplexobj(value):
-        raise TypeError(f"{what} must be real, got {describe(value)}: take its real part, or abs")
+        raise TypeError(
+            f"{what} must be real, got {describe(value)}: take its real part, or abs"
+        )
     if jnp.shape(value):
         raise ValueError(f"{what} must be a scalar, got {describe(value)}: {mend}")
 
 
 def check_outer_value(value: Any) -> None:
     """Raise unless an outer function returned a real floating-point scalar."""
-    mend = "outer maps the stacked outputs to one scalar, by a sum or a mean for instance"
+    mend = (
+        "outer maps the stacked outputs to one scalar, by a sum or a mean for instance"
+    )
     check_scalar(value, "the value of outer", mend)
 
 
 def split_aux(result: Any, has_aux: bool, what: str) -> tuple[Any, Any]:
-    """``(value, aux)`` of what a function returned; without ``has_aux``, ``aux`` is None."""
+    """Split a result into ``(value, aux)``; without ``has_aux``, ``aux`` is None."""
     if not has_aux:
         return result, None
     if not (isinstance(result, list | tuple) and len(result) == 2):
         raise TypeError(
-            f"{what} must be a pair (value, aux) with has_aux, got {describe_node(result)}"
+            f"{what} must be a pair (value, aux) with has_aux, got "
+            f"{describe_node(result)}"
         )
     value, aux = result
     return value, aux
@@ -196,11 +216,22 @@ def like(fun: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[...
 
 
 def check_matching(
-    expected: PyTree, got: PyTree, expected_name: str, got_name: str, *, dtypes: bool = True
+    expected: PyTree,
+    got: PyTree,
+    expected_name: str,
+    got_name: str,
+    *,
+    dtypes: bool = True,
 ) -> None:
-    """Raise a ValueError at the first leaf where two trees differ in structure, shape or dtype.
+    """Raise a ValueError at the first leaf where two trees differ.
 
-    Without `dtypes`, leaves need only be both real or both complex.
+    Args:
+      expected: a tree of arrays, or of their shapes and dtypes.
+      got: the tree to check.
+      expected_name: the name of the first in messages.
+      got_name: the name of the second in messages.
+      dtypes: whether dtypes must be equal. If not, leaves must be both real or both
+        complex.
     """
     if not _same_structure(expected, got):
         path, clause = _difference(expected, got, _same_structure)
@@ -227,7 +258,7 @@ def check_matching(
 
 
 def prefix_difference(prefix: PyTree, tree: PyTree) -> tuple[KeyPath, str]:
-    """Where `prefix`, which is no prefix of `tree`, first differs from it, and how."""
+    """The key path where `prefix` is no prefix of `tree`, and how they differ there."""
     return _difference(tree, prefix, lambda x, y: _is_prefix(y, x))
 
 
@@ -250,7 +281,7 @@ def _one_level(tree: PyTree) -> tuple[list[tuple[KeyPath, Any]], Any]:
 def _difference(
     expected: PyTree, got: PyTree, alike: Callable[[PyTree, PyTree], bool]
 ) -> tuple[KeyPath, str]:
-    """The key path of the first node that differs in two trees not `alike`, and how it does."""
+    """The key path of the first node that is not `alike`, and how it differs."""
     path: KeyPath = ()
     while True:
         wanted, node = _one_level(expected)
@@ -258,7 +289,9 @@ def _difference(
         if node != other:
             return path, _node_difference(expected, got)
         pairs = zip(wanted, found, strict=True)
-        key, expected, got = next((key, x, y) for (key, x), (_, y) in pairs if not alike(x, y))
+        key, expected, got = next(
+            (key, x, y) for (key, x), (_, y) in pairs if not alike(x, y)
+        )
         path += key
 
 

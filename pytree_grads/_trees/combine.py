@@ -19,37 +19,40 @@ _NAME = "argument coefficients"
 def linear_combination(coefficients: Any, trees: PyTree) -> PyTree:
     """The linear combination Σₖ cₖ tₖ of K trees, in one compiled call.
 
-    The sum of a leaf is carried in float32, or in the leaf's own dtype if that is wider, and
-    rounded once to the leaf's dtype. Coefficients never change a leaf's dtype, and they are traced:
-    a new value, or an int in place of a float, does not compile again. Where no precision is at
-    stake and the trees are known to agree, ``optax.tree.add_scale`` adds two of them as well.
+    The sum of a leaf is carried in its accumulation dtype (float32, or the leaf's own
+    dtype if that is wider) and rounded once to the leaf's dtype. Coefficients never
+    change the dtype of a leaf. They are traced, so a new value, or an int in place of a
+    float, does not compile again. ``optax.tree.add_scale`` also adds two trees that are
+    known to agree, in the dtype that JAX's promotion gives.
 
     Args:
-      coefficients: K scalars, as a sequence or as an array of shape (K,); or a matrix of shape
-        (M, K), for M combinations at once. Integers and floats enter in the dtype that carries
-        the sum, and an int or a float that is too large for it is an error.
-      trees: a ``list`` or ``tuple`` of K trees; or anything else, which is one tree whose leaves
-        are stacked on a leading axis of length K. (A stacked tree that is itself a list or tuple
-        goes in as ``Vector(tree)``, and the result is a ``Vector``.)
+      coefficients: K scalars, as a sequence or as an array of shape (K,); or a matrix
+        of shape (M, K), for M combinations at once. Numbers of any real dtype are
+        converted to the accumulation dtype.
+      trees: a ``list`` or ``tuple`` of K trees; or one tree of any other kind, whose
+        leaves are stacked along a leading axis of length K. (If a stacked tree is
+        itself a list or a tuple, give it as ``Vector(tree)``; the result is a
+        ``Vector``.)
 
     Returns:
-      One tree like each of the K, with their dtypes; with a matrix, every leaf has a leading axis
-      of length M.
+      A tree like each of the K, with their dtypes. With a matrix, every leaf has a
+      leading axis of length M.
 
     Raises:
-      TypeError: a leaf is not a real or complex floating-point array, or a complex coefficient
-        meets a real leaf.
-      ValueError: the trees disagree in structure, shape or dtype, or there are not K of them.
+      TypeError: a leaf is not a real or complex floating-point array, or a complex
+        coefficient meets a real leaf.
+      ValueError: the trees disagree in structure, shape or dtype, there are not K of
+        them, or a coefficient is too large for the accumulation dtype.
 
-    =========================================  =====================================================
-    case                                       result
-    =========================================  =====================================================
-    a leaf of dtype ``float0``                 stays ``float0``
-    an integer, bool or PRNG-key leaf          TypeError that names the leaf
-    a real coefficient and a complex leaf      scales both parts
-    a zero coefficient and a NaN or inf        NaN, as IEEE has it
-    K = 0                                      ValueError for a sequence; zeros for a stacked tree
-    =========================================  =====================================================
+    ===================================  ==============================================
+    case                                 result
+    ===================================  ==============================================
+    a leaf of dtype ``float0``           stays ``float0``
+    an integer, bool or PRNG-key leaf    TypeError that names the leaf
+    a real coefficient, a complex leaf   both parts are scaled
+    a zero coefficient, a NaN or inf     NaN, as in IEEE arithmetic
+    K = 0                                ValueError for a sequence, zeros for a stack
+    ===================================  ==============================================
 
     >>> import jax.numpy as jnp
     >>> g1, g2 = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([10.0, 20.0])}
@@ -62,9 +65,12 @@ def linear_combination(coefficients: Any, trees: PyTree) -> PyTree:
     """
     is_sequence = type(trees) in (list, tuple)
     is_leaf = jax.tree_util.all_leaves([trees]) and not is_array(trees)
-    if is_leaf and not is_sequence and isinstance(trees, Iterable):  # a generator, say, or a deque
+    if (
+        is_leaf and not is_sequence and isinstance(trees, Iterable)
+    ):  # a generator, say, or a deque
         raise TypeError(
-            "argument trees must be a list or a tuple of K trees, or one tree whose leaves are "
+            "argument trees must be a list or a tuple of K trees, or one tree whose "
+            "leaves are "
             f"stacked, got {describe(trees)}: give list(trees)"
         )
     coefficients = _as_coefficients(coefficients, algebra.carried_reals(trees))
@@ -76,12 +82,15 @@ def linear_combination(coefficients: Any, trees: PyTree) -> PyTree:
 def _combine_sequence(coefficients: Any, trees: Sequence[PyTree]) -> PyTree:
     if not trees:
         raise ValueError(
-            "argument trees is empty: a combination of no trees has no structure to give zeros in"
+            "argument trees is empty: a combination of no trees has no structure to "
+            "give zeros in"
         )
     algebra.check_all_matching("trees", trees)
     array = _coefficient_array(coefficients, len(trees))
     algebra.check_real_leaves(array, "trees[0]", trees[0], _NAME)
-    columns = [jax.lax.index_in_dim(array, k, -1, keepdims=False) for k in range(len(trees))]
+    columns = [
+        jax.lax.index_in_dim(array, k, -1, keepdims=False) for k in range(len(trees))
+    ]
     lead = array.shape[:-1]  # () or (M,)
 
     def combine(*leaves: Any) -> Any:
@@ -120,7 +129,7 @@ def _combine_stacked(coefficients: Any, trees: PyTree) -> PyTree:
 
 
 def _as_coefficients(coefficients: Any, meets: set[np.dtype]) -> Any:
-    """One floating array, or a list of them where scalars of JAX and of the host are mixed."""
+    """One floating array, or a list of them if some scalars are JAX arrays."""
     is_sequence = isinstance(coefficients, list | tuple)
     if is_sequence and any(isinstance(c, jax.Array) for c in coefficients):
         return [algebra.floating(_NAME, c, meets) for c in coefficients]
@@ -128,24 +137,32 @@ def _as_coefficients(coefficients: Any, meets: set[np.dtype]) -> Any:
 
 
 def _coefficient_array(coefficients: Any, count: int | None) -> jax.Array:
-    """The coefficients as an array (K,) or (M, K); ``count`` is the K of a sequence of trees."""
+    """The coefficients as an array (K,) or (M, K).
+
+    ``count`` is K for a sequence of trees, and None for a stacked tree.
+    """
     if isinstance(coefficients, list):
         for k, c in enumerate(coefficients):
             if c.shape:
                 raise ValueError(
-                    f"argument coefficients[{k}] must be a scalar, got {describe(c)}: give a "
+                    f"argument coefficients[{k}] must be a scalar, got {describe(c)}: "
+                    "give a "
                     "matrix of coefficients as one array of shape (M, K)"
                 )
-        dtype = np.result_type(np.float32, *(algebra.widened(c.dtype) for c in coefficients))
+        dtype = np.result_type(
+            np.float32, *(algebra.widened(c.dtype) for c in coefficients)
+        )
         coefficients = jnp.stack([c.astype(dtype) for c in coefficients])
     if coefficients.ndim not in (1, 2):
         raise ValueError(
-            "argument coefficients must be K scalars, or an array of shape (K,) or (M, K), "
+            "argument coefficients must be K scalars, or an array of shape (K,) or (M, "
+            "K), "
             f"got {describe(coefficients)}"
         )
     if count is not None and coefficients.shape[-1] != count:
         raise ValueError(
-            f"argument coefficients holds {coefficients.shape[-1]} scalars per combination for "
+            f"argument coefficients holds {coefficients.shape[-1]} scalars per "
+            "combination for "
             f"{count} trees, got {describe(coefficients)}"
         )
     return coefficients

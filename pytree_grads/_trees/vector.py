@@ -13,13 +13,17 @@ from . import algebra
 from .checks import PyTree, check_matching, describe, is_array, is_float0
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["tree"], meta_fields=["dtypes"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["tree"], meta_fields=["dtypes"]
+)
 @dataclass(frozen=True)
 class _Carried:
     """A tree whose leaves may be wider than the dtypes they were declared with."""
 
     tree: PyTree
-    dtypes: tuple[np.dtype, ...] | None = None  # declared, leaf by leaf; None: as the leaves are
+    dtypes: tuple[np.dtype, ...] | None = (
+        None  # declared, leaf by leaf; None: as the leaves are
+    )
 
     def declared_dtypes(self) -> tuple[np.dtype, ...]:
         return self.dtypes or tuple(leaf.dtype for leaf in jax.tree.leaves(self.tree))
@@ -28,17 +32,19 @@ class _Carried:
         """The shapes and declared dtypes of the leaves."""
         leaves, treedef = jax.tree.flatten(self.tree)
         pairs = zip(leaves, self.declared_dtypes(), strict=True)
-        return jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(x.shape, d) for x, d in pairs])
+        return jax.tree.unflatten(
+            treedef, [jax.ShapeDtypeStruct(x.shape, d) for x, d in pairs]
+        )
 
     def widened(self) -> "_Carried":
-        """The same with every leaf in its carried dtype."""
+        """Cast every leaf to its accumulation dtype."""
         wide, dtypes = algebra.carry(self.tree), self.declared_dtypes()
         is_wider = tuple(leaf.dtype for leaf in jax.tree.leaves(wide)) != dtypes
         return _Carried(wide, dtypes if is_wider else None)
 
 
 def _jitted(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """``fun(*scalars, left[, right])`` of carried trees as one compiled call that checks them."""
+    """Compile ``fun(*scalars, left[, right])`` with checks of the operands."""
 
     @functools.partial(jax.jit, inline=True)
     def checked(*scalars: jax.Array, **operands: _Carried) -> Any:
@@ -60,7 +66,9 @@ def _added(left: _Carried, right: _Carried) -> _Carried:
 
 @_jitted
 def _subtracted(left: _Carried, right: _Carried) -> _Carried:
-    return _Carried(algebra.map_inexact(jnp.subtract, left.tree, right.tree), left.dtypes)
+    return _Carried(
+        algebra.map_inexact(jnp.subtract, left.tree, right.tree), left.dtypes
+    )
 
 
 @_jitted
@@ -73,10 +81,13 @@ def _divided(scalar: jax.Array, left: _Carried) -> _Carried:
     return _apply_scalar(algebra.divide_by, scalar, left)
 
 
-def _apply_scalar(op: Callable[..., jax.Array], scalar: jax.Array, vector: _Carried) -> _Carried:
+def _apply_scalar(
+    op: Callable[..., jax.Array], scalar: jax.Array, vector: _Carried
+) -> _Carried:
     if scalar.shape:
         raise ValueError(
-            f"a Vector is scaled by a scalar, got {describe(scalar)}: linear_combination takes a "
+            f"a Vector is scaled by a scalar, got {describe(scalar)}: "
+            "linear_combination takes a "
             "matrix of coefficients for many combinations at once"
         )
     algebra.check_real_leaves(scalar, "left.tree", vector.tree, "the scalar")
@@ -107,37 +118,40 @@ def _rounded(vector: _Carried) -> PyTree:
 class Vector:
     """A tree of arrays as an element of a vector space.
 
-    Every operator is one compiled call over the whole tree. A sum is carried in float32, or in a
-    leaf's own dtype if that is wider, from one operator to the next, and rounded to the declared
-    dtype where the tree is read: by ``.tree``, or where the vector crosses a boundary of
-    ``jax.jit``, ``jax.lax.scan`` or ``jax.tree.map``, for it is a pytree with the declared leaves.
-    (A bfloat16 ``Vector`` in the carry of a scan is therefore rounded at every step.)
+    Every operator is one compiled call over the whole tree. From one operator to the
+    next, a leaf is carried in its accumulation dtype: float32, or its own dtype if that
+    is wider. It is rounded to its declared dtype when the tree is read: by ``.tree``,
+    or when the vector crosses ``jax.jit``, ``jax.lax.scan`` or ``jax.tree.map``, since
+    as a pytree it has the declared leaves. (So a bfloat16 ``Vector`` in the carry of a
+    scan is rounded at each step.)
 
-    ========================  ====================================================================
-    ``u + v``, ``u - v``      for trees that agree in structure, shape and dtype; ``sum([u, v])``
-    ``c * v``, ``v / c``      for a real scalar (complex, if all leaves are); ``-v``
-    ``u @ v``                 inner product, a scalar; complex leaves: conjugates ``u``
-    ``v.norm()``              Euclidean norm, a scalar: no overflow on the way; gradient 0 at 0
-    ``v.tree``                the tree, in its declared dtypes
-    ========================  ====================================================================
+    ====================  ==============================================================
+    ``u + v``, ``u - v``  sums of trees that agree in structure, shapes and dtypes
+    ``sum([u, v])``       the builtin sum works too
+    ``c * v``, ``v / c``  a real scalar c, or complex if all leaves are; also ``-v``
+    ``u @ v``             the inner product, a scalar; conjugates ``u``
+    ``v.norm()``          the Euclidean norm, a scalar
+    ``v.tree``            the tree, in its declared dtypes
+    ====================  ==============================================================
 
     Args:
-      tree: a pytree of real or complex floating-point arrays; ``float0`` leaves pass through. The
-        leaves are checked by the first operator.
+      tree: a pytree of real or complex floating-point arrays of any shapes. ``float0``
+        leaves pass through. The first operator checks the leaves.
 
     Raises:
-      TypeError: by the operators: an operand that is neither a Vector nor a scalar, or a leaf that
-        cannot be summed.
-      ValueError: by the operators: trees that do not agree; the message names the key path.
+      TypeError: by an operator, if an operand is neither a Vector nor a scalar, or if a
+        leaf cannot be summed.
+      ValueError: by an operator, if the trees disagree. The message names the key path.
 
     >>> import jax.numpy as jnp
-    >>> u, v = Vector({"w": jnp.array([1.0, 2.0])}), Vector({"w": jnp.array([10.0, 20.0])})
+    >>> u = Vector({"w": jnp.array([1.0, 2.0])})
+    >>> v = Vector({"w": jnp.array([10.0, 20.0])})
     >>> print((2 * u - v / 10).tree["w"], u @ v, (v - 7 * u).norm())
     [1. 2.] 50.0 6.7082043
     """
 
     __slots__ = ("_carried",)
-    __array_ufunc__ = None  # NumPy scalars leave the operator to us
+    __array_ufunc__ = None  # so that a NumPy scalar leaves the operator to Vector
 
     def __init__(self, tree: PyTree):
         self._carried = _Carried(tree)
@@ -150,16 +164,20 @@ class Vector:
 
     @property
     def tree(self) -> PyTree:
-        """The tree, its leaves rounded to the dtypes they were declared with."""
-        return self._carried.tree if self._carried.dtypes is None else _rounded(self._carried)
+        """The tree, with its leaves rounded to their declared dtypes."""
+        return (
+            self._carried.tree
+            if self._carried.dtypes is None
+            else _rounded(self._carried)
+        )
 
     def tree_flatten_with_keys(self) -> tuple[Any, None]:
-        """The declared tree is the one child."""
+        """Flatten to one child, the tree in its declared dtypes."""
         return ((jax.tree_util.GetAttrKey("tree"), self.tree),), None
 
     @classmethod
     def tree_unflatten(cls, aux: None, children: Any) -> "Vector":
-        """Rebuild without checks: JAX puts objects of its own in the place of leaves."""
+        """Rebuild without checks, since leaves may be any objects here."""
         return cls._of(_Carried(*children))
 
     def __repr__(self) -> str:
@@ -171,13 +189,17 @@ class Vector:
     def __radd__(self, other: Any) -> "Vector":
         if type(other) is int and other == 0:  # the start of the builtin sum
             return self
-        return Vector._of(_added(left=_operand("+", other, first=True), right=self._carried))
+        return Vector._of(
+            _added(left=_operand("+", other, first=True), right=self._carried)
+        )
 
     def __sub__(self, other: Any) -> "Vector":
         return Vector._of(_subtracted(left=self._carried, right=_operand("-", other)))
 
     def __rsub__(self, other: Any) -> "Vector":
-        return Vector._of(_subtracted(left=_operand("-", other, first=True), right=self._carried))
+        return Vector._of(
+            _subtracted(left=_operand("-", other, first=True), right=self._carried)
+        )
 
     def __neg__(self) -> "Vector":
         return -1 * self
@@ -215,18 +237,30 @@ class Vector:
         return _inner(left=_operand("@", other, first=True), right=self._carried)
 
     def norm(self) -> jax.Array:
-        """The Euclidean norm of all entries, a real scalar in the widest carried dtype.
+        """The Euclidean norm of all entries.
 
-        Entries are divided by the largest before they are squared: float32 entries of 1e30 have the
-        norm that they should. An infinite or NaN entry makes the norm infinite or NaN.
+        Entries are divided by the largest before they are squared, so that squaring
+        neither overflows nor underflows. The derivative at a vector of zeros is 0.
+
+        Returns:
+          A real scalar of shape (), in the widest accumulation dtype; infinite or NaN
+          if an entry is.
+
+        Raises:
+          TypeError: a leaf is not a real or complex floating-point array.
+
+        >>> import jax.numpy as jnp
+        >>> print(Vector({"w": jnp.array([3e30, 4e30])}).norm())
+        5e+30
         """
         return _norm(left=self._carried)
 
 
 def _entry_by_entry(written: str, of_leaf: str) -> TypeError:
-    """The error for what is no operation of a vector space."""
+    """The error for an operator that a vector space does not have."""
     return TypeError(
-        f"{written} is not defined: entry by entry, write jax.tree.map(lambda x: {of_leaf}, v.tree)"
+        f"{written} is not defined: entry by entry, write jax.tree.map(lambda x: "
+        f"{of_leaf}, v.tree)"
     )
 
 
@@ -237,14 +271,17 @@ def _operand(operator: str, other: Any, *, first: bool = False) -> _Carried:
     what = describe(other)
     both = f"{what} {operator} Vector" if first else f"Vector {operator} {what}"
     why, mend = f"Vector {operator} takes another Vector", "wrap a tree as Vector(tree)"
-    if operator != "@" and (is_array(other) or isinstance(other, complex | float | int)):
+    if operator != "@" and (
+        is_array(other) or isinstance(other, complex | float | int)
+    ):
         why = "nothing is broadcast over a tree"
-        mend = f"map over the leaves, as in jax.tree.map(lambda x: x {operator} 1.0, v.tree)"
+        each = f"jax.tree.map(lambda x: x {operator} 1.0, v.tree)"
+        mend = f"map over the leaves, as in {each}"
     raise TypeError(f"{both} is not defined, for {why}: {mend}")
 
 
 def _scalar(operator: str, scalar: Any, vector: Vector) -> Any:
-    """The scalar operand, floating, in the dtype that carries the vector."""
+    """The scalar operand as an array in the real accumulation dtype of the vector."""
     if isinstance(scalar, Vector):
         raise TypeError(
             f"Vector {operator} Vector is not defined: u @ v is the inner product, and "
@@ -252,4 +289,6 @@ def _scalar(operator: str, scalar: Any, vector: Vector) -> Any:
         )
     if not (is_array(scalar) or isinstance(scalar, complex | float | int)):
         raise TypeError(f"Vector {operator} takes a scalar, got {describe(scalar)}")
-    return algebra.floating("the scalar", scalar, algebra.carried_reals(vector._carried.tree))
+    return algebra.floating(
+        "the scalar", scalar, algebra.carried_reals(vector._carried.tree)
+    )
