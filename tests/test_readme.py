@@ -1,4 +1,4 @@
-"""README and docs are run: blocks print what they say, the Zygote table gives what it says."""
+"""Code in README and docs is run, and prints or gives what they say."""
 
 import contextlib
 import io
@@ -19,14 +19,18 @@ README = (ROOT / "README.md").read_text()
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 NO_CODE = [
-    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
+    *(
+        ROOT / name
+        for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
+    ),
     *sorted((ROOT / "benchmarks" / "results").glob("*.md")),
 ]
 MAKEFILE = (ROOT / "Makefile").read_text()
 PUBLIC = {
     name: value
     for name, value in vars(pytree_grads).items()
-    if getattr(value, "__module__", "").startswith("pytree_grads.") and not name.startswith("_")
+    if getattr(value, "__module__", "").startswith("pytree_grads.")
+    and not name.startswith("_")
 }
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 ZYGOTE = (ROOT / "docs" / "zygote.md").read_text()
@@ -37,7 +41,10 @@ def every(paths):
 
 
 def run(page):
-    """What the blocks of a page define, run in order as a reader would; and what they printed."""
+    """What the blocks of a page define, run in order as a reader would.
+
+    And what they printed.
+    """
     names: dict = {"__name__": page.stem}
     printed, said = io.StringIO(), []
     text = page.read_text()
@@ -74,7 +81,10 @@ def test_python_blocks_print_what_they_say(page):
 
 
 def test_enough_is_said_to_be_checked():
-    counts = {page.stem: len(re.findall(r"print\(.*\)  +# ", page.read_text())) for page in PAGES}
+    counts = {
+        page.stem: len(re.findall(r"print\(.*\)  +# ", page.read_text()))
+        for page in PAGES
+    }
     assert counts["README"] >= 2
     assert sum(counts.values()) >= 20
 
@@ -90,15 +100,19 @@ def test_zygote_table(code, result, zygote_names):
     if isinstance(expected, list):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
         return
-    expected = jax.tree.map(np.asarray, expected, is_leaf=lambda leaf: isinstance(leaf, list))
+    expected = jax.tree.map(
+        np.asarray, expected, is_leaf=lambda leaf: isinstance(leaf, list)
+    )
     assert jax.tree.structure(got) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected
+    )
 
 
 def test_zygote_table_names_what_it_must():
     for name in (
-        "gs1 .+ gs2", "2 .* gs", "map(", "keys must match", "copy!(x", "copy!(gs", "merge!",
-        "withgradient", "pullback", "jacobian", "destructure",
+        "gs1 .+ gs2", "2 .* gs", "map(", "keys must match", "copy!(x", "copy!(gs",
+        "merge!", "withgradient", "pullback", "jacobian", "destructure",
     ):  # fmt: skip
         assert name in ZYGOTE, name
 
@@ -122,7 +136,9 @@ def test_links_lead_somewhere(page):
         assert other.exists(), target
         if heading:
             headings = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
-            anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+            anchors = {
+                re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings
+            }
             assert heading in anchors, (target, heading)
 
 
@@ -139,7 +155,9 @@ def test_readme_and_makefile_name_the_same_targets():
 
 def test_make_quick_runs_what_is_there():
     quick = re.search(r"\$\(addprefix tests/test_,(.*?)\)", MAKEFILE, re.DOTALL)
-    models = re.search(r"^QUICK_MODELS \?= (.*?[^\\])\n", MAKEFILE, re.DOTALL | re.MULTILINE)
+    models = re.search(
+        r"^QUICK_MODELS \?= (.*?[^\\])\n", MAKEFILE, re.DOTALL | re.MULTILINE
+    )
     assert quick is not None
     assert models is not None
     for name in quick[1].replace("\\", " ").split():

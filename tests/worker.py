@@ -1,7 +1,8 @@
-"""One process of a training run over several, which ``test_processes.py`` starts and kills.
+"""One process of a training run over several, for ``test_processes.py``.
 
-Every step descends along a clipped sum of rows and along the gradient of a contrastive loss that
-couples all examples, taken in chunks. Run as ``python worker.py '{"processes": 2, ...}'``.
+Every step descends along a clipped sum of rows and along the gradient of a contrastive
+loss that couples all examples, taken in chunks. Run as ``python worker.py
+'{"processes": 2, ...}'``.
 """
 
 import json
@@ -36,7 +37,10 @@ def contrast(embeddings):
 
 def start():
     rng = np.random.default_rng(0)
-    return {"w": rng.standard_normal((WIDTH, 8)) / 2, "v": rng.standard_normal((8, OUT)) / 2}
+    return {
+        "w": rng.standard_normal((WIDTH, 8)) / 2,
+        "v": rng.standard_normal((8, OUT)) / 2,
+    }
 
 
 def batch(step):
@@ -65,8 +69,13 @@ def resumed(manager, params):
     return manager.restore(latest, args=ocp.args.StandardRestore(shapes)), latest
 
 
-def main(own, processes=1, port=None, steps=6, output=None, checkpoints=None, pause=None):
-    """Train; ``pause`` is a step after which nothing more is done until the process is killed."""
+def main(
+    own, processes=1, port=None, steps=6, output=None, checkpoints=None, pause=None
+):
+    """Train.
+
+    ``pause`` is a step after which nothing more is done until the process is killed.
+    """
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_num_cpu_devices", 4 // processes)
     if processes > 1:
@@ -81,7 +90,10 @@ def main(own, processes=1, port=None, steps=6, output=None, checkpoints=None, pa
 
     def place(sharding, tree):
         return jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
+            lambda x: jax.make_array_from_callback(
+                x.shape, sharding, lambda index: x[index]
+            ),
+            tree,
         )
 
     params, first, manager = place(replicated, start()), 0, None
