@@ -437,8 +437,35 @@ class TestTraces:
         others = jax.tree.map(lambda p: 2 * p, params), -x, jnp.zeros(N)
         with CompilationCounter() as compiled:
             step(*others)
-        assert counter.count <= 2  # once for the shapes of the outputs
+        assert counter.count == 1
         assert compiled.count == 0
+
+    @modes
+    @pytest.mark.parametrize("fun", [loss, lambda p, x: {"h": x @ p["w"] + p["b"][None]}])
+    def test_how_often_the_function_is_called(self, fun, mode):
+        """Once for J and all its products inside one trace, whatever it returns.
+
+        With `recompute`, once more to see that it has no rule of its own, and once for
+        each sum that is one vector-Jacobian product.
+        """
+        counter = TraceCounter(fun)
+        params, x = problem()
+
+        @jax.jit
+        def products(p, x):
+            J = jacobian(counter, **mode)(p, x)
+            return J.norms(), J.gram(), J.square_sum(), J.clip(1.0).sum(), J.sum()
+
+        products(params, x)
+        backward = fun is loss and "recompute" in mode
+        assert counter.count == 1 + ("recompute" in mode) + 2 * backward
+
+        J = jacobian(counter, **mode)(params, x)
+        assert counter.count == 2 + 2 * ("recompute" in mode) + 2 * backward
+        for _ in range(2):
+            counter.count = 0
+            J.norms(), J.square_sum()
+            assert counter.count in ((0,) if mode == {} else (2, 0))
 
     @modes
     def test_new_values_do_not_compile_again(self, mode):

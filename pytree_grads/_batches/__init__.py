@@ -3,8 +3,10 @@
 ==================  ================================================================================
 ``axes``            the batch axis of each argument, as ``in_axes`` says it
 ``differentiable``  which arguments can be differentiated, and hints for those that cannot
-``batch``           ``Batch``: the arguments of one call; loops over chunks of it
+``batch``           ``Batch``: the arguments of one call
 ``chunks``          which examples are worked on together
+``loops``           a function over the chunks of a batch, in one compiled loop
+``functions``       ``fun`` and ``outer`` with their options
 ``notes``           what an error in a user's function says of the call
 ``misuse``          what likely went wrong when ``fun`` or ``outer`` failed
 ``vjp``             products with the Jacobian of a batch's outputs, chunk by chunk

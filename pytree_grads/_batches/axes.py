@@ -33,11 +33,15 @@ def argument_specs(
     return list(in_axes)
 
 
-def leaf_axes(prefix: str, name: str, arg: PyTree, spec: PyTree) -> list[tuple[Any, Any, Any]]:
+def leaf_axes(
+    prefix: str, name: str, arg: PyTree, spec: PyTree
+) -> list[tuple[Any, Any, Any]]:
     """(key path, leaf, axis) for every leaf of an argument, under a prefix tree of axes."""
     for axis in jax.tree.leaves(spec):
         if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
-            raise TypeError(f"{prefix} must hold ints and None only, got {describe(axis)}")
+            raise TypeError(
+                f"{prefix} must hold ints and None only, got {describe(axis)}"
+            )
     try:
         axes_tree = jax.tree.broadcast(spec, arg, is_leaf=_is_none)
     except ValueError:
@@ -47,7 +51,9 @@ def leaf_axes(prefix: str, name: str, arg: PyTree, spec: PyTree) -> list[tuple[A
         ) from None
     axes = jax.tree.leaves(axes_tree, is_leaf=_is_none)
     leaves = jax.tree.leaves_with_path(arg, is_leaf=_is_none)
-    return [(p, x, axis) for (p, x), axis in zip(leaves, axes, strict=True) if x is not None]
+    return [
+        (p, x, axis) for (p, x), axis in zip(leaves, axes, strict=True) if x is not None
+    ]
 
 
 def _is_none(x: Any) -> bool:

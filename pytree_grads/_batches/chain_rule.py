@@ -10,18 +10,15 @@ import jax.numpy as jnp
 from .._jax.sharding import AxisName, placed_like, sum_over, value_over
 from .._trees import algebra
 from .._trees.checks import (
-    PyTree,
     check_callable,
     check_chunk_size,
-    check_outer_value,
-    describe,
     like,
-    split_aux,
 )
-from .batch import Batch, map_chunks, resolve
+from .batch import resolve
 from .chunks import loop_chunk
-from .misuse import explained_fun, explained_outer
-from .notes import note_of_fun, note_of_outer
+from .functions import Call, Fun, Outer
+from .loops import map_chunks
+from .notes import note_of_fun
 from .vjp import pull_chunks, vjp
 
 
@@ -111,50 +108,32 @@ def chain_rule_value_and_grad(
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
     is_single = not isinstance(argnums, Sequence)
-
-    def apply(batch: Batch) -> tuple[PyTree, PyTree]:
-        return batch.vmap(
-            lambda args, kwargs: split_aux(fun(*args, **kwargs), has_aux, "the result of fun")
-        )
-
-    def passed(primals: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-        return (primals[0] if is_single else primals,) if outer_has_params else ()
-
-    def loss(outputs: PyTree, primals: tuple[PyTree, ...], outer_args: Sequence[Any]) -> Any:
-        result = outer(outputs, *passed(primals), *outer_args)
-        value, aux = split_aux(result, outer_has_aux, "the result of outer")
-        check_outer_value(value)
-        return value, aux
-
+    inner = Fun(fun, has_aux)
+    loss = Outer(outer, outer_has_params, outer_has_aux, is_single)
     # Integer outputs are allowed: their cotangent is float0.
-    pull_loss = jax.value_and_grad(
-        loss, (0, 1) if outer_has_params else (0,), has_aux=True, allow_int=True
-    )
+    by = (0, 1) if outer_has_params else (0,)
+    pull_loss = jax.value_and_grad(loss, by, has_aux=True, allow_int=True)
 
     @like(fun)
-    def value_and_grad(*args: Any, outer_args: Sequence[Any] = (), **kwargs: Any) -> Any:
-        if not isinstance(outer_args, tuple | list):
-            raise TypeError(
-                f"argument outer_args must be a tuple of arguments, got {describe(outer_args)}"
-            )
+    def value_and_grad(
+        *args: Any, outer_args: Sequence[Any] = (), **kwargs: Any
+    ) -> Any:
+        call = Call(inner, loss, args, kwargs, outer_args)
         resolved = resolve(fun, args, kwargs, argnums, in_axes)
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
         in_fun = note_of_fun(fun, batch)
-        call = outer, fun, args, kwargs
-        given = (*passed(batch.primals), *outer_args)
-        with in_fun, explained_fun(*call, (None, *given)):
-            if chunk is None:
-                outputs, pull, aux = vjp(apply, batch)
-            else:
-                outputs, aux = map_chunks(apply, batch, chunk, apart=True)
-                pull = functools.partial(pull_chunks, apply, batch, chunk)
         primals = batch.primals
-        with (
-            note_of_outer(outputs, passed(primals), outer_args),
-            explained_outer(*call, (outputs, *given), has_aux),
-        ):
-            (value, outer_aux), (cotangents, *direct) = pull_loss(outputs, primals, outer_args)
+        with in_fun, call.runs_fun(primals):
+            if chunk is None:
+                outputs, pull, aux = vjp(inner.mapped, batch)
+            else:
+                outputs, aux = map_chunks(inner.mapped, batch, chunk, apart=True)
+                pull = functools.partial(pull_chunks, inner.mapped, batch, chunk)
+        with call.runs_outer(outputs, primals):
+            (value, outer_aux), (cotangents, *direct) = pull_loss(
+                outputs, primals, outer_args
+            )
         with in_fun:
             total = algebra.carry(pull(cotangents))
         for grads in direct:

@@ -125,7 +125,9 @@ class Place:
         if is_float0(x):
             return np.zeros(shape, x.dtype)
         grouped = self._grouped(x, self.chunks.span, axis)
-        part = jax.lax.dynamic_slice_in_dim(grouped, self.start, self.chunks.width, axis + 1)
+        part = jax.lax.dynamic_slice_in_dim(
+            grouped, self.start, self.chunks.width, axis + 1
+        )
         return part.reshape(shape)
 
     def put(self, x: jax.Array, part: jax.Array, axis: int = 0) -> jax.Array:
@@ -136,4 +138,6 @@ class Place:
         return update(grouped, part, self.start, axis + 1).reshape(x.shape)
 
     def _grouped(self, x: jax.Array, size: int, axis: int) -> jax.Array:
-        return x.reshape(*x.shape[:axis], self.chunks.groups, size, *x.shape[axis + 1 :])
+        return x.reshape(
+            *x.shape[:axis], self.chunks.groups, size, *x.shape[axis + 1 :]
+        )

@@ -14,17 +14,15 @@ from .._trees.checks import (
     check_callable,
     check_chunk_size,
     check_matching,
-    check_outer_value,
     check_scalar,
-    describe,
     is_inexact,
     like,
-    split_aux,
 )
-from .batch import Batch, map_chunks, resolve
+from .batch import Batch, resolve
 from .chunks import loop_chunk
-from .misuse import explained_fun, explained_outer
-from .notes import note_of_fun, note_of_outer
+from .functions import Call, Fun, Outer
+from .loops import map_chunks
+from .notes import note_of_fun
 from .vjp import differentiated, pull_chunks, push_chunks
 
 
@@ -102,34 +100,29 @@ def gauss_newton_product(
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
     is_single = not isinstance(argnums, Sequence)
+    inner = Fun(fun, has_aux)
+    loss_of = Outer(outer, outer_has_params, outer_has_aux, is_single)
 
     def apply(batch: Batch) -> tuple[PyTree, PyTree]:
         def one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PyTree, PyTree]:
-            outputs, _ = split_aux(fun(*args, **kwargs), has_aux, "the result of fun")
+            outputs, _ = inner(*args, **kwargs)
             return _has_derivative(outputs), _has_none(outputs)
 
         return batch.vmap(one)
 
-    def passed(primals: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-        return (primals[0] if is_single else primals,) if outer_has_params else ()
-
     @like(fun)
     def linearized(*args: Any, outer_args: Sequence[Any] = (), **kwargs: Any) -> Any:
-        if not isinstance(outer_args, tuple | list):
-            raise TypeError(
-                f"argument outer_args must be a tuple of arguments, got {describe(outer_args)}"
-            )
+        call = Call(inner, loss_of, args, kwargs, outer_args)
         resolved = resolve(fun, args, kwargs, argnums, in_axes)
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
         in_fun = note_of_fun(fun, batch)
-        call = outer, fun, args, kwargs
-        given = (*passed(batch.primals), *outer_args)
-        explained = functools.partial(explained_fun, *call, (None, *given))
         if chunk is None:
-            with in_fun, explained(), differentiated(apply, batch):
+            with in_fun, call.runs_fun(batch.primals), differentiated(apply, batch):
                 outputs, push, fixed = jax.linearize(
-                    lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
+                    lambda primals: apply(batch.with_primals(primals)),
+                    batch.primals,
+                    has_aux=True,
                 )
                 transposed = jax.linear_transpose(push, batch.primals)
 
@@ -138,23 +131,18 @@ def gauss_newton_product(
                     return transposed(cotangents)[0]
 
         else:
-            with in_fun, explained():
+            with in_fun, call.runs_fun(batch.primals):
                 outputs, fixed = map_chunks(apply, batch, chunk)
 
             push = functools.partial(push_chunks, apply, batch, chunk)
             pull = functools.partial(pull_chunks, apply, batch, chunk)
 
         def loss(outputs: PyTree, *primals: PyTree) -> jax.Array:
-            result = outer(_joined(outputs, fixed), *passed(primals), *outer_args)
-            value, _ = split_aux(result, outer_has_aux, "the result of outer")
-            check_outer_value(value)
+            value, _ = loss_of(_joined(outputs, fixed), primals, outer_args)
             return value
 
         at = (outputs, *batch.primals) if outer_has_params else (outputs,)
-        with (
-            note_of_outer(_joined(outputs, fixed), passed(batch.primals), outer_args),
-            explained_outer(*call, (_joined(outputs, fixed), *given), has_aux),
-        ):
+        with call.runs_outer(_joined(outputs, fixed), batch.primals):
             _, curve = jax.linearize(jax.grad(loss, tuple(range(len(at)))), *at)
 
         def product(v: PyTree) -> PyTree:
@@ -222,10 +210,11 @@ def fisher_product(
     5.0
     """
     check_callable(fun, "fun")
+    inner = Fun(fun, has_aux)
 
     @like(fun)
     def scalar(*args: Any, **kwargs: Any) -> Any:
-        value, _ = split_aux(fun(*args, **kwargs), has_aux, "the result of fun")
+        value, _ = inner(*args, **kwargs)
         mend = "a log-likelihood or a loss of one example is one number"
         check_scalar(value, "the value of fun", mend)
         return value

@@ -16,9 +16,7 @@ _NNX_SPLIT = (
     "write graph, params, rest = nnx.split(model, nnx.Param, ...), differentiate by params, and "
     "call nnx.merge(graph, params, rest, copy=True) inside the function"
 )
-_ALSO_TRAINED = (
-    "what is trained too can be an argument of its own, with the positions of both in argnums"
-)
+_ALSO_TRAINED = "what is trained too can be an argument of its own, with the positions of both in argnums"
 
 
 def check_differentiable(name: str, tree: PyTree) -> None:
@@ -55,7 +53,11 @@ def _check_nnx(name: str, tree: PyTree) -> None:
     others = [(path, leaf) for path, leaf in leaves if not _is_nnx_param(leaf)]
     if others and (is_whole or len(others) < len(leaves)):
         path, leaf = others[0]
-        kind = f"an nnx.{type(leaf).__name__}" if isinstance(leaf, variable) else describe(leaf)
+        kind = (
+            f"an nnx.{type(leaf).__name__}"
+            if isinstance(leaf, variable)
+            else describe(leaf)
+        )
         raise TypeError(
             f"{located(name, path)} is differentiated and must be an nnx.Param, as for nnx.grad, "
             f"got {kind}: {_NNX_SPLIT}; {_ALSO_TRAINED}"
@@ -69,11 +71,17 @@ def _check_linen(name: str, tree: PyTree) -> None:
         return
 
     def is_variables(node: Any) -> bool:
-        return isinstance(node, dict | core.FrozenDict) and isinstance(node.get("params"), Mapping)
+        return isinstance(node, dict | core.FrozenDict) and isinstance(
+            node.get("params"), Mapping
+        )
 
     for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_variables):
         for key in node if is_variables(node) else ():
-            if key != "params" and isinstance(node[key], Mapping) and jax.tree.leaves(node[key]):
+            if (
+                key != "params"
+                and isinstance(node[key], Mapping)
+                and jax.tree.leaves(node[key])
+            ):
                 where = f"{name}{jax.tree_util.keystr(path)}"
                 raise TypeError(
                     f"argument {where}[{key!r}] is differentiated, but flax trains the collection "
@@ -86,7 +94,9 @@ def _check_linen(name: str, tree: PyTree) -> None:
 def _mend(name: str, tree: PyTree, path: KeyPath, leaf: Any) -> str:
     """What to write instead of differentiating by a leaf of no floating-point numbers."""
     if _holds(tree, sum(_nnx_types(), ())):
-        return f"make it an nnx.Variable of another kind than nnx.Param; then {_NNX_SPLIT}"
+        return (
+            f"make it an nnx.Variable of another kind than nnx.Param; then {_NNX_SPLIT}"
+        )
     if _holds(tree, _types("equinox", "Module")):
         return (
             f"write params, static = eqx.partition({name}, eqx.is_inexact_array), differentiate by "

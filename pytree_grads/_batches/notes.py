@@ -48,17 +48,23 @@ def note_of_fun(fun: Callable[..., Any], batch: Any) -> Note:
     return Note(text)
 
 
-def note_of_outer(outputs: PyTree, params: Sequence[PyTree] = (), args: Sequence[Any] = ()) -> Note:
+def note_of_outer(
+    outputs: PyTree, params: Sequence[PyTree] = (), args: Sequence[Any] = ()
+) -> Note:
     """The note for errors in ``outer``: stacked outputs, parameters if any, other arguments."""
 
     def text() -> str:
         names = ["outputs", *("params" for _ in params)]
         names += [f"outer_args[{i}]" for i in range(len(args))]
         arguments = {
-            name: [(path, describe(leaf)) for path, leaf in jax.tree.leaves_with_path(tree)]
+            name: [
+                (path, describe(leaf)) for path, leaf in jax.tree.leaves_with_path(tree)
+            ]
             for name, tree in zip(names, (outputs, *params, *args), strict=True)
         }
-        return "\n".join([f"{_HEADS[1]} the outputs of all examples, stacked:", *_lines(arguments)])
+        return "\n".join(
+            [f"{_HEADS[1]} the outputs of all examples, stacked:", *_lines(arguments)]
+        )
 
     return Note(text)
 

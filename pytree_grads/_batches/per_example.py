@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 
-from .._trees.checks import check_callable, check_chunk_size, check_scalar, like, split_aux
-from .batch import map_chunks, resolve
+from .._trees.checks import check_callable, check_chunk_size, check_scalar, like
+from .batch import resolve
+from .functions import Fun
+from .loops import map_chunks
 from .notes import note_of_fun
 
 
@@ -64,10 +66,11 @@ def per_example_value_and_grad(
     """
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
+    inner = Fun(fun, has_aux)
 
     @like(fun)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        value, aux = split_aux(fun(*args, **kwargs), has_aux, "the result of fun")
+        value, aux = inner(*args, **kwargs)
         check_scalar(value, "the value of fun at one example", _NOT_SCALAR)
         return value, aux
 

@@ -95,7 +95,9 @@ def _contracted(weights: Sequence[jax.Array], parts: Sequence[PyTree]) -> PyTree
         if is_float0(rows[0]):
             return np.zeros(first, rows[0].dtype)
 
-        def summed(weights: Sequence[jax.Array], rows: Sequence[jax.Array]) -> jax.Array:
+        def summed(
+            weights: Sequence[jax.Array], rows: Sequence[jax.Array]
+        ) -> jax.Array:
             terms = [
                 algebra.contract(weight.reshape(-1), row.reshape(weight.size, *first))
                 for weight, row in zip(weights, rows, strict=True)
@@ -111,27 +113,37 @@ def _contracted(weights: Sequence[jax.Array], parts: Sequence[PyTree]) -> PyTree
 def _check_outputs(outputs: PyTree) -> None:
     leaves = jax.tree.leaves_with_path(outputs)
     if not leaves:
-        raise ValueError("argument outputs holds no arrays: there is nothing to differentiate")
+        raise ValueError(
+            "argument outputs holds no arrays: there is nothing to differentiate"
+        )
     count = None
     for path, leaf in leaves:
         where = located("outputs", path)
         if not is_inexact(leaf):
-            raise TypeError(f"{where} must be a floating-point array, got {describe(leaf)}")
+            raise TypeError(
+                f"{where} must be a floating-point array, got {describe(leaf)}"
+            )
         if jnp.iscomplexobj(leaf):
             raise TypeError(
                 f"{where} is complex ({describe(leaf)}), and rows of a complex function are not "
                 "gradients: chain_rule_grad takes complex outputs"
             )
         if not leaf.ndim:
-            raise ValueError(f"{where} must have a leading axis of examples, got {describe(leaf)}")
+            raise ValueError(
+                f"{where} must have a leading axis of examples, got {describe(leaf)}"
+            )
         count = leaf.shape[0] if count is None else count
         if leaf.shape[0] != count:
-            raise ValueError(f"{where} must hold {count} examples as others do: {describe(leaf)}")
+            raise ValueError(
+                f"{where} must hold {count} examples as others do: {describe(leaf)}"
+            )
 
 
 def _check_rows(outputs: PyTree, parts: Sequence[PyTree]) -> None:
     params = []
-    for (prefix, output), part in zip(jax.tree.leaves_with_path(outputs), parts, strict=True):
+    for (prefix, output), part in zip(
+        jax.tree.leaves_with_path(outputs), parts, strict=True
+    ):
         name = f"rows{jax.tree_util.keystr(prefix)}"
         algebra.check_summable(name, part)
         for path, row in jax.tree.leaves_with_path(part):
@@ -142,6 +154,8 @@ def _check_rows(outputs: PyTree, parts: Sequence[PyTree]) -> None:
                 )
         drop = output.ndim
         params.append(
-            jax.tree.map(lambda r, d=drop: jax.ShapeDtypeStruct(r.shape[d:], r.dtype), part)
+            jax.tree.map(
+                lambda r, d=drop: jax.ShapeDtypeStruct(r.shape[d:], r.dtype), part
+            )
         )
         check_matching(params[0], params[-1], "the rows of the first output", name)

@@ -11,8 +11,9 @@ from .._jax import compat
 from .._jax.sharding import zeros
 from .._trees import algebra
 from .._trees.checks import PyTree
-from .batch import Batch, fold_chunks, map_chunks
+from .batch import Batch
 from .chunks import Place
+from .loops import fold_chunks, map_chunks
 
 # From a batch, the stacked outputs and auxiliary data of its examples.
 Apply = Callable[[Batch], tuple[PyTree, PyTree]]
@@ -41,7 +42,9 @@ def _is_of_jax(error: Exception) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return isinstance(error, jax.errors.JAXTypeError) or raised_in.split(".")[0] == "jax"
+    return (
+        isinstance(error, jax.errors.JAXTypeError) or raised_in.split(".")[0] == "jax"
+    )
 
 
 def _rule_in(apply: Apply, batch: Batch) -> str | None:
@@ -57,7 +60,9 @@ def vjp(apply: Apply, batch: Batch) -> tuple[PyTree, Callable[..., Any], PyTree]
     """``(outputs, pull, aux)``; ``pull(cotangents)`` is the gradient of ``batch.primals``."""
     with differentiated(apply, batch):
         outputs, pull, aux = jax.vjp(
-            lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
+            lambda primals: apply(batch.with_primals(primals)),
+            batch.primals,
+            has_aux=True,
         )
 
     def pulled(cotangents: PyTree) -> tuple[PyTree, ...]:
@@ -67,12 +72,16 @@ def vjp(apply: Apply, batch: Batch) -> tuple[PyTree, Callable[..., Any], PyTree]
     return outputs, pulled, aux
 
 
-def push_chunks(apply: Apply, batch: Batch, chunk_size: int, tangents: PyTree) -> PyTree:
+def push_chunks(
+    apply: Apply, batch: Batch, chunk_size: int, tangents: PyTree
+) -> PyTree:
     """The tangents of the outputs, by one Jacobian-vector product per chunk."""
     leaves, treedef = jax.tree.flatten(tangents)
     count = len(batch.leaves)
     # Tangents are cut as their primals are: of each, a chunk has what belongs to its examples.
-    both = replace(batch, leaves=(*batch.leaves, *leaves), axes=(*batch.axes, *batch.primal_axes))
+    both = replace(
+        batch, leaves=(*batch.leaves, *leaves), axes=(*batch.axes, *batch.primal_axes)
+    )
 
     def push(both: Batch) -> PyTree:
         chunk = replace(both, leaves=both.leaves[:count], axes=batch.axes)
@@ -89,12 +98,16 @@ def push_chunks(apply: Apply, batch: Batch, chunk_size: int, tangents: PyTree) -
     return map_chunks(push, both, chunk_size)
 
 
-def pull_chunks(apply: Apply, batch: Batch, chunk_size: int, cotangents: PyTree) -> PyTree:
+def pull_chunks(
+    apply: Apply, batch: Batch, chunk_size: int, cotangents: PyTree
+) -> PyTree:
     """The gradient of ``batch.primals``, carried, by one vector-Jacobian product per chunk."""
     leaves, treedef = jax.tree.flatten(batch.primals)
     start = [zeros(x, x.shape, algebra.carried_dtype(x.dtype)) for x in leaves]
 
-    def step(totals: list[jax.Array], chunk: Batch, place: Place) -> tuple[list[jax.Array], None]:
+    def step(
+        totals: list[jax.Array], chunk: Batch, place: Place
+    ) -> tuple[list[jax.Array], None]:
         _, pull, _ = vjp(apply, chunk)
         grads = pull(jax.tree.map(place.cut, cotangents))
         wide = jax.tree.leaves(algebra.carry(grads))
@@ -105,7 +118,9 @@ def pull_chunks(apply: Apply, batch: Batch, chunk_size: int, cotangents: PyTree)
     return jax.tree.unflatten(treedef, total)
 
 
-def _add_at(place: Place, total: jax.Array, part: jax.Array, axis: int | None) -> jax.Array:
+def _add_at(
+    place: Place, total: jax.Array, part: jax.Array, axis: int | None
+) -> jax.Array:
     """``total + part``, in the place of a chunk on the batch axis of a leaf that has one."""
     if axis is None:
         return total + part

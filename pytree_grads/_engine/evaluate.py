@@ -152,9 +152,13 @@ def _needs(graph: Graph, keys: Iterable[Key]) -> _Needs:
     for equation in reversed(graph.equations):
         if equation in inside:
             stacks, totals = inside[equation]
-            scans[equation] = needs = _scan_needs(equation, list(stacks), list(totals), atoms)
+            scans[equation] = needs = _scan_needs(
+                equation, list(stacks), list(totals), atoms
+            )
             operands = zip(equation.inputs, equation.body.inputs, strict=True)
-            atoms.update(outer for outer, inner in operands if inner in needs.body.atoms)
+            atoms.update(
+                outer for outer, inner in operands if inner in needs.body.atoms
+            )
         elif any(output in atoms for output in equation.outputs):
             atoms.update(equation.inputs)
     return _Needs(atoms, scans)
@@ -184,7 +188,9 @@ def run(graph: Graph, inputs: Sequence[Any], keys: Sequence[Key]) -> list[Any]:
     return _run(graph, env, keys, _needs(graph, keys))
 
 
-def _run(graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: _Needs) -> list[Any]:
+def _run(
+    graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: _Needs
+) -> list[Any]:
     def read(key: Key) -> Any:
         atom = _went_in(key)
         match key if atom is None else atom:
@@ -203,12 +209,16 @@ def _run(graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: _Needs) 
         if equation in needs.scans:
             env.update(_run_scan(equation, needs.scans[equation], env))
         elif any(output in needs.atoms for output in equation.outputs):
-            operands = [a.value if isinstance(a, Known) else env[a] for a in equation.inputs]
+            operands = [
+                a.value if isinstance(a, Known) else env[a] for a in equation.inputs
+            ]
             env.update(zip(equation.outputs, equation.evaluate(operands), strict=True))
     return [read(key) for key in keys]
 
 
-def _run_scan(equation: Equation, needs: _ScanNeeds, env: dict[Key, Any]) -> dict[Key, Any]:
+def _run_scan(
+    equation: Equation, needs: _ScanNeeds, env: dict[Key, Any]
+) -> dict[Key, Any]:
     """The keys that a scan's body makes, and those of the scan's own outputs that are read."""
     body, params = equation.body, equation.params
     carry_from, steps_from = equation.splits
@@ -228,7 +238,9 @@ def _run_scan(equation: Equation, needs: _ScanNeeds, env: dict[Key, Any]) -> dic
         inner = dict(consts)
         inner.update(zip([body.inputs[i] for i in carries_at], state, strict=True))
         inner.update(zip([body.inputs[i] for i in steps_at], xs, strict=True))
-        values = iter(_run(body, inner, [*outputs, *needs.totals, *needs.stacks], needs.body))
+        values = iter(
+            _run(body, inner, [*outputs, *needs.totals, *needs.stacks], needs.body)
+        )
         state = [next(values) for _ in state]
         steps = [next(values) for _ in needs.steps]
         totals = [total + next(values) for total in totals]
@@ -246,8 +258,12 @@ def _run_scan(equation: Equation, needs: _ScanNeeds, env: dict[Key, Any]) -> dic
     found: dict[Key, Any] = {}
     found.update(zip([equation.outputs[i] for i in needs.carries], state, strict=True))
     found.update(zip([equation.outputs[i] for i in needs.steps], steps, strict=True))
-    found.update((Total(equation, key), x) for key, x in zip(needs.totals, totals, strict=True))
-    found.update((Stacked(equation, key), x) for key, x in zip(needs.stacks, stacks, strict=True))
+    found.update(
+        (Total(equation, key), x) for key, x in zip(needs.totals, totals, strict=True)
+    )
+    found.update(
+        (Stacked(equation, key), x) for key, x in zip(needs.stacks, stacks, strict=True)
+    )
     return found
 
 

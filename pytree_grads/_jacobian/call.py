@@ -8,13 +8,16 @@ import jax
 import numpy as np
 
 from .._batches.batch import resolve
+from .._jax.compat import trace_state
 from .._jax.sharding import AxisName
 from .._trees.checks import check_callable, check_chunk_size, like
 from .compiled import compiled_once
 from .jacobian import Jacobian
+from .kept import Kept, SumForm
+from .origin import Origin
 from .outputs import Outputs
-from .rows import Rows
 from .source import Source
+from .streamed import Streamed
 
 
 def jacobian(
@@ -87,7 +90,14 @@ def jacobian(
     1.500
     """
     return _make(
-        fun, argnums, in_axes, has_aux, chunk_size, recompute, axis_name, with_outputs=False
+        fun,
+        argnums,
+        in_axes,
+        has_aux,
+        chunk_size,
+        recompute,
+        axis_name,
+        with_outputs=False,
     )
 
 
@@ -116,7 +126,14 @@ def value_and_jacobian(
     [11.] [5.]
     """
     return _make(
-        fun, argnums, in_axes, has_aux, chunk_size, recompute, axis_name, with_outputs=True
+        fun,
+        argnums,
+        in_axes,
+        has_aux,
+        chunk_size,
+        recompute,
+        axis_name,
+        with_outputs=True,
     )
 
 
@@ -134,7 +151,9 @@ def _make(
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
     if not isinstance(recompute, bool | np.bool_):
-        raise TypeError(f"argument recompute must be a bool (it is static), got {recompute!r}")
+        raise TypeError(
+            f"argument recompute must be a bool (it is static), got {recompute!r}"
+        )
 
     @like(fun)
     def jacobian_of(*args: Any, **kwargs: Any) -> Any:
@@ -150,30 +169,25 @@ def _make(
             many=isinstance(argnums, Sequence),
             runs_again=bool(keeps_nothing),
         )
-        pulls_back = False
-        if keeps_nothing:
-            avals, is_linear = source.examined()
-            outputs = Outputs.of(avals)
-            pulls_back = bool(recompute) and is_linear
-            leaves = summands = None
-            values, aux = _outputs(source) if with_outputs or has_aux else (None, None)
-        else:
-            factored = source.factor(batch.localized())
-            outputs = Outputs.of(factored.output_avals)
-            leaves, summands = factored.leaves, factored.summands
-            values, aux = factored.outputs, factored.aux
+        trace = source.trace()
+        outputs = Outputs.of(trace.output_avals)
         if outputs.is_pair and not has_aux:
             warnings.warn(_PAIR, stacklevel=2)
-        shape = outputs.rows(batch.size)
-        rows = Rows.of(
-            source,
-            leaves,
-            shape,
-            summands=summands,
-            one_pass=not recompute,
-            pulls_back=pulls_back,
-            axis_name=axis_name,
-        )
+        origin = Origin.of(source, outputs.rows(batch.size), axis_name)
+        if keeps_nothing:
+            rows = Streamed(
+                origin,
+                one_pass=not recompute,
+                pulls_back=bool(recompute) and source.pulls_back(),
+                trace=trace,
+            )
+            values, aux = _outputs(source) if with_outputs or has_aux else (None, None)
+        else:
+            factored = source.factor(trace, batch.localized(), with_sum=True)
+            make = factored.for_sum
+            sum_form = None if make is None else SumForm(make, trace_state())
+            rows = Kept(origin, factored.leaves, sum_form=sum_form)
+            values, aux = factored.outputs, factored.aux
         made = Jacobian(rows, outputs)
         if with_outputs:
             return ((values, aux) if has_aux else values), made

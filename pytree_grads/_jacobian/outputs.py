@@ -54,7 +54,9 @@ class Outputs:
             return numbers
         parts, start = [], 0
         for shape in self.shapes:
-            part = jax.lax.slice_in_dim(numbers, start, start + prod(shape), axis=axis + 1)
+            part = jax.lax.slice_in_dim(
+                numbers, start, start + prod(shape), axis=axis + 1
+            )
             before, after = part.shape[: axis + 1], part.shape[axis + 2 :]
             parts.append(part.reshape(*before, *shape, *after))
             start += prod(shape)
@@ -64,7 +66,11 @@ class Outputs:
         """A user's tree of one real number per row as the engine's array, as wide as the rows."""
         leaves, treedef = jax.tree.flatten(tree)
         if treedef != self.treedef:
-            hint = " (if its second item is auxiliary data: has_aux=True)" if self.is_pair else ""
+            hint = (
+                " (if its second item is auxiliary data: has_aux=True)"
+                if self.is_pair
+                else ""
+            )
             raise ValueError(
                 f"argument {name} must be a tree like the function's output, {self.treedef}, "
                 f"got {treedef}{hint}"
@@ -82,4 +88,6 @@ class Outputs:
                     f"got {describe(x)}"
                 )
             flat.append(jnp.asarray(x).reshape(size, prod(shape)))
-        return flat[0].reshape(size) if self.is_scalar else jnp.concatenate(flat, axis=1)
+        return (
+            flat[0].reshape(size) if self.is_scalar else jnp.concatenate(flat, axis=1)
+        )

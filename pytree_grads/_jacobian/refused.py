@@ -29,7 +29,9 @@ class NotAnArray:
         self._refuse(f"{_written(other)} * {{}}", _SCALE.format(_number(other)))
 
     def __truediv__(self, other: Any) -> NoReturn:
-        self._refuse(f"{{}} / {_written(other)}", _SCALE.format(f"1 / {_number(other)}"))
+        self._refuse(
+            f"{{}} / {_written(other)}", _SCALE.format(f"1 / {_number(other)}")
+        )
 
     def __rtruediv__(self, other: Any) -> NoReturn:
         self._refuse(f"{_written(other)} / {{}}", _ROWS)

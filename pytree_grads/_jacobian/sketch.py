@@ -25,7 +25,10 @@ class Projection:
         def column(j: jax.Array) -> jax.Array:
             own = jax.random.fold_in(key, j)
             return matrix.apply(
-                [_signs(jax.random.fold_in(own, i), leaf) for i, leaf in enumerate(matrix.leaves)]
+                [
+                    _signs(jax.random.fold_in(own, i), leaf)
+                    for i, leaf in enumerate(matrix.leaves)
+                ]
             )
 
         rows = matrix.leaves[0].rows
