@@ -45,6 +45,7 @@ class Trace:
     It is a pytree without leaves, so that a mapped function can return it.
     """
 
+    fun: Fun
     graph: _graph.Graph
     primal_count: int
     value_count: int  # of the differentiated arguments, and of other values
@@ -117,6 +118,7 @@ def _trace_example(
     jaxpr, (leaves, results, cotangents) = make(primals, values)
     graph = _graph.build(made_pure(jaxpr, runs_again=runs_again))
     return Trace(
+        fun=fun,
         graph=_with_inputs(graph, len(cotangents)),
         primal_count=len(primals),
         value_count=len(primals) + len(values),

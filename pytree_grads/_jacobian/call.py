@@ -169,7 +169,8 @@ def _make(
             many=isinstance(argnums, Sequence),
             runs_again=bool(keeps_nothing),
         )
-        trace = source.trace()
+        examined = source.examined() if recompute else None
+        trace = source.trace(examined and examined.fun)
         outputs = Outputs.of(trace.output_avals)
         if outputs.is_pair and not has_aux:
             warnings.warn(_PAIR, stacklevel=2)
@@ -178,7 +179,7 @@ def _make(
             rows = Streamed(
                 origin,
                 one_pass=not recompute,
-                pulls_back=bool(recompute) and source.pulls_back(),
+                pulls_back=examined is not None and examined.pulls_back,
                 trace=trace,
             )
             values, aux = _outputs(source) if with_outputs or has_aux else (None, None)

@@ -1,12 +1,13 @@
 """Where the rows of J come from: a function and a batch, from which they can be made again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from .._batches.batch import Batch
 from .._batches.chunks import Place
@@ -20,7 +21,7 @@ from .._jax import compat
 from .._jax.effects import made_pure
 from .._jax.sharding import placed_like, zeros
 from .._trees.algebra import carried_dtype
-from .._trees.checks import PyTree
+from .._trees.checks import PyTree, check_arrays
 
 
 @jax.tree_util.register_static
@@ -90,11 +91,11 @@ class Source:
         """The function of one example, which returns its output and aux."""
         return Fun(self.fun, self.has_aux)
 
-    def trace(self) -> Trace:
-        """Trace the function and its backward pass for one example."""
+    def trace(self, fun: Fun | None = None) -> Trace:
+        """Trace the function, or what was made of it, and its backward pass."""
         with self.note:
             batch = self.batch.localized()
-            return _trace.trace(self.of_one, batch, runs_again=self.runs_again)
+            return _trace.trace(fun or self.of_one, batch, runs_again=self.runs_again)
 
     def factor(
         self, trace: Trace, batch: Batch, form: Form = "auto", *, with_sum: bool = False
@@ -145,12 +146,15 @@ class Source:
             step, init, self.batch.localized(), self.chunk_size, alone=alone
         )
 
-    def pull_back(self, weights: jax.Array, *, alone: bool) -> list[jax.Array]:
+    def pull_back(
+        self, weights: jax.Array, fun: Fun | None = None, *, alone: bool
+    ) -> list[jax.Array]:
         """The sum of the rows of a scalar function times weights: one ordinary gradient."""
+        fun = fun or self.of_one
         primals = jax.tree.leaves(self.batch.primals)
 
         def values_of(chunk: Batch) -> jax.Array:
-            values, _ = self.of_one.mapped(chunk)
+            values, _ = fun.mapped(chunk)
             return values.astype(carried_dtype(values.dtype))
 
         def step(carry: Any, chunk: Batch, place: Place) -> Any:
@@ -173,20 +177,57 @@ class Source:
                 self.of_one.mapped, self.batch.localized(), self.chunk_size
             )
 
-    def pulls_back(self) -> bool:
-        """Whether a sum of rows may be one vector-Jacobian product of the whole batch.
+    def examined(self) -> "Examined":
+        """Call the function for one example, and see what may be made of it."""
 
-        It may not if a custom rule or a reference makes the gradient of the mapped
-        function fail, or differ from the mapped gradient.
-        """
-
-        def one(args: Any, kwargs: Any) -> Any:
-            jaxpr = jax.make_jaxpr(lambda: self.of_one(*args, **kwargs)[0])()
-            pure = made_pure(jaxpr, runs_again=self.runs_again)
-            return _Static(pure is jaxpr and compat.custom_rule(pure) is None)
+        def one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Examined:
+            return _examine(self.of_one, args, kwargs, self.batch, self.runs_again)
 
         with self.note:
-            return self.batch.localized().vmap(one).value
+            return self.batch.localized().vmap(one)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """What one call of a function has shown. It is a pytree without leaves."""
+
+    # The function as a jaxpr, so that it is not called again. If it has custom rules, it
+    # is the function itself: rules may hold values of the trace in which it was called.
+    fun: Fun
+    # Whether a sum of rows may be one vector-Jacobian product of the whole batch. It may
+    # not if a custom rule or a reference makes the gradient of the mapped function fail,
+    # or differ from the mapped gradient.
+    pulls_back: bool
+
+
+def _examine(fun: Fun, args: Any, kwargs: Any, batch: Batch, runs_again: bool) -> Examined:
+    flat, treedef = jax.tree.flatten((args, kwargs))
+    inputs_at = (*batch.primal_positions, *batch.value_positions)
+
+    def outputs(inputs: Sequence[Any]) -> tuple[PyTree, PyTree]:
+        leaves = list(flat)
+        for i, x in zip(inputs_at, inputs, strict=True):
+            leaves[i] = x
+        args, kwargs = jax.tree.unflatten(treedef, leaves)
+        value, aux = fun(*args, **kwargs)
+        check_arrays("the output of the function", value)
+        check_arrays("aux", aux)
+        return value, aux
+
+    make = jax.make_jaxpr(outputs, return_shape=True)
+    jaxpr, avals = make([flat[i] for i in inputs_at])
+    pure = made_pure(jaxpr, runs_again=runs_again)
+    pulls_back = pure is jaxpr and compat.custom_rule(jaxpr) is None
+    if jaxpr.effects or compat.has_custom_calls(jaxpr):
+        return Examined(fun, pulls_back)
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        leaves = jax.tree.leaves((args, kwargs))
+        found = core.jaxpr_as_fun(jaxpr)(*(leaves[i] for i in inputs_at))
+        return jax.tree.unflatten(jax.tree.structure(avals), found)
+
+    return Examined(Fun(evaluate, has_aux=True), pulls_back)
 
 
 def _flatten(source: Source) -> tuple[list[Any], Any]:

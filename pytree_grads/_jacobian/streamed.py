@@ -267,4 +267,5 @@ def _folded(
 
 @compiled_once("alone")
 def _pulled_back(rows: Streamed, weights: jax.Array, *, alone: bool) -> list[jax.Array]:
-    return rows.origin.source.pull_back(weights, alone=alone)
+    fun = rows.trace.fun if rows.trace else None
+    return rows.origin.source.pull_back(weights, fun, alone=alone)
