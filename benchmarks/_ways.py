@@ -54,7 +54,7 @@ def weights(problem: Problem) -> jax.Array:
 def _product_of(J: Jacobian, problem: Problem, product: str) -> Any:
     match product:
         case "clipped":
-            return J.clip(MAX_NORM).sum(), J.norms()
+            return J.clipped_sum(MAX_NORM)
         case "weighted":
             return J.weighted_sum(weights(problem))
         case "gram":

@@ -157,6 +157,7 @@ def test_norms_that_come_with_a_clip(model, mode, x64):
     if model != "embedding":
         x = jnp.sin(jnp.cumsum(x.astype(float), 0))
     bounds = jax.tree.map(lambda _: 0.3, params)
+    weights = jnp.arange(1.0, N + 1)
 
     @jax.jit
     def of(params, x):
@@ -167,11 +168,11 @@ def test_norms_that_come_with_a_clip(model, mode, x64):
         got = [
             (clipped.sum(), norms, parts.sum(), of_parts),
             (*fresh.clipped_sum(0.5), *fresh.clipped_sum(bounds)),
-            J.clipped_sum(0.5, nan_safe=True),
+            J.clipped_sum(0.5, weights, nan_safe=True),
         ]
         want = [
             (fresh.clip(0.5).sum(), fresh.norms(), fresh.clip(bounds).sum()),
-            (J.clip(0.5).sum(), J.norms()),
+            (J.clip(0.5).weighted_sum(weights), J.norms()),
         ]
         return got, want, fresh.to_rows()
 

@@ -1,20 +1,22 @@
-"""The batch of one call: which axis of which argument holds the examples, and chunks of them.
+"""The batch of one call: which axis of which argument holds the examples.
 
 ``resolve(fun, args, kwargs, argnums, in_axes)`` checks a call and returns a ``Batch``:
 
-====================  ==============================================================================
+====================  ==================================================================
 ``.size``             N
 ``.argnums``          differentiated positions, non-negative, always a tuple
-``.in_axes``          tuple, one tree per positional argument: each leaf's axis >= 0, or None
+``.in_axes``          tuple, one tree per positional argument: each leaf's axis >= 0, or
+                      None
 ``.args, .kwargs``    the arguments; differentiated leaves are JAX arrays
 ``.primals``          tuple of the differentiated arguments
 ``.with_primals(p)``  the same batch with other differentiated arguments
 ``.chunk(start, k)``  the Batch of examples start..start+k-1
-``.vmap(fun)``        ``fun(args, kwargs)`` mapped over the examples; results stack on axis 0
+``.vmap(fun)``        ``fun(args, kwargs)`` mapped over the examples; results stack on
+                      axis 0
 ``.chunks(k)``        which examples are worked on together, about k at a time
 ``.part(place)``      the Batch of one such chunk
 ``.localized()``      gradients by shared leaves stay on the device of their example
-====================  ==============================================================================
+====================  ==================================================================
 """
 
 import functools
@@ -36,7 +38,7 @@ from .differentiable import check_differentiable
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one call, flat, with the axis of each leaf that holds the examples."""
+    """The arguments of one call, flat, each leaf with its axis of examples."""
 
     leaves: tuple[Any, ...]
     axes: tuple[
@@ -45,7 +47,8 @@ class Batch:
     treedef: Any  # of (args, kwargs)
     argnums: tuple[int, ...]
     size: int
-    gathered: Names = ()  # the mesh axes of examples that were too few to be shared out over them
+    # The mesh axes over which examples were sharded, if too few are left to share out.
+    gathered: Names = ()
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -83,7 +86,7 @@ class Batch:
         return tuple(self.axes[i] for i in self.primal_positions)
 
     def with_primals(self, primals: Sequence[PyTree]) -> "Batch":
-        """The same batch with other differentiated arguments, of the same structure."""
+        """The batch with other differentiated arguments, of the same structure."""
         args = list(self.args)
         for i, primal in zip(self.argnums, primals, strict=True):
             args[i] = primal
@@ -116,7 +119,7 @@ class Batch:
         fun: Callable[[tuple[Any, ...], dict[str, Any]], PyTree],
         out_axes: Any = 0,
     ) -> PyTree:
-        """``fun(args, kwargs)`` for every example, results stacked on a leading axis."""
+        """``fun(args, kwargs)`` of every example, results stacked on a leading axis."""
         mapped = [i for i, axis in enumerate(self.axes) if axis is not None]
 
         def one(values: list[Any]) -> PyTree:
@@ -143,7 +146,7 @@ class Batch:
 
     @property
     def value_positions(self) -> tuple[int, ...]:
-        """Where the leaves stand that are values of one example, but for ``primals``."""
+        """Where the leaves that are mapped, and not differentiated, stand."""
         primals = self.primal_positions
         pairs = enumerate(self.axes)
         return tuple(i for i, axis in pairs if axis is not None and i not in primals)
@@ -155,12 +158,13 @@ class Batch:
         return [(leaf, axis) for leaf, axis in pairs if axis is not None]
 
     def localized(self) -> "Batch":
-        """The same batch, with what the examples share in the hands of each device.
+        """The batch, with what the examples share on each device.
 
-        Inside ``jax.shard_map``, ``jax.grad`` adds the gradients by a replicated value up over the
-        devices; by a value that varies over the mesh axes over which the examples vary, each device
-        has its own. Over Explicit mesh axes, ``jax.vmap`` takes shared values only if they are not
-        sharded over the axes of the examples: they are gathered (as FSDP has it).
+        Inside ``jax.shard_map``, ``jax.grad`` adds the gradients by a replicated value
+        up over the devices; by a value that varies over the mesh axes over which the
+        examples vary, each device has its own. Over Explicit mesh axes, ``jax.vmap``
+        takes shared values only if they are not sharded over the axes of the examples:
+        they are gathered (as FSDP has it).
         """
         varying = frozenset[str]().union(
             *(compat.varying_axes(x) for x, _ in self._mapped)
@@ -177,7 +181,7 @@ class Batch:
         return replace(self, leaves=tuple(map(own, self.leaves, self.axes)))
 
     def varied(self, tree: PyTree) -> PyTree:
-        """A tree of arrays that vary over all mesh axes over which something in the batch does."""
+        """A tree of arrays that vary over all mesh axes over which the batch does."""
         arrays = [x for x in self.leaves if isinstance(x, jax.Array)]
         axes = frozenset[str]().union(*map(compat.varying_axes, arrays))
         return jax.tree.map(functools.partial(compat.as_varying, axes=axes), tree)
@@ -195,18 +199,22 @@ def resolve(
     """Check the arguments of ``fun`` and find the examples in them.
 
     Args:
-      fun: the function of one example; only its signature is read, for the names in messages.
+      fun: the function of one example; only its signature is read, for the names in
+        messages.
       args: the positional arguments that the caller passed.
       kwargs: the keyword arguments, mapped over axis 0.
       argnums: position or positions to differentiate.
-      in_axes: an int, None, or a tuple with a pytree prefix of ints and Nones per positional
-        argument; ``"default"`` is None for the differentiated arguments and 0 for all others.
+      in_axes: an int, None, or a tuple with a pytree prefix of ints and Nones per
+        positional argument; ``"default"`` is None for the differentiated arguments and
+        0 for all others.
       shared: whether all examples must share the differentiated arguments.
 
     Raises:
-      TypeError: a differentiated leaf has no gradient; a leaf to be mapped is not an array.
-      ValueError: an axis is out of range, batch sizes disagree, nothing is batched, ``argnums`` or
-        ``in_axes`` does not fit the arguments, or what must be shared is mapped over.
+      TypeError: a differentiated leaf has no gradient; a leaf to be mapped is not an
+        array.
+      ValueError: an axis is out of range, batch sizes disagree, nothing is batched,
+        ``argnums`` or ``in_axes`` does not fit the arguments, or what must be shared is
+        mapped over.
     """
     positions = normalize_argnums(argnums, len(args))
     names = argument_names(fun, len(args))
@@ -237,8 +245,10 @@ def resolve(
             if axis is not None:
                 if shared and i in positions:
                     raise ValueError(
-                        f"{where} is differentiated and mapped over axis {axis}: a matrix of "
-                        "gradients needs parameters that all examples share; give it None in "
+                        f"{where} is differentiated and mapped over axis {axis}: a "
+                        "matrix of "
+                        "gradients needs parameters that all examples share; give it "
+                        "None in "
                         "in_axes"
                     )
                 axis = checked_axis(where, leaf, axis, keyword)

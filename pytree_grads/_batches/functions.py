@@ -45,7 +45,7 @@ class Outer:
     def __call__(
         self, outputs: PyTree, primals: Sequence[PyTree], outer_args: Sequence[Any]
     ) -> tuple[Any, PyTree]:
-        """``(value, aux)``; the value is a real scalar, and aux None without ``has_aux``."""
+        """``(value, aux)``: a real scalar, and None without ``has_aux``."""
         result = self.outer(outputs, *self.params(primals), *outer_args)
         value, aux = split_aux(result, self.has_aux, "the result of outer")
         check_outer_value(value)
@@ -54,7 +54,7 @@ class Outer:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a transformed function, for errors that speak of what went wrong in it."""
+    """One call of a transformed function, for errors that say what went wrong."""
 
     fun: Fun
     outer: Outer
@@ -80,7 +80,7 @@ class Call:
 
     @contextlib.contextmanager
     def runs_outer(self, outputs: PyTree, primals: Sequence[PyTree]) -> Iterator[None]:
-        """Surround what evaluates ``outer``: an error says what it was given, and why."""
+        """Surround what evaluates ``outer``: an error says what it was given."""
         params = self.outer.params(primals)
         given = (outputs, *params, *self.outer_args)
         call = self.outer.outer, self.fun.fun, self.args, self.kwargs

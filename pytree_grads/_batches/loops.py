@@ -24,13 +24,13 @@ def map_chunks(
 ) -> PyTree:
     """``fun(chunk)`` for every chunk, its rows written into arrays of N rows.
 
-    With ``rows``, trees of arrays of N rows, it is ``fun(chunk, rows of the chunk)``. Rows
-    are on the leading axis.
+    With ``rows``, trees of arrays of N rows, it is ``fun(chunk, rows of the chunk)``.
+    Rows are on the leading axis.
 
-    The last chunk may overlap its predecessor, so that all are of one size and ``fun`` is
-    traced once. The rows that they share are computed and written twice, and are the
-    same. With ``apart`` the chunks are those of ``fold_chunks``: if both evaluate a row,
-    it has the same shapes in both, and is rounded alike.
+    The last chunk may overlap its predecessor, so that all are of one size and ``fun``
+    is traced once. The rows that they share are computed and written twice, and are the
+    same. With ``apart`` the chunks are those of ``fold_chunks``: if both evaluate a
+    row, it has the same shapes in both, and is rounded alike.
     """
     chunk_size = loop_chunk(batch.size, chunk_size)
     extra = () if rows is None else (rows,)
@@ -68,14 +68,14 @@ def fold_chunks(
 
     It returns the last carry, and the rows of all chunks as arrays of N rows.
 
-    Rows that do not fill a chunk are a chunk of their own, for which ``step`` is traced as
-    well. In a full chunk, rows that are there for the second time could not be told to
-    add nothing: a cotangent of zero times an infinite derivative is NaN. That chunk comes
-    first, so that the loop waits for it, and the memory of one chunk is needed at a time.
-    (If N < 2k, XLA unrolls the loop of one turn, and may hold both.)
+    Rows that do not fill a chunk are a chunk of their own, for which ``step`` is traced
+    as well. In a full chunk, rows that are there for the second time could not be told
+    to add nothing: a cotangent of zero times an infinite derivative is NaN. That chunk
+    comes first, so that the loop waits for it, and the memory of one chunk is needed at
+    a time. (If N < 2k, XLA unrolls the loop of one turn, and may hold both.)
 
-    With ``alone``, a call that takes all rows at once is ``not_merged`` with the program
-    around it. It must return no rows then.
+    With ``alone``, a call that takes all rows at once is ``not_merged`` with the
+    program around it. It must return no rows then.
     """
     chunk_size = loop_chunk(batch.size, chunk_size)
     if chunk_size is None:

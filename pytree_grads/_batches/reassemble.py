@@ -1,4 +1,4 @@
-"""The chain rule with rows in hand: per-example gradients weighted by the outer gradient."""
+"""The chain rule with rows in hand, weighted by the outer gradient."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,41 +24,44 @@ from .notes import note_of_outer
 
 
 def reassemble(outer: Callable[[PyTree], Any], outputs: PyTree, rows: PyTree) -> PyTree:
-    """The gradient of ``outer(outputs)`` from per-example gradients that are already in hand.
+    """The gradient of ``outer(outputs)`` from per-example gradients in hand.
 
-    With L = outer(f), it is Σᵢ (∂L/∂fᵢ) ∂fᵢ/∂p, and equals the gradient of the composition to
-    rounding. ``outer`` may couple the examples. Where the rows are not in hand,
-    :func:`chain_rule_grad` needs none.
+    With L = outer(f), it is Σᵢ (∂L/∂fᵢ) ∂fᵢ/∂p, and equals the gradient of the
+    composition to rounding. ``outer`` may couple the examples. Where the rows are not
+    in hand, :func:`chain_rule_grad` needs none.
 
     Args:
       outer: a function of ``outputs`` that returns a real scalar.
-      outputs: the outputs of the inner function, an array of shape (N,), or any pytree of real
-        floating-point arrays of shape (N, *k).
-      rows: their gradients. For one array of outputs, a tree like the parameters with leaves of
-        shape (N, *k, *p); for a tree of outputs, such a tree in the place of each output, as
-        ``jax.vmap(jax.jacrev(f))`` gives it.
+      outputs: the outputs of the inner function, an array of shape (N,), or any pytree
+        of real floating-point arrays of shape (N, *k).
+      rows: their gradients. For one array of outputs, a tree like the parameters with
+        leaves of shape (N, *k, *p); for a tree of outputs, such a tree in the place of
+        each output, as ``jax.vmap(jax.jacrev(f))`` gives it.
 
     Returns:
-      A tree like the parameters: leaves of shape p, in the dtype of the rows, the sum carried in
-      float32 or wider.
+      A tree like the parameters: leaves of shape p, in the dtype of the rows, the sum
+      carried in float32 or wider.
 
     Raises:
-      TypeError: outputs are not real floating-point arrays, ``outer`` is not real, or a leaf of
-        ``rows`` cannot be summed.
-      ValueError: ``outer`` is not a scalar, or ``outputs`` and ``rows`` do not fit together.
+      TypeError: outputs are not real floating-point arrays, ``outer`` is not real, or a
+        leaf of ``rows`` cannot be summed.
+      ValueError: ``outer`` is not a scalar, or ``outputs`` and ``rows`` do not fit
+        together.
 
-    =========================================  =====================================================
+    =========================================  =========================================
     case                                       result
-    =========================================  =====================================================
+    =========================================  =========================================
     N = 0                                      zeros
-    a NaN or inf in a row                      NaN or inf in the entries it touches, even if its
-                                               weight is zero (0 * NaN is NaN)
+    a NaN or inf in a row                      NaN or inf in the entries it touches,
+                                               even if its weight is zero (0 * NaN is
+                                               NaN)
     complex rows (complex parameters)          ``jax.grad``'s convention
     complex outputs                            TypeError: use :func:`chain_rule_grad`
-    =========================================  =====================================================
+    =========================================  =========================================
 
     >>> import jax.numpy as jnp
-    >>> outputs = jnp.array([-0.5, 2.0])  # of f(x) = m x + b at 0.25 and 1.5, with m = 2, b = -1
+    >>> # f(x) = m x + b at 0.25 and 1.5, with m = 2 and b = -1
+    >>> outputs = jnp.array([-0.5, 2.0])
     >>> rows = {"m": jnp.array([0.25, 1.5]), "b": jnp.array([1.0, 1.0])}
     >>> grads = reassemble(lambda f: (f**2).sum(), outputs, rows)
     >>> print(grads["m"], grads["b"])
@@ -71,8 +74,10 @@ def reassemble(outer: Callable[[PyTree], Any], outputs: PyTree, rows: PyTree) ->
         parts = jax.tree.structure(outputs).flatten_up_to(rows)
     except ValueError:
         raise ValueError(
-            "argument rows must hold a tree of gradients in the place of each output: outputs is "
-            f"{describe_node(outputs)}, rows is {describe_node(rows)}, and they do not branch alike"
+            "argument rows must hold a tree of gradients in the place of each output: "
+            "outputs is "
+            f"{describe_node(outputs)}, rows is {describe_node(rows)}, and they do not "
+            "branch alike"
         ) from None
     _check_rows(outputs, parts)
 
@@ -125,7 +130,8 @@ def _check_outputs(outputs: PyTree) -> None:
             )
         if jnp.iscomplexobj(leaf):
             raise TypeError(
-                f"{where} is complex ({describe(leaf)}), and rows of a complex function are not "
+                f"{where} is complex ({describe(leaf)}), and rows of a complex "
+                "function are not "
                 "gradients: chain_rule_grad takes complex outputs"
             )
         if not leaf.ndim:
@@ -149,7 +155,8 @@ def _check_rows(outputs: PyTree, parts: Sequence[PyTree]) -> None:
         for path, row in jax.tree.leaves_with_path(part):
             if jnp.shape(row)[: output.ndim] != output.shape:
                 raise ValueError(
-                    f"{located(name, path)} must have the leading axes {output.shape} of its "
+                    f"{located(name, path)} must have the leading axes {output.shape} "
+                    "of its "
                     f"output, got {describe(row)}"
                 )
         drop = output.ndim

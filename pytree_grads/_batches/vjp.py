@@ -1,4 +1,4 @@
-"""Products with the Jacobian of a batch's outputs, forward and reverse, chunk by chunk."""
+"""Products with the Jacobian of a batch's outputs, jvp and vjp, chunk by chunk."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ Apply = Callable[[Batch], tuple[PyTree, PyTree]]
 
 @contextlib.contextmanager
 def differentiated(apply: Apply, batch: Batch) -> Iterator[None]:
-    """A block that differentiates ``apply``: its errors say so if a custom rule is in the way."""
+    """Surround what differentiates ``apply``: errors name a custom rule in the way."""
     try:
         yield
     except Exception as error:
@@ -29,9 +29,12 @@ def differentiated(apply: Apply, batch: Batch) -> Iterator[None]:
         if rule is None or not _is_of_jax(error):
             raise
         raise NotImplementedError(
-            f"fun has {rule}, which JAX cannot differentiate together with jax.vmap: pass all that "
-            "a jax.custom_vjp uses of the example as its arguments, so that it closes over "
-            "nothing; or differentiate example by example, by c = jax.grad(outer)(outputs) and "
+            f"fun has {rule}, which JAX cannot differentiate together with jax.vmap: "
+            "pass all that "
+            "a jax.custom_vjp uses of the example as its arguments, so that it closes "
+            "over "
+            "nothing; or differentiate example by example, by c = "
+            "jax.grad(outer)(outputs) and "
             "jacobian(fun)(...).weighted_sum(c)"
         ) from error
 
@@ -48,7 +51,7 @@ def _is_of_jax(error: Exception) -> bool:
 
 
 def _rule_in(apply: Apply, batch: Batch) -> str | None:
-    """The custom rule that differentiates a function, if it has one and can be evaluated."""
+    """The custom rule of a function, if it has one and can be evaluated."""
     try:
         jaxpr = jax.make_jaxpr(lambda: apply(batch))()
     except Exception:
@@ -57,7 +60,7 @@ def _rule_in(apply: Apply, batch: Batch) -> str | None:
 
 
 def vjp(apply: Apply, batch: Batch) -> tuple[PyTree, Callable[..., Any], PyTree]:
-    """``(outputs, pull, aux)``; ``pull(cotangents)`` is the gradient of ``batch.primals``."""
+    """``(outputs, pull, aux)``: ``pull(cotangents)`` is the gradient of the primals."""
     with differentiated(apply, batch):
         outputs, pull, aux = jax.vjp(
             lambda primals: apply(batch.with_primals(primals)),
@@ -78,7 +81,8 @@ def push_chunks(
     """The tangents of the outputs, by one Jacobian-vector product per chunk."""
     leaves, treedef = jax.tree.flatten(tangents)
     count = len(batch.leaves)
-    # Tangents are cut as their primals are: of each, a chunk has what belongs to its examples.
+    # Tangents are cut as their primals are: of each, a chunk has what belongs to its
+    # examples.
     both = replace(
         batch, leaves=(*batch.leaves, *leaves), axes=(*batch.axes, *batch.primal_axes)
     )
@@ -101,7 +105,7 @@ def push_chunks(
 def pull_chunks(
     apply: Apply, batch: Batch, chunk_size: int, cotangents: PyTree
 ) -> PyTree:
-    """The gradient of ``batch.primals``, carried, by one vector-Jacobian product per chunk."""
+    """The gradient of ``batch.primals``, carried, by one vjp per chunk."""
     leaves, treedef = jax.tree.flatten(batch.primals)
     start = [zeros(x, x.shape, algebra.carried_dtype(x.dtype)) for x in leaves]
 
@@ -121,7 +125,7 @@ def pull_chunks(
 def _add_at(
     place: Place, total: jax.Array, part: jax.Array, axis: int | None
 ) -> jax.Array:
-    """``total + part``, in the place of a chunk on the batch axis of a leaf that has one."""
+    """``total + part``, at a chunk's place on the batch axis of a leaf, if any."""
     if axis is None:
         return total + part
     return place.put(total, place.cut(total, axis) + part, axis)

@@ -1,4 +1,4 @@
-"""The rows of all leaves together, each row with a weight of its own: diag(weights) J."""
+"""The rows of all leaves together, each row with a weight: diag(weights) J."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +24,13 @@ from .scaling import Norms
 )
 @dataclass(frozen=True)
 class Matrix:
-    """Arrays of one number per row have shape (N,), or (N, K) if an example has K outputs.
+    """The rows of all leaves, diag(weights) J.
 
-    `weights` has such an array for each leaf (a clip per group differs between leaves); a row that
-    is not `valid` counts as zero, whatever it holds. None stands for ones, and for True.
+    Arrays of one number per row have shape (N,), or (N, K) for K outputs of an example.
+
+    `weights` has such an array for each leaf (a clip per group differs between leaves);
+    a row that is not `valid` counts as zero, whatever it holds. None stands for ones,
+    and for True.
     """
 
     leaves: tuple[Leaf, ...]

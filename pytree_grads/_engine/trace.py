@@ -39,8 +39,8 @@ class Trace:
     """The forward and backward pass of one example, as a graph.
 
     Its inputs are the leaves of the differentiated arguments, other values of the
-    example, and cotangents of the outputs. A scalar output has the cotangent 1, which is
-    no input. Its outputs are the gradient's leaves, then those of `(outputs, aux)`.
+    example, and cotangents of the outputs. A scalar output has the cotangent 1, which
+    is no input. Its outputs are the gradient's leaves, then those of `(outputs, aux)`.
 
     It is a pytree without leaves, so that a mapped function can return it.
     """
@@ -77,8 +77,8 @@ class Trace:
 def trace(fun: Fun, batch: Batch, *, runs_again: bool) -> Trace:
     """Trace the function of one example, and its backward pass. It is called once.
 
-    `runs_again` says that each product evaluates it anew, so that effects must not change
-    results.
+    `runs_again` says that each product evaluates it anew, so that effects must not
+    change results.
     """
 
     def example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
@@ -131,8 +131,9 @@ def _trace_example(
 def _placeholders(outputs: PyTree) -> PyTree:
     """Arrays like the outputs that stand for their cotangents while these are traced.
 
-    How many there are is known when the outputs are, too late for arguments of the trace.
-    So one equation makes all of them, and `_with_inputs` takes it out of the graph.
+    How many there are is known when the outputs are, too late for arguments of the
+    trace. So one equation makes all of them, and `_with_inputs` takes it out of the
+    graph.
     """
     return jax.lax.optimization_barrier(outputs)
 
@@ -163,7 +164,8 @@ def check_outputs(outputs: PyTree) -> None:
                 else "cast it"
             )
             raise TypeError(
-                f"{where} of the function to differentiate must be real and floating-point, got "
+                f"{where} of the function to differentiate must be real and "
+                "floating-point, got "
                 f"{describe(leaf)}: {mend}, or return it with has_aux"
             )
 
@@ -202,7 +204,8 @@ class Factored:
     outputs: PyTree  # leaves (N, *k)
     aux: PyTree  # leaves (N, ...)
     leaves: tuple[Leaf, ...]
-    # The leaves in the form "sum", put together when asked for. None if they are the same.
+    # The leaves in the form "sum", put together when asked for. None if they are the
+    # same.
     for_sum: Callable[[], tuple[Leaf, ...]] | None
 
 
@@ -279,7 +282,7 @@ def _places(trace: Trace, sites: Sequence[_plan.Site]) -> dict[_execute.Key, _Pl
 def _run(
     trace: Trace, batch: Batch, places: dict[_execute.Key, _Place]
 ) -> tuple[dict[_execute.Key, jax.Array], list[jax.Array]]:
-    """The arrays that some keys name, and the leaves of outputs and aux, for all examples.
+    """The arrays that some keys name, and the outputs and aux, for all examples.
 
     Those of level 2 have axes of examples, then of outputs, behind the axes of steps.
     """

@@ -1,6 +1,6 @@
 """J as a user holds it.
 
-===============  ===================================================================================
+===============  =======================================================================
 ``call``         ``jacobian`` and ``value_and_jacobian``
 ``jacobian``     ``Jacobian``: the public products; ``refused`` says what is not defined
 ``outputs``      what a function returns for one example, and trees of a number per row
@@ -14,5 +14,5 @@
 ``sketch``       random projections
 ``compiled``     products outside ``jit``, compiled once for their shapes
 ``report``       ``explain`` and ``check``
-===============  ===================================================================================
+===============  =======================================================================
 """

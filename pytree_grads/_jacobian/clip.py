@@ -29,7 +29,7 @@ class Clip:
     nan_safe: bool
 
     def norms(self, parts: Sequence[Norms]) -> tuple[jax.Array, ...]:
-        """For each bound, the norms that it is compared with, from the norms of leaves."""
+        """For each bound, the norms that it is compared with, from those of leaves."""
         return tuple(
             combined(parts, own) if own else _no_norms(parts) for own in self.members
         )
@@ -84,7 +84,8 @@ def read(max_norm: PyTree, params: PyTree, nan_safe: bool) -> Clip:
     except ValueError:
         path, clause = prefix_difference(max_norm, params)
         raise ValueError(
-            "argument max_norm must be a number or a prefix tree of the parameters, but "
+            "argument max_norm must be a number or a prefix tree of the parameters, "
+            "but "
             f"max_norm{jax.tree_util.keystr(path)} does not match: {clause}"
         ) from None
     owners = jax.tree.leaves(labels)

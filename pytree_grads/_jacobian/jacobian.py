@@ -1,4 +1,4 @@
-"""J, the matrix whose row i is the gradient of a function at example i, as an operator."""
+"""J, whose row i is the gradient of a function at example i, as an operator."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,32 +33,38 @@ from .refused import NotAnArray
 class Jacobian(NotAnArray):
     """J: a row for each example, or for each output of each example.
 
-    J is no tree of rows. Its leaves as a pytree are factors of rows, so ``jax.tree.map`` of J gives
-    nonsense of the right shape: ``J.scale(s)`` multiplies rows by numbers, ``J.to_rows()`` gives
-    the rows themselves.
+    J is no tree of rows. Its leaves as a pytree are factors of rows, so
+    ``jax.tree.map`` of J gives nonsense of the right shape: ``J.scale(s)`` multiplies
+    rows by numbers, ``J.to_rows()`` gives the rows themselves.
 
-    Made by ``jacobian`` and ``value_and_jacobian``. N is the number of examples, P the number of
-    parameters. Where the function returns a scalar, "a number per row" is an array of shape (N,);
-    otherwise it is a tree like the function's output, with leaves of shape (N, *k).
+    Made by ``jacobian`` and ``value_and_jacobian``. N is the number of examples, P the
+    number of parameters. Where the function returns a scalar, "a number per row" is an
+    array of shape (N,); otherwise it is a tree like the function's output, with leaves
+    of shape (N, *k).
 
-    Rows are kept as factors, from which every product is computed without the rows; or nothing is
-    kept, and each product makes what it needs (``recompute=True``, ``chunk_size=k``). A Jacobian is
-    a pytree: it may leave ``jit``, and enter ``vmap``, ``scan`` and ``grad``. Where nothing is
-    kept, it takes its function along, which must hold no traced values if it leaves ``jit``.
+    Rows are kept as factors, from which every product is computed without the rows; or
+    nothing is kept, and each product makes what it needs (``recompute=True``,
+    ``chunk_size=k``). A Jacobian is a pytree: it may leave ``jit``, and enter ``vmap``,
+    ``scan`` and ``grad``. Where nothing is kept, it takes its function along, which
+    must hold no traced values if it leaves ``jit``.
 
-    ===========================  =================================================================
+    ===========================  =======================================================
     case                         result
-    ===========================  =================================================================
-    N = 0                        sums are zero, ``mean()`` is NaN, a number per row has shape (0,)
+    ===========================  =======================================================
+    N = 0                        sums are zero, ``mean()`` is NaN, a number per row has
+                                 shape (0,)
     a row of zeros               norm 0, with derivative 0; ``clip`` leaves it
-    a row with a NaN or infinity its norm is NaN or infinite, and it poisons every sum, unless
-                                 ``clip(..., nan_safe=True)`` has made it zero
-    a norm that overflows        is infinite or NaN; ``clip`` takes its row for one with an infinity
-    a norm that is 9e37 times    its row is zero once clipped, for no normal float scales it so
+    a row with a NaN or infinity its norm is NaN or infinite, and it poisons every sum,
+                                 unless ``clip(..., nan_safe=True)`` has made it zero
+    a norm that overflows        is infinite or NaN; ``clip`` takes its row for one with
+                                 an infinity
+    a norm that is 9e37 times    its row is zero once clipped, for no normal float
+                                 scales it so
     its bound, in float32
-    complex parameters           rows follow ``jax.grad``'s convention (step along the conjugate);
-                                 ``gram`` conjugates the left row, ``J @ v`` is real
-    ===========================  =================================================================
+    complex parameters           rows follow ``jax.grad``'s convention (step along the
+                                 conjugate); ``gram`` conjugates the left row, ``J @ v``
+                                 is real
+    ===========================  =======================================================
     """
 
     _rows: _rows.Rows
@@ -73,14 +79,18 @@ class Jacobian(NotAnArray):
         size = self._rows.origin.shape[0]
         if not isinstance(size, int):
             raise TypeError(
-                f"the number of examples is symbolic, {size}, and len(J) would be an int: use "
+                f"the number of examples is symbolic, {size}, and len(J) would be an "
+                "int: use "
                 "J.shape[0], or J.mean() for the sum divided by it"
             )
         return size
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(N, P)``, or ``(N, *k, P)`` for outputs of shape k; a tree of K numbers counts (K,)."""
+        """``(N, P)``, or ``(N, *k, P)`` for outputs of shape k.
+
+        A tree of K numbers counts as an array of shape (K,).
+        """
         outputs = self._outputs
         is_array = jax.tree_util.treedef_is_leaf(outputs.treedef)
         middle = outputs.shapes[0] if is_array else (outputs.count,)
@@ -93,11 +103,12 @@ class Jacobian(NotAnArray):
     def __repr__(self) -> str:
         kept = "kept" if isinstance(self._rows, Kept) else "recomputed"
         origin = self._rows.origin
-        text = f"Jacobian(shape={self.shape}, leaves={len(origin.param_shapes)}, rows {kept})"
+        leaves = len(origin.param_shapes)
+        text = f"Jacobian(shape={self.shape}, leaves={leaves}, rows {kept})"
         return f"a stack of {text}" if origin.is_stack else text
 
     def __getitem__(self, index: slice) -> "Jacobian":
-        """The rows of a slice of examples, with step 1 and bounds that are not traced."""
+        """The rows of a slice of examples; its step is 1, and its bounds are static."""
         parts = (
             (index.start, index.stop, index.step)
             if isinstance(index, slice)
@@ -105,7 +116,8 @@ class Jacobian(NotAnArray):
         )
         if any(isinstance(x, Tracer) for x in parts):
             raise TypeError(
-                "the bounds of a slice of a Jacobian are static, got a traced one; to choose rows "
+                "the bounds of a slice of a Jacobian are static, got a traced one; to "
+                "choose rows "
                 "by a traced index, index the batch that goes into it"
             )
         if not isinstance(index, slice) or index.step not in (None, 1):
@@ -125,15 +137,17 @@ class Jacobian(NotAnArray):
         """Directional derivatives ``J @ v``, or inner products of rows ``J @ other.T``.
 
         Args:
-          other: a tree v like the parameters (or a ``Vector`` of one), or a transposed Jacobian.
+          other: a tree v like the parameters (or a ``Vector`` of one), or a transposed
+            Jacobian.
 
         Returns:
-          For a tree, a real number per row, as ``jax.jvp`` gives it; else ``J.gram(other)``.
+          For a tree, a real number per row, as ``jax.jvp`` gives it; else
+          ``J.gram(other)``.
 
         Raises:
           TypeError: a leaf of v does not hold numbers.
-          ValueError: v has another structure or other shapes than the parameters, or is complex
-            where they are real, or real where they are complex.
+          ValueError: v has another structure or other shapes than the parameters, or is
+            complex where they are real, or real where they are complex.
         """
         if isinstance(other, TransposedJacobian):
             return self.gram(other.T)
@@ -151,28 +165,32 @@ class Jacobian(NotAnArray):
         )
 
     def weighted_sum(self, c: PyTree) -> PyTree:
-        """The weighted sum of rows, Jᵀ c = Σᵢ cᵢ Jᵢ, at the cost of one ordinary gradient.
+        """The weighted sum of rows, Jᵀ c = Σᵢ cᵢ Jᵢ. It costs one ordinary gradient.
 
         What it takes is fixed by how J was made, and where the sum is:
 
-        ==================================  ====================================================
+        ==================================  ============================================
         rows                                a sum takes
-        ==================================  ====================================================
-        as ``jacobian`` made them, in the   the factors, as an ordinary gradient does: no rows
+        ==================================  ============================================
+        as ``jacobian`` made them, in the   the factors, as an ordinary gradient does:
+                                            no rows
         same trace (inside ``jit``)
-        scaled or clipped                   what norms take: factors, or rows if these are
-                                            smaller (kernels of convolutions, often)
-        of a J used in another place than   the same: J holds no more outside ``jit``, and the
+        scaled or clipped                   what norms take: factors, or rows if these
+                                            are smaller (kernels of convolutions, often)
+        of a J used in another place than   the same: J holds no more outside ``jit``,
+                                            and the
         it was made: outside ``jit``, in    turns of a loop share it
         the body of a loop
-        of a J that keeps nothing           the factors; with ``recompute``, one backward pass
-        ==================================  ====================================================
+        of a J that keeps nothing           the factors; with ``recompute``, one
+                                            backward pass
+        ==================================  ============================================
 
         Args:
           c: a real number per row, traced.
 
         Returns:
-          A tree like the parameters, in their dtypes; the sum is carried in float32 or wider.
+          A tree like the parameters, in their dtypes; the sum is carried in float32 or
+          wider.
 
         Raises:
           TypeError: ``c`` does not hold real numbers.
@@ -187,7 +205,7 @@ class Jacobian(NotAnArray):
         return self._rows.origin.rounded(self._rows.sum(self._per_row("c", c)))
 
     def sum(self) -> PyTree:
-        """The sum of all rows: a tree like the parameters, zero where there are no rows."""
+        """The sum of all rows: a tree like the parameters, zero if there are none."""
         return self._rows.origin.rounded(self._rows.sum(None))
 
     def mean(self) -> PyTree:
@@ -198,15 +216,16 @@ class Jacobian(NotAnArray):
     def norms(self) -> PyTree:
         """The Euclidean norms of the rows: a real number per row, float32 or wider.
 
-        There is no overflow or underflow on the way to a norm that is itself representable, also
-        where the factors of a row share its size in different ways: layers of a scan whose inputs
-        grow as their cotangents shrink, say.
+        There is no overflow or underflow on the way to a norm that is itself
+        representable, also where the factors of a row share its size in different ways:
+        layers of a scan whose inputs grow as their cotangents shrink, say.
 
-        Accuracy: norms of single outer products, of biases and of materialised rows are sums of
-        squares, right to rounding. Where a row adds up T > 1 outer products of aₜ and bₜ, its
-        squared norm comes from inner products of those, and is off by about eps·(Σₜ‖aₜ‖‖bₜ‖)²,
-        of no weight unless the parts of a row nearly cancel. Where it has weight (a thousandth of
-        the squared norm), that error is added: a norm may then be too large, but not too small.
+        Accuracy: norms of single outer products, of biases and of materialised rows are
+        sums of squares, right to rounding. Where a row adds up T > 1 outer products of
+        aₜ and bₜ, its squared norm comes from inner products of those, and is off by
+        about eps·(Σₜ‖aₜ‖‖bₜ‖)², of no weight unless the parts of a row nearly cancel.
+        Where it has weight (a thousandth of the squared norm), that error is added: a
+        norm may then be too large, but not too small.
         """
         return self._outputs.expand(self._rows.norms())
 
@@ -218,16 +237,17 @@ class Jacobian(NotAnArray):
         """Inner products of rows, J J′ᵀ, where J′ is J by default.
 
         Returns:
-          Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k, the empirical
-          neural tangent kernel; for trees of outputs, a tree like J's output that holds trees like
-          the other's. Carried in float32, or in the wider dtype of the two Jacobians' leaves;
-          rows of complex leaves are conjugated on the left. Squares of factors are not scaled, as
-          those of norms are: what is beyond 1e±19 in float32 may make them NaN or zero.
+          Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k,
+          the empirical neural tangent kernel; for trees of outputs, a tree like J's
+          output that holds trees like the other's. Carried in float32, or in the wider
+          dtype of the two Jacobians' leaves; rows of complex leaves are conjugated on
+          the left. Squares of factors are not scaled, as those of norms are: what is
+          beyond 1e±19 in float32 may make them NaN or zero.
 
         Raises:
           TypeError: ``other`` is not a Jacobian.
-          ValueError: its parameters have another structure or other shapes, or are complex where
-            J's are real, or real where they are complex.
+          ValueError: its parameters have another structure or other shapes, or are
+            complex where J's are real, or real where they are complex.
         """
         other = self if other is None else other
         if not isinstance(other, Jacobian):
@@ -244,15 +264,15 @@ class Jacobian(NotAnArray):
     def square_sum(self, c: PyTree = None) -> PyTree:
         """The weighted sum of the squares of rows, entry by entry: Σᵢ cᵢ Jᵢ∘Jᵢ.
 
-        For a loss per example, and ``c=None`` (all ones), N times the diagonal of the empirical
-        Fisher matrix. Complex entries count their squared absolute value.
+        For a loss per example, and ``c=None`` (all ones), N times the diagonal of the
+        empirical Fisher matrix. Complex entries count their squared absolute value.
 
         Args:
           c: a real number per row, or None.
 
         Returns:
-          A tree like the parameters, real, in their precision; of factors beyond 1e±19 in float32,
-          as for ``gram``.
+          A tree like the parameters, real, in their precision; of factors beyond 1e±19
+          in float32, as for ``gram``.
         """
         weights = None if c is None else self._per_row("c", c)
         sums = self._rows.fold(Matrix.square_sum, weights, _real)
@@ -281,35 +301,41 @@ class Jacobian(NotAnArray):
     def clip(
         self, max_norm: PyTree, *, nan_safe: bool = False, with_norms: bool = False
     ) -> "Jacobian | tuple[Jacobian, PyTree]":
-        """Every row scaled down to a norm of at most ``max_norm``: Jᵢ · min(1, max_norm/‖Jᵢ‖).
+        """Every row scaled down to its bound: Jᵢ · min(1, max_norm/‖Jᵢ‖).
 
-        Guarantee: no clipped row's norm exceeds its bound by more than rounding. A row whose parts
-        nearly cancel may come out too short, for its norm may be overestimated (see ``norms``).
+        Guarantee: no clipped row's norm exceeds its bound by more than rounding. A row
+        whose parts nearly cancel may come out too short, for its norm may be
+        overestimated (see ``norms``).
 
         Args:
-          max_norm: a non-negative bound for the whole row, or a prefix tree of the parameters that
-            holds a bound for each of its parts (a layer, say), which are then clipped one by one.
-          nan_safe: whether a row that holds a NaN or an infinity counts as zero. Otherwise it
-            poisons every sum, as it would without clipping. (XLA itself spreads a NaN over all
-            examples where it convolves each with a kernel of its own, derived from a parameter, in
-            groups, as in ``jax.vmap(jax.grad(f))``: all rows count as zero then.)
-          with_norms: whether to return the norms that the bounds were compared with, too.
+          max_norm: a non-negative bound for the whole row, or a prefix tree of the
+            parameters that holds a bound for each of its parts (a layer, say), which
+            are then clipped one by one.
+          nan_safe: whether a row that holds a NaN or an infinity counts as zero.
+            Otherwise it poisons every sum, as it would without clipping. (XLA itself
+            spreads a NaN over all examples where it convolves each with a kernel of its
+            own, derived from a parameter, in groups, as in ``jax.vmap(jax.grad(f))``:
+            all rows count as zero then.)
+          with_norms: whether to return the norms that the bounds were compared with,
+            too.
 
         Returns:
-          The clipped Jacobian, or with ``with_norms`` the pair of it and the norms before the
-          clip: a number per row in the place of each bound of ``max_norm``. For one bound, these
-          are ``J.norms()``.
+          The clipped Jacobian, or with ``with_norms`` the pair of it and the norms
+          before the clip: a number per row in the place of each bound of ``max_norm``.
+          For one bound, these are ``J.norms()``.
 
         Raises:
           TypeError: a bound is not a real number.
-          ValueError: a bound is negative or NaN (one that is traced makes the rows NaN instead),
-            or not one number; ``max_norm`` is no prefix of the parameters.
+          ValueError: a bound is negative or NaN (one that is traced makes the rows NaN
+            instead), or not one number; ``max_norm`` is no prefix of the parameters.
 
-        With ``chunk_size=k``, a clip waits for the product that follows: ``clip(...).sum()`` is one
-        pass over the chunks. Norms that are returned take a pass of their own, which products
-        of the clipped J do not repeat; ``clipped_sum`` has both from one pass.
+        With ``chunk_size=k``, a clip waits for the product that follows:
+        ``clip(...).sum()`` is one pass over the chunks. Norms that are returned take a
+        pass of their own, which products of the clipped J do not repeat;
+        ``clipped_sum`` has both from one pass.
 
-        Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, Algorithm 1.
+        Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, Algorithm
+        1.
         """
         clip = _clip.read(max_norm, self._rows.origin.params, nan_safe)
         if not with_norms:
@@ -318,20 +344,22 @@ class Jacobian(NotAnArray):
         return replace(self, _rows=rows), self._for_bounds(max_norm, norms)
 
     def clipped_sum(
-        self, max_norm: PyTree, *, nan_safe: bool = False
+        self, max_norm: PyTree, c: PyTree = None, *, nan_safe: bool = False
     ) -> tuple[PyTree, PyTree]:
         """The sum of the clipped rows, and the norms before the clip, from one pass.
 
-        The same numbers as ``clipped, norms = J.clip(max_norm, with_norms=True)`` and
-        ``clipped.sum()``. With ``chunk_size=k``, every chunk is differentiated once for both.
+        It equals ``clipped, norms = J.clip(max_norm, with_norms=True)`` and then
+        ``clipped.weighted_sum(c)``. With ``chunk_size=k``, both come from one pass over
+        the chunks.
 
         Args:
           max_norm: a bound, or a prefix tree of bounds, as in ``clip``.
+          c: a real number per row, by which the clipped rows are multiplied, or None.
           nan_safe: whether a row that holds a NaN or an infinity counts as zero.
 
         Returns:
-          ``(sum, norms)``: a tree like the parameters, and a number per row in the place of each
-          bound of ``max_norm``.
+          ``(sum, norms)``: a tree like the parameters, and a number per row in the
+          place of each bound of ``max_norm``.
 
         Raises:
           TypeError: as ``clip``.
@@ -345,7 +373,8 @@ class Jacobian(NotAnArray):
         [0.6 1.8] [5. 1.]
         """
         clip = _clip.read(max_norm, self._rows.origin.params, nan_safe)
-        sums, norms = self._rows.clipped_sum(clip)
+        weights = None if c is None else self._per_row("c", c)
+        sums, norms = self._rows.clipped_sum(clip, weights)
         return self._rows.origin.rounded(sums), self._for_bounds(max_norm, norms)
 
     def _for_bounds(self, max_norm: PyTree, numbers: Sequence[jax.Array]) -> PyTree:
@@ -354,16 +383,18 @@ class Jacobian(NotAnArray):
         return jax.tree.unflatten(treedef, [self._outputs.expand(x) for x in numbers])
 
     def sketch(self, key: jax.Array, dim: int) -> PyTree:
-        """A random projection of every row to ``dim`` real numbers, J R, that keeps inner products.
+        """A random projection J R of every row that keeps inner products.
 
-        R has independent entries ±1/√dim, which are made from ``key`` and never stored: the same
-        key gives the same R for another batch, so that sketches of different batches compare. The
-        expected inner product of two sketches is that of the rows, with a standard deviation of
-        at most √(2/dim) times the product of their norms. Of complex inner products it is the real
-        part that is kept.
+        Each row becomes ``dim`` real numbers. R has independent entries ±1/√dim, which
+        are made from ``key`` and never stored: the same key gives the same R for
+        another batch, so that sketches of different batches compare. The expected inner
+        product of two sketches is that of the rows, with a standard deviation of at
+        most √(2/dim) times the product of their norms. Of complex inner products it is
+        the real part that is kept.
 
         Returns:
-          A number per row as described for the class, with a last axis of length ``dim``.
+          A number per row as described for the class, with a last axis of length
+          ``dim``.
 
         Raises:
           TypeError: ``key`` is not one PRNG key, or ``dim`` not an int.
@@ -377,10 +408,11 @@ class Jacobian(NotAnArray):
         return self._outputs.expand(projected)
 
     def to_rows(self) -> PyTree:
-        """The rows, stacked, as ``per_example_grad`` gives them: N times the parameters' memory.
+        """The rows, stacked, as ``per_example_grad`` returns them: N times the memory.
 
-        For outputs that are not scalar the result is as from ``jax.jacrev``: a tree like the
-        output that holds trees like the parameters, with leaves of shape (N, *k, *leaf).
+        For outputs that are not scalar the result is as from ``jax.jacrev``: a tree
+        like the output that holds trees like the parameters, with leaves of shape (N,
+        *k, *leaf).
         """
         stacked = _rows.stacked(self._rows)
         if self._outputs.is_scalar:
@@ -395,9 +427,9 @@ class Jacobian(NotAnArray):
     def explain(self) -> str:
         """A table of the leaves: how their rows are kept, what that costs, and why.
 
-        Print it. A row per leaf with its key path, its terms, the route of its norm, FLOPs per
-        example of norm and weighted sum, bytes kept per example, and, for a leaf that is
-        materialised, the primitive at which the search for factors ended.
+        Print it. A row per leaf with its key path, its terms, the route of its norm,
+        FLOPs per example of norm and weighted sum, bytes kept per example, and, for a
+        leaf that is materialised, the primitive at which the search for factors ended.
         """
         self._rows.origin.require_one()
         return _report.explain(self._rows, repr(self))
@@ -412,11 +444,11 @@ class Jacobian(NotAnArray):
 
         Raises:
           TypeError: ``rows`` is not an integer, or J is traced.
-          ValueError: a product is wrong by more than rounding, which is taken for 8·√eps of what
-            it adds up, at most a quarter, and 64·eps of the largest leaf's, at most a sixteenth;
-            eps is that of the narrowest floats that the function makes anywhere, so that 0.003 is
-            allowed in float32, a quarter in bfloat16 (the message names the leaf). Or ``rows`` is
-            not positive.
+          ValueError: a product is wrong by more than rounding, which is taken for
+            8·√eps of what it adds up, at most a quarter, and 64·eps of the largest
+            leaf's, at most a sixteenth; eps is that of the narrowest floats that the
+            function makes anywhere, so that 0.003 is allowed in float32, a quarter in
+            bfloat16 (the message names the leaf). Or ``rows`` is not positive.
         """
         count = positive_int("rows", rows)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(self)):
@@ -445,7 +477,8 @@ class TransposedJacobian(NotAnArray):
         """Jᵀ c, the weighted sum of rows."""
         if isinstance(c, Jacobian):
             raise TypeError(
-                "J.T @ J is a P x P matrix, which is not built; use J.square_sum() for its "
+                "J.T @ J is a P x P matrix, which is not built; use J.square_sum() for "
+                "its "
                 "diagonal, or J.T @ (J @ v) for its product with a tree v"
             )
         return self.T.weighted_sum(c)

@@ -27,7 +27,8 @@ class SumForm:
     rows then, and so does a sum that is computed many times. One sum of unscaled rows
     takes the factors, as an ordinary backward pass does, and needs no rows.
 
-    The leaves are put together when they are asked for. XLA drops what nothing asks for.
+    The leaves are put together when they are asked for. XLA drops what nothing asks
+    for.
     """
 
     make: Callable[[], tuple[Leaf, ...]]
@@ -52,9 +53,9 @@ class SumForm:
 class Kept:
     """The rows of J as factors, each row with a weight of its own.
 
-    `sum_form` is there if J was made inside a trace and some leaf has such a form. It is
-    lost where J leaves its trace, for it may be larger than the rows: a J outside `jit`
-    holds the rows alone.
+    `sum_form` is there if J was made inside a trace and some leaf has such a form. It
+    is lost where J leaves its trace, for it may be larger than the rows: a J outside
+    `jit` holds the rows alone.
     """
 
     origin: Origin
@@ -103,10 +104,12 @@ class Kept:
         norms = clip.norms(self._leaf_norms())
         return self._weighted(clip(self.matrix, norms)), norms
 
-    def clipped_sum(self, clip: Clip) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
-        """The sum of the clipped rows, and the norms before the clip."""
+    def clipped_sum(
+        self, clip: Clip, c: jax.Array | None
+    ) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+        """The sum of the clipped rows times c, and the norms before the clip."""
         clipped, norms = self.clipped_with_norms(clip)
-        return clipped.sum(None), norms
+        return clipped.sum(c), norms
 
     def _weighted(self, matrix: Matrix) -> "Kept":
         return replace(self, weights=matrix.weights, valid=matrix.valid, sum_form=None)
@@ -114,7 +117,7 @@ class Kept:
     def map(
         self, fun: Callable[..., PyTree], *args: PyTree, out: PyTree = None
     ) -> PyTree:
-        """`fun(matrix, *args)`, which returns arrays whose leading axes are those of rows.
+        """`fun(matrix, *args)`, which returns arrays that begin with the axes of rows.
 
         `out` is a prefix tree of their layouts; by default, that of numbers per row.
         """
@@ -124,7 +127,7 @@ class Kept:
         )
 
     def each(self, fun: Callable[[Matrix], PyTree]) -> PyTree:
-        """Like `map`, but `fun` handles sharding itself, and nothing is compiled here."""
+        """Like `map`, but `fun` handles sharding itself; nothing is compiled here."""
         self.origin.require_one()
         return fun(self.matrix)
 
@@ -144,9 +147,9 @@ class Kept:
     def sum(self, c: jax.Array | None) -> list[jax.Array]:
         """The sum of the rows times c, in the dtypes that sums are carried in.
 
-        What it takes depends on the rows alone, and on where it is called: rows that are
-        neither scaled nor clipped, and are used in the trace in which J was made, are
-        summed from their `sum_form`. All others are summed from what norms take.
+        What it takes depends on the rows alone, and on where it is called: rows that
+        are neither scaled nor clipped, and are used in the trace in which J was made,
+        are summed from their `sum_form`. All others are summed from what norms take.
         """
         rows, sums = self, self.sum_form
         if sums is not None and sums.is_at_hand:

@@ -64,7 +64,8 @@ class Origin:
         """Raise if this is the origin of a stack of Jacobians."""
         if self.is_stack:
             raise ValueError(
-                "this is a stack of Jacobians, as jax.vmap returns it, and products are "
+                "this is a stack of Jacobians, as jax.vmap returns it, and products "
+                "are "
                 "those of one: map them, as in jax.vmap(lambda J: J.norms())(stack)"
             )
 

@@ -1,4 +1,4 @@
-"""Where the rows of J come from: a function and a batch, from which they can be made again."""
+"""Where the rows of J come from: a function and a batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from .._trees.checks import PyTree, check_arrays
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Static:
-    """A function or another object without arrays, compared by identity inside a treedef.
+    """A function or an object without arrays, compared by identity in a treedef.
 
     A method is a new object wherever it is looked up: its object and its function are
     compared.
@@ -50,7 +50,7 @@ class _Static:
 
 @dataclass(frozen=True)
 class Source:
-    """The function of one example and the batch, with the chunks in which rows are made."""
+    """The function of one example, the batch, and the chunks in which rows are made."""
 
     fun: Callable[..., Any]
     batch: Batch
@@ -77,7 +77,7 @@ class Source:
         many: bool,
         runs_again: bool,
     ) -> "Source":
-        """Record which leaves are arrays now: after unflattening they may be placeholders."""
+        """Record which leaves are arrays now; later they may be placeholders."""
         traced = tuple(isinstance(x, jax.Array) for x in batch.leaves)
         return cls(fun, batch, has_aux, chunk_size, many, runs_again, traced)
 
@@ -128,11 +128,11 @@ class Source:
         rows: tuple[Any, Any, Any],
         form: Form = "auto",
     ) -> tuple[list[jax.Array], PyTree]:
-        """`sums, numbers = fun(matrix, extra)` of each chunk: added up, and put together.
+        """`sums, numbers = fun(matrix, extra)` of each chunk: added up, and joined.
 
-        `rows` are weights, valid and extra, trees of arrays of rows, as the numbers are.
-        Rows that have weights have had a pass before, for their norms. The pass here
-        shares nothing with it, and returns no numbers.
+        `rows` are weights, valid and extra, trees of arrays of rows, as the numbers
+        are. Rows that have weights have had a pass before, for their norms. The pass
+        here shares nothing with it, and returns no numbers.
         """
 
         def step(carry: Any, chunk: Batch, place: Place) -> Any:
@@ -149,7 +149,7 @@ class Source:
     def pull_back(
         self, weights: jax.Array, fun: Fun | None = None, *, alone: bool
     ) -> list[jax.Array]:
-        """The sum of the rows of a scalar function times weights: one ordinary gradient."""
+        """The weighted sum of the rows of a scalar function: one ordinary gradient."""
         fun = fun or self.of_one
         primals = jax.tree.leaves(self.batch.primals)
 
@@ -192,16 +192,19 @@ class Source:
 class Examined:
     """What one call of a function has shown. It is a pytree without leaves."""
 
-    # The function as a jaxpr, so that it is not called again. If it has custom rules, it
-    # is the function itself: rules may hold values of the trace in which it was called.
+    # The function as a jaxpr, so that it is not called again. If it has custom rules,
+    # it is the function itself: rules may hold values of the trace in which it was
+    # called.
     fun: Fun
-    # Whether a sum of rows may be one vector-Jacobian product of the whole batch. It may
-    # not if a custom rule or a reference makes the gradient of the mapped function fail,
-    # or differ from the mapped gradient.
+    # Whether a sum of rows may be one vector-Jacobian product of the whole batch. It
+    # may not if a custom rule or a reference makes the gradient of the mapped function
+    # fail, or differ from the mapped gradient.
     pulls_back: bool
 
 
-def _examine(fun: Fun, args: Any, kwargs: Any, batch: Batch, runs_again: bool) -> Examined:
+def _examine(
+    fun: Fun, args: Any, kwargs: Any, batch: Batch, runs_again: bool
+) -> Examined:
     flat, treedef = jax.tree.flatten((args, kwargs))
     inputs_at = (*batch.primal_positions, *batch.value_positions)
 

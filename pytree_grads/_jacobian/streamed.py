@@ -69,7 +69,7 @@ class Streamed:
         return rows._weighted(rows._weights.scaled([factors] * leaves), alike=True)
 
     def clipped(self, clip: Clip) -> "Streamed":
-        """The clipped rows, whose norms each product takes as it goes with `one_pass`."""
+        """The clipped rows. With `one_pass`, each product takes their norms itself."""
         self.origin.require_one()
         if self.one_pass:
             return replace(self._settled(), clip=clip)
@@ -88,20 +88,23 @@ class Streamed:
         alike = sum(map(bool, clip.members)) == 1
         return rows._weighted(clip(rows._weights, norms), alike=alike), norms
 
-    def clipped_sum(self, clip: Clip) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
-        """The sum of the clipped rows, and the norms before the clip.
+    def clipped_sum(
+        self, clip: Clip, c: jax.Array | None
+    ) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+        """The sum of the clipped rows times c, and the norms before the clip.
 
         With `one_pass`, both come from one pass over the chunks, if the rows have no
         weights; those have had a pass for norms before, with which the one for the sum
         shares nothing.
         """
+        self.origin.require_one()
         rows = self._settled()
         if not rows.one_pass or rows.weights is not None:
             clipped, norms = rows.clipped_with_norms(clip)
-            return clipped.sum(None), norms
+            return clipped.sum(c), norms
         waiting = replace(rows, clip=clip)
         sums, norms = _folded(
-            waiting, None, fun=Matrix.weighted_sum, dtype=_same, with_norms=True
+            waiting, c, fun=Matrix.weighted_sum, dtype=_same, with_norms=True
         )
         return sum_over(sums, self.origin.axis_name), norms
 
@@ -145,7 +148,7 @@ class Streamed:
         return _mapped(self, *args, fun=fun, form=form, out=out)
 
     def each(self, fun: Callable[[Matrix], PyTree], form: Form = "auto") -> PyTree:
-        """Like `map`, but `fun` handles sharding itself, and nothing is compiled here."""
+        """Like `map`, but `fun` handles sharding itself; nothing is compiled here."""
         self.origin.require_one()
         source = self.origin.source
         trace = self.trace or source.trace()
@@ -194,7 +197,7 @@ class Streamed:
         *,
         with_norms: bool,
     ) -> tuple[list[jax.Array], Any]:
-        """The sums on this device, and the norms that a waiting clip takes if asked for."""
+        """The sums on this device, and the norms of a waiting clip if asked for."""
         primals, source = self.origin.primals, self.origin.source
         own = in_auto(fun, [layout(x) for x in primals])
 
