@@ -54,7 +54,7 @@ class Kept:
     """The rows of J as factors, each row with a weight of its own.
 
     `sum_form` is there if J was made inside a trace and some leaf has such a form. It
-    is lost where J leaves its trace, for it may be larger than the rows: a J outside
+    is lost when J leaves its trace, for it may be larger than the rows: a J outside
     `jit` holds the rows alone.
     """
 

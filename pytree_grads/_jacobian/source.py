@@ -83,7 +83,7 @@ class Source:
 
     @property
     def note(self) -> Note:
-        """What an error says where the function is evaluated or differentiated."""
+        """What an error in the function says."""
         return note_of_fun(self.fun, self.batch)
 
     @property
