@@ -19,8 +19,9 @@ from _layers import Problem
 from pytree_grads import jacobian
 from pytree_grads._batches.batch import resolve
 from pytree_grads._jacobian.jacobian import Jacobian
+from pytree_grads._jacobian.kept import Kept
+from pytree_grads._jacobian.origin import Origin
 from pytree_grads._jacobian.outputs import Outputs
-from pytree_grads._jacobian.rows import Rows
 from pytree_grads._jacobian.source import Source
 
 MAX_NORM = 1.0
@@ -54,7 +55,7 @@ def weights(problem: Problem) -> jax.Array:
 def _product_of(J: Jacobian, problem: Problem, product: str) -> Any:
     match product:
         case "clipped":
-            return J.clip(MAX_NORM).sum(), J.norms()
+            return J.clipped_sum(MAX_NORM)
         case "weighted":
             return J.weighted_sum(weights(problem))
         case "gram":
@@ -80,11 +81,12 @@ def by_route(problem: Problem, product: str, route: Any) -> Callable[..., Any]:
     def run(*args):
         batch = resolve(problem.fun, args, {}, 0, problem.in_axes)
         source = Source.of(
-            problem.fun, batch, has_aux=False, chunk_size=None, many=False
+            problem.fun, batch, has_aux=False, chunk_size=None, many=False, runs_again=False
         )
-        made = source.factor(batch, route)
-        outputs = Outputs.of(made.output_avals)
-        J = Jacobian(Rows.of(source, made.leaves, outputs.rows(batch.size)), outputs)
+        trace = source.trace()
+        outputs = Outputs.of(trace.output_avals)
+        origin = Origin.of(source, outputs.rows(batch.size))
+        J = Jacobian(Kept(origin, source.factor(trace, batch, route).leaves), outputs)
         return _product_of(J, problem, product)
 
     return run

@@ -30,7 +30,9 @@ from ._batches.chain_rule import chain_rule_value_and_grad as chain_rule_value_a
 from ._batches.curvature import fisher_product as fisher_product
 from ._batches.curvature import gauss_newton_product as gauss_newton_product
 from ._batches.per_example import per_example_grad as per_example_grad
-from ._batches.per_example import per_example_value_and_grad as per_example_value_and_grad
+from ._batches.per_example import (
+    per_example_value_and_grad as per_example_value_and_grad,
+)
 from ._batches.reassemble import reassemble as reassemble
 from ._jacobian.call import jacobian as jacobian
 from ._jacobian.call import value_and_jacobian as value_and_jacobian

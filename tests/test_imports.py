@@ -18,20 +18,11 @@ MODULES = {
 }
 
 
-def at_run_time(node):
-    """Every node of a module but those under ``if TYPE_CHECKING``, which never runs."""
-    if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-        return
-    yield node
-    for child in ast.iter_child_nodes(node):
-        yield from at_run_time(child)
-
-
 def imports_of(module):
-    """The modules of the package that a module imports when it runs, as dotted names."""
+    """The modules of the package that a module imports, for types too, as dotted names."""
     path = MODULES[module]
     package = list(path.relative_to(PACKAGE).parent.parts)
-    for node in at_run_time(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.ImportFrom) or not node.level:
             continue
         base = package[: len(package) - (node.level - 1)]

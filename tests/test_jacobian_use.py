@@ -437,8 +437,37 @@ class TestTraces:
         others = jax.tree.map(lambda p: 2 * p, params), -x, jnp.zeros(N)
         with CompilationCounter() as compiled:
             step(*others)
-        assert counter.count <= 2  # once for the shapes of the outputs
+        assert counter.count == 1
         assert compiled.count == 0
+
+    @modes
+    @pytest.mark.parametrize("fun", [loss, lambda p, x: {"h": x @ p["w"] + p["b"][None]}])
+    def test_how_often_the_function_is_called(self, fun, mode):
+        """Once for J and all its products inside one trace, whatever it returns.
+
+        Outside, each product is compiled, and calls it once, for its own program.
+        """
+        counter = TraceCounter(fun)
+        params, x = problem()
+
+        @jax.jit
+        def products(p, x):
+            J = jacobian(counter, **mode)(p, x)
+            return J.norms(), J.gram(), J.square_sum(), J.clip(1.0).sum(), J.sum()
+
+        products(params, x)
+        assert counter.count == 1
+        J = jacobian(counter, **mode)(params, x)
+        assert counter.count == 2
+        J.norms(), J.square_sum(), J.norms(), J.square_sum()
+        assert counter.count == (2 if mode == {} else 4)
+
+    def test_how_often_a_function_with_a_rule_is_called(self):
+        """A rule may hold values of the trace in which the function was called."""
+        counter = TraceCounter(lambda p, x: jnp.sum(jax.nn.relu(x @ p)))
+        recomputed = jacobian(counter, recompute=True)
+        jax.jit(lambda p, x: recomputed(p, x).clip(1.0).sum())(jnp.eye(3), jnp.ones((N, 3)))
+        assert counter.count == 3  # to find the rule, to trace rows, to sum them
 
     @modes
     def test_new_values_do_not_compile_again(self, mode):

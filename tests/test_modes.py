@@ -90,21 +90,6 @@ def test_every_mode_gives_the_same_products(name):
                 assert tree_allclose(got[product], value, rtol=1e-12), (settings, product)
 
 
-def test_a_clip_that_waits_is_one_pass_over_the_chunks():
-    """Norms come out of it as well. Else there are two loops: norms, then a weighted sum."""
-    params, x = [jnp.ones((7, 6)), jnp.ones((6, 4))], jnp.ones((6, 7))
-
-    def loops(settings):
-        def clipped(params, x):
-            J = jacobian(dense, **settings)(params, x)
-            return J.clip(0.2).sum(), J.norms()
-
-        return str(jax.make_jaxpr(clipped)(params, x)).count("scan[")
-
-    assert loops({"chunk_size": 2}) == 1
-    assert loops({"chunk_size": 2, "recompute": True}) == 2
-
-
 def test_the_rest_of_a_batch_may_have_norms_in_other_parts():
     """Many small vectors of one form are worked on as one: here in the last chunk alone."""
 

@@ -1,10 +1,13 @@
-"""One call: its arguments, the batch of examples in them, and functions mapped over the batch.
+"""One call: its arguments, the batch of examples in them, and functions of a batch.
 
-==================  ================================================================================
+==================  ====================================================================
 ``axes``            the batch axis of each argument, as ``in_axes`` says it
-``differentiable``  which arguments can be differentiated, and hints for those that cannot
-``batch``           ``Batch``: the arguments of one call; loops over chunks of it
+``differentiable``  which arguments can be differentiated, and hints for those that
+                    cannot
+``batch``           ``Batch``: the arguments of one call
 ``chunks``          which examples are worked on together
+``loops``           a function over the chunks of a batch, in one compiled loop
+``functions``       ``fun`` and ``outer`` with their options
 ``notes``           what an error in a user's function says of the call
 ``misuse``          what likely went wrong when ``fun`` or ``outer`` failed
 ``vjp``             products with the Jacobian of a batch's outputs, chunk by chunk
@@ -12,5 +15,5 @@
 ``chain_rule``      ``chain_rule_grad`` and ``chain_rule_value_and_grad``
 ``reassemble``      ``reassemble``: the chain rule with rows in hand
 ``curvature``       ``gauss_newton_product`` and ``fisher_product``
-==================  ================================================================================
+==================  ====================================================================
 """

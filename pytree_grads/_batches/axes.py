@@ -1,4 +1,4 @@
-"""Which axis of which leaf holds the examples: ``in_axes`` read and checked against arguments."""
+"""Which axis of which leaf holds the examples: ``in_axes``, read and checked."""
 
 import re
 from collections.abc import Sequence
@@ -23,31 +23,40 @@ def argument_specs(
         return [in_axes] * count
     if not isinstance(in_axes, tuple | list):
         raise TypeError(
-            "argument in_axes must be an int, None, a tuple with an entry for each positional "
+            "argument in_axes must be an int, None, a tuple with an entry for each "
+            "positional "
             f"argument, or {DEFAULT!r}, got {_given(in_axes)}"
         )
     if len(in_axes) != count:
         raise ValueError(
-            f"argument in_axes has {len(in_axes)} entries for {count} positional arguments"
+            f"argument in_axes has {len(in_axes)} entries for {count} positional "
+            "arguments"
         )
     return list(in_axes)
 
 
-def leaf_axes(prefix: str, name: str, arg: PyTree, spec: PyTree) -> list[tuple[Any, Any, Any]]:
-    """(key path, leaf, axis) for every leaf of an argument, under a prefix tree of axes."""
+def leaf_axes(
+    prefix: str, name: str, arg: PyTree, spec: PyTree
+) -> list[tuple[Any, Any, Any]]:
+    """(key path, leaf, axis) of every leaf of an argument, by a prefix tree of axes."""
     for axis in jax.tree.leaves(spec):
         if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
-            raise TypeError(f"{prefix} must hold ints and None only, got {describe(axis)}")
+            raise TypeError(
+                f"{prefix} must hold ints and None only, got {describe(axis)}"
+            )
     try:
         axes_tree = jax.tree.broadcast(spec, arg, is_leaf=_is_none)
     except ValueError:
         raise ValueError(
-            f"{prefix} = {spec!r} is not a pytree prefix of argument {name}, {describe_node(arg)}: "
+            f"{prefix} = {spec!r} is not a pytree prefix of argument {name}, "
+            f"{describe_node(arg)}: "
             "give one axis for the whole argument, or a tree that branches as it does"
         ) from None
     axes = jax.tree.leaves(axes_tree, is_leaf=_is_none)
     leaves = jax.tree.leaves_with_path(arg, is_leaf=_is_none)
-    return [(p, x, axis) for (p, x), axis in zip(leaves, axes, strict=True) if x is not None]
+    return [
+        (p, x, axis) for (p, x), axis in zip(leaves, axes, strict=True) if x is not None
+    ]
 
 
 def _is_none(x: Any) -> bool:
@@ -59,11 +68,12 @@ def _given(value: Any) -> str:
 
 
 def shared_mend(keyword: str | None) -> str:
-    """How an argument that all examples share is passed, by position or by a keyword."""
+    """How to pass an argument that all examples share, by position or keyword."""
     if keyword is None:
         return "in_axes takes the axis of its examples, or None if they share it"
     return (
-        "keyword arguments are mapped over axis 0; what all examples share is bound beforehand, "
+        "keyword arguments are mapped over axis 0; what all examples share is bound "
+        "beforehand, "
         f"with functools.partial(fun, {keyword}=...) or a lambda"
     )
 
@@ -75,7 +85,8 @@ def checked_axis(where: str, leaf: Any, axis: int, keyword: str | None = None) -
         mend = shared_mend(keyword)
         if isinstance(leaf, int | float | complex) and re.search(r"\[\d+\]$", where):
             mend = (
-                "if the list holds a number for each example, make it one array with jnp.asarray; "
+                "if the list holds a number for each example, make it one array with "
+                "jnp.asarray; "
                 f"if not, {mend}"
             )
         raise TypeError(f"{wrong}not an array: {mend}")
@@ -85,11 +96,13 @@ def checked_axis(where: str, leaf: Any, axis: int, keyword: str | None = None) -
 
 
 def common_size(sizes: list[tuple[int, str, str | None]]) -> int:
-    """The N on which all batched leaves agree; each has a size, its place, and its keyword."""
+    """N, on which all batched leaves agree; each has a size, a place and a keyword."""
     if not sizes:
         raise ValueError(
-            "no argument is batched: at least one leaf needs an axis of examples in in_axes "
-            "(without in_axes, every argument that is not differentiated is mapped over axis 0)"
+            "no argument is batched: at least one leaf needs an axis of examples in "
+            "in_axes "
+            "(without in_axes, every argument that is not differentiated is mapped "
+            "over axis 0)"
         )
     first_size, first_where, _ = sizes[0]
     for size, where, keyword in sizes:

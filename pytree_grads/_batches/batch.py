@@ -1,22 +1,22 @@
-"""The batch of one call: which axis of which argument holds the examples, and chunks of them.
+"""The batch of one call: which axis of which argument holds the examples.
 
 ``resolve(fun, args, kwargs, argnums, in_axes)`` checks a call and returns a ``Batch``:
 
-====================  ==============================================================================
+====================  ==================================================================
 ``.size``             N
 ``.argnums``          differentiated positions, non-negative, always a tuple
-``.in_axes``          tuple, one tree per positional argument: each leaf's axis >= 0, or None
+``.in_axes``          tuple, one tree per positional argument: each leaf's axis >= 0, or
+                      None
 ``.args, .kwargs``    the arguments; differentiated leaves are JAX arrays
 ``.primals``          tuple of the differentiated arguments
 ``.with_primals(p)``  the same batch with other differentiated arguments
 ``.chunk(start, k)``  the Batch of examples start..start+k-1
-``.vmap(fun)``        ``fun(args, kwargs)`` mapped over the examples; results stack on axis 0
+``.vmap(fun)``        ``fun(args, kwargs)`` mapped over the examples; results stack on
+                      axis 0
 ``.chunks(k)``        which examples are worked on together, about k at a time
 ``.part(place)``      the Batch of one such chunk
 ``.localized()``      gradients by shared leaves stay on the device of their example
-====================  ==============================================================================
-
-``map_chunks`` and ``fold_chunks`` run a function over the chunks of a batch in one compiled loop.
+====================  ==================================================================
 """
 
 import functools
@@ -27,28 +27,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.core import Tracer
 
 from .._jax import compat
-from .._jax.convolutions import with_canonical_convolutions
-from .._jax.sharding import Names, count_at, laid_out, layout, names_at, take, without, zeros
+from .._jax.sharding import Names, count_at, laid_out, layout, names_at, take, without
 from .._trees.checks import PyTree, argument_names, located, normalize_argnums
 from .axes import DEFAULT, argument_specs, checked_axis, common_size, leaf_axes
-from .chunks import Chunks, Place, loop_chunk
+from .chunks import Chunks, Place
 from .differentiable import check_differentiable
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one call, flat, with the axis of each leaf that holds the examples."""
+    """The arguments of one call, flat, each leaf with its axis of examples."""
 
     leaves: tuple[Any, ...]
-    axes: tuple[int | None, ...]  # one per leaf, non-negative; None: shared by all examples
+    axes: tuple[
+        int | None, ...
+    ]  # one per leaf, non-negative; None: shared by all examples
     treedef: Any  # of (args, kwargs)
     argnums: tuple[int, ...]
     size: int
-    gathered: Names = ()  # the mesh axes of examples that were too few to be shared out over them
+    # The mesh axes over which examples were sharded, if too few are left to share out.
+    gathered: Names = ()
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -76,7 +76,9 @@ class Batch:
         """Where the leaves of ``primals``, in their order, stand among all leaves."""
         counts = [child.num_leaves for child in self.treedef.children()[0].children()]
         ends = list(itertools.accumulate(counts))
-        return tuple(j for i in self.argnums for j in range(ends[i] - counts[i], ends[i]))
+        return tuple(
+            j for i in self.argnums for j in range(ends[i] - counts[i], ends[i])
+        )
 
     @property
     def primal_axes(self) -> tuple[int | None, ...]:
@@ -84,7 +86,7 @@ class Batch:
         return tuple(self.axes[i] for i in self.primal_positions)
 
     def with_primals(self, primals: Sequence[PyTree]) -> "Batch":
-        """The same batch with other differentiated arguments, of the same structure."""
+        """The batch with other differentiated arguments, of the same structure."""
         args = list(self.args)
         for i, primal in zip(self.argnums, primals, strict=True):
             args[i] = primal
@@ -113,9 +115,11 @@ class Batch:
         return replace(self, leaves=tuple(leaves), size=place.chunks.size)
 
     def vmap(
-        self, fun: Callable[[tuple[Any, ...], dict[str, Any]], PyTree], out_axes: Any = 0
+        self,
+        fun: Callable[[tuple[Any, ...], dict[str, Any]], PyTree],
+        out_axes: Any = 0,
     ) -> PyTree:
-        """``fun(args, kwargs)`` for every example, results stacked on a leading axis."""
+        """``fun(args, kwargs)`` of every example, results stacked on a leading axis."""
         mapped = [i for i, axis in enumerate(self.axes) if axis is not None]
 
         def one(values: list[Any]) -> PyTree:
@@ -126,7 +130,9 @@ class Batch:
 
         axes = [self.axes[i] for i in mapped]
         arrays = [self.leaves[i] for i in mapped]
-        return jax.vmap(one, in_axes=(axes,), out_axes=out_axes, axis_size=self.size)(arrays)
+        return jax.vmap(one, in_axes=(axes,), out_axes=out_axes, axis_size=self.size)(
+            arrays
+        )
 
     @property
     def mesh_axes(self) -> Names:
@@ -135,8 +141,15 @@ class Batch:
 
     @property
     def _names(self) -> Names:
-        """Those, or those over which they were before some were taken."""
+        """``mesh_axes``, or those of the batch from which these examples were taken."""
         return self.mesh_axes or self.gathered
+
+    @property
+    def value_positions(self) -> tuple[int, ...]:
+        """Where the leaves that are mapped, and not differentiated, stand."""
+        primals = self.primal_positions
+        pairs = enumerate(self.axes)
+        return tuple(i for i, axis in pairs if axis is not None and i not in primals)
 
     @property
     def _mapped(self) -> list[tuple[Any, int]]:
@@ -145,14 +158,17 @@ class Batch:
         return [(leaf, axis) for leaf, axis in pairs if axis is not None]
 
     def localized(self) -> "Batch":
-        """The same batch, with what the examples share in the hands of each device.
+        """The batch, with what the examples share on each device.
 
-        Inside ``jax.shard_map``, ``jax.grad`` adds the gradients by a replicated value up over the
-        devices; by a value that varies over the mesh axes over which the examples vary, each device
-        has its own. Over Explicit mesh axes, ``jax.vmap`` takes shared values only if they are not
-        sharded over the axes of the examples: they are gathered (as FSDP has it).
+        Inside ``jax.shard_map``, ``jax.grad`` adds the gradients by a replicated value
+        up over the devices; by a value that varies over the mesh axes over which the
+        examples vary, each device has its own. Over Explicit mesh axes, ``jax.vmap``
+        takes shared values only if they are not sharded over the axes of the examples:
+        they are gathered (as FSDP has it).
         """
-        varying = frozenset[str]().union(*(compat.varying_axes(x) for x, _ in self._mapped))
+        varying = frozenset[str]().union(
+            *(compat.varying_axes(x) for x, _ in self._mapped)
+        )
         names = self._names
 
         def own(leaf: Any, axis: int | None) -> Any:
@@ -165,7 +181,7 @@ class Batch:
         return replace(self, leaves=tuple(map(own, self.leaves, self.axes)))
 
     def varied(self, tree: PyTree) -> PyTree:
-        """A tree of arrays that vary over all mesh axes over which something in the batch does."""
+        """A tree of arrays that vary over all mesh axes over which the batch does."""
         arrays = [x for x in self.leaves if isinstance(x, jax.Array)]
         axes = frozenset[str]().union(*map(compat.varying_axes, arrays))
         return jax.tree.map(functools.partial(compat.as_varying, axes=axes), tree)
@@ -183,18 +199,22 @@ def resolve(
     """Check the arguments of ``fun`` and find the examples in them.
 
     Args:
-      fun: the function of one example; only its signature is read, for the names in messages.
+      fun: the function of one example; only its signature is read, for the names in
+        messages.
       args: the positional arguments that the caller passed.
       kwargs: the keyword arguments, mapped over axis 0.
       argnums: position or positions to differentiate.
-      in_axes: an int, None, or a tuple with a pytree prefix of ints and Nones per positional
-        argument; ``"default"`` is None for the differentiated arguments and 0 for all others.
+      in_axes: an int, None, or a tuple with a pytree prefix of ints and Nones per
+        positional argument; ``"default"`` is None for the differentiated arguments and
+        0 for all others.
       shared: whether all examples must share the differentiated arguments.
 
     Raises:
-      TypeError: a differentiated leaf has no gradient; a leaf to be mapped is not an array.
-      ValueError: an axis is out of range, batch sizes disagree, nothing is batched, ``argnums`` or
-        ``in_axes`` does not fit the arguments, or what must be shared is mapped over.
+      TypeError: a differentiated leaf has no gradient; a leaf to be mapped is not an
+        array.
+      ValueError: an axis is out of range, batch sizes disagree, nothing is batched,
+        ``argnums`` or ``in_axes`` does not fit the arguments, or what must be shared is
+        mapped over.
     """
     positions = normalize_argnums(argnums, len(args))
     names = argument_names(fun, len(args))
@@ -202,24 +222,33 @@ def resolve(
     for i in positions:
         check_differentiable(names[i], args[i])
     args = tuple(
-        jax.tree.map(jnp.asarray, arg) if i in positions else arg for i, arg in enumerate(args)
+        jax.tree.map(jnp.asarray, arg) if i in positions else arg
+        for i, arg in enumerate(args)
     )
     specs = argument_specs(in_axes, len(args), positions)
     leaves: list[Any] = []
     axes: list[int | None] = []
     sizes: list[tuple[int, str, str | None]] = []
-    named = [(name, arg, spec) for name, arg, spec in zip(names, args, specs, strict=True)]
-    named += [(key, kwargs[key], 0) for key in sorted(kwargs)]  # the order of a flattened dict
+    named = [
+        (name, arg, spec) for name, arg, spec in zip(names, args, specs, strict=True)
+    ]
+    named += [
+        (key, kwargs[key], 0) for key in sorted(kwargs)
+    ]  # the order of a flattened dict
     for i, (name, arg, spec) in enumerate(named):
         keyword = name if i >= len(args) else None
-        prefix = f"in_axes[{i}]" if keyword is None else "the axis of a keyword argument"
+        prefix = (
+            f"in_axes[{i}]" if keyword is None else "the axis of a keyword argument"
+        )
         for path, leaf, axis in leaf_axes(prefix, name, arg, spec):
             where = located(name, path)
             if axis is not None:
                 if shared and i in positions:
                     raise ValueError(
-                        f"{where} is differentiated and mapped over axis {axis}: a matrix of "
-                        "gradients needs parameters that all examples share; give it None in "
+                        f"{where} is differentiated and mapped over axis {axis}: a "
+                        "matrix of "
+                        "gradients needs parameters that all examples share; give it "
+                        "None in "
                         "in_axes"
                     )
                 axis = checked_axis(where, leaf, axis, keyword)
@@ -229,97 +258,3 @@ def resolve(
             axes.append(axis)
     treedef = jax.tree.structure((args, kwargs))
     return Batch(tuple(leaves), tuple(axes), treedef, positions, common_size(sizes))
-
-
-def map_chunks(
-    fun: Callable[..., PyTree],
-    batch: Batch,
-    chunk_size: int | None,
-    rows: PyTree = None,
-    *,
-    apart: bool = False,
-) -> PyTree:
-    """``fun(chunk)`` for every chunk, its rows (leading axis) written into arrays of N rows.
-
-    Where there are ``rows``, arrays of N rows themselves, it is ``fun(chunk, rows of the chunk)``.
-    Rows where the last chunk overlaps its predecessor are computed and written twice: they are the
-    same rows, and ``fun`` is traced once. With ``apart`` the chunks are those of ``fold_chunks``,
-    so that both evaluations of a row have the same shapes and round alike.
-    """
-    chunk_size = loop_chunk(batch.size, chunk_size)
-    extra = () if rows is None else (rows,)
-    if chunk_size is None:
-        return fun(batch, *extra)
-    chunks = batch.chunks(chunk_size)
-    starts, rest = chunks.apart if apart else (chunks.starts, None)
-
-    def at(place: Place) -> PyTree:
-        return fun(batch.part(place), *jax.tree.map(place.cut, extra))
-
-    # jit remembers its trace, so that finding the shapes first does not trace ``fun`` again.
-    rows_from = jax.jit(lambda start: at(Place(chunks, start)), inline=True)
-    avals = jax.eval_shape(rows_from, jax.ShapeDtypeStruct((), starts.dtype))
-    written = jax.tree.map(lambda a: zeros(a, (batch.size, *a.shape[1:])), avals)
-    if rest is not None:
-        written = jax.tree.map(rest.put, written, at(rest))
-
-    def write(rows: PyTree, start: jax.Array) -> tuple[PyTree, None]:
-        return jax.tree.map(Place(chunks, start).put, rows, rows_from(start)), None
-
-    return lax.scan(with_canonical_convolutions(write), written, jnp.asarray(starts))[0]
-
-
-def fold_chunks(
-    step: Callable[[PyTree, Batch, Place], tuple[PyTree, PyTree]],
-    init: PyTree,
-    batch: Batch,
-    chunk_size: int | None,
-    *,
-    alone: bool = False,
-) -> tuple[PyTree, PyTree]:
-    """``carry, rows = step(carry, chunk, place)`` over chunks of a batch of which no two overlap.
-
-    It returns the last carry and the rows of all chunks as arrays of N rows, as ``lax.scan`` would.
-
-    Rows that do not fill a chunk are one of their own, and ``step`` is traced for it as well: in a
-    full one, rows that are there for the second time could not be told to add nothing (a cotangent
-    of zero times an infinite derivative is NaN). It comes first, so that the loop waits for it and
-    the memory of only one chunk is needed at a time (where N < 2k, XLA unrolls the loop of one turn
-    and may hold both). With ``alone``, one call that takes all rows is ``not_merged``, and it may
-    give no rows.
-    """
-    chunk_size = loop_chunk(batch.size, chunk_size)
-    if chunk_size is None:
-        whole = Place(Chunks(batch.size, 1, batch.size), 0)
-        if alone:
-            init = batch.varied(init)
-            return not_merged(lambda: step(init, batch, whole), (init, None), batch.primals)
-        return step(init, batch, whole)
-    chunks = batch.chunks(chunk_size)
-    starts, rest = chunks.apart
-    carry, last = batch.varied(init), None
-    if rest is not None:
-        carry, last = step(carry, batch.part(rest), rest)
-
-    def body(carry: PyTree, start: jax.Array) -> tuple[PyTree, PyTree]:
-        place = Place(chunks, start)
-        return step(carry, batch.part(place), place)
-
-    carry, rows = lax.scan(with_canonical_convolutions(body), carry, jnp.asarray(starts))
-    rows = jax.tree.map(chunks.joined, rows, *([] if rest is None else [last]))
-    return carry, rows
-
-
-def not_merged(fun: Callable[[], PyTree], other: PyTree, primals: PyTree) -> PyTree:
-    """``fun()``, which shares no computation with the program around it when compiled.
-
-    XLA would merge two passes through a model, and hold for the second what the first has computed;
-    on CPUs it ignores ``optimization_barrier``. So the call is a branch that is always taken, which
-    XLA cannot know; ``other`` stands in the one that is not, of the same types.
-    """
-    leaves = [x for x in jax.tree.leaves(primals) if x.size]
-    if not any(isinstance(x, Tracer) for x in leaves):
-        return fun()
-    top = jnp.max(jnp.real(min(leaves, key=lambda x: x.size)))
-    always = jnp.logical_or(top == top, jnp.isnan(top))
-    return lax.cond(always, with_canonical_convolutions(fun), lambda: other)

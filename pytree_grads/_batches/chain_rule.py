@@ -1,4 +1,4 @@
-"""The chain rule over a batch without the rows, in the memory of one chunk, for any outer loss."""
+"""The chain rule over a batch without the rows, in the memory of one chunk."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,18 +10,15 @@ import jax.numpy as jnp
 from .._jax.sharding import AxisName, placed_like, sum_over, value_over
 from .._trees import algebra
 from .._trees.checks import (
-    PyTree,
     check_callable,
     check_chunk_size,
-    check_outer_value,
-    describe,
     like,
-    split_aux,
 )
-from .batch import Batch, map_chunks, resolve
+from .batch import resolve
 from .chunks import loop_chunk
-from .misuse import explained_fun, explained_outer
-from .notes import note_of_fun, note_of_outer
+from .functions import Call, Fun, Outer
+from .loops import map_chunks
+from .notes import note_of_fun
 from .vjp import pull_chunks, vjp
 
 
@@ -37,72 +34,83 @@ def chain_rule_value_and_grad(
     outer_has_aux: bool = False,
     axis_name: AxisName = None,
 ) -> Callable[..., Any]:
-    """The value and gradient of ``outer`` of the stacked outputs of ``fun``, without the rows.
+    """The value and gradient of ``outer`` of the stacked outputs of ``fun``.
 
-    With L = outer(f(p, x₁), …, f(p, x_N)), the gradient is Jᵀ ∂L/∂f: outputs first, then ∂L/∂f,
-    then one vector-Jacobian product. ``outer`` may couple all the examples (contrastive and ranking
-    losses, statistics of the batch). With ``chunk_size``, the outputs are found chunk by chunk and
-    nothing else is kept, ∂L/∂f is found once for the whole batch, and each chunk is evaluated again
-    for its own product. That is exact for every ``outer``, takes the memory of one chunk beside the
-    batch, its outputs and what ``outer`` makes of them, and costs one more evaluation of ``fun``.
+    With L = outer(f(p, x₁), …, f(p, x_N)), the gradient is Jᵀ ∂L/∂f: outputs first,
+    then ∂L/∂f, then one vector-Jacobian product. ``outer`` may couple all the examples
+    (contrastive and ranking losses, statistics of the batch). With ``chunk_size``, the
+    outputs are found chunk by chunk and nothing else is kept, ∂L/∂f is found once for
+    the whole batch, and each chunk is evaluated again for its own product. That is
+    exact for every ``outer``, takes the memory of one chunk beside the batch, its
+    outputs and what ``outer`` makes of them, and costs one more evaluation of ``fun``.
 
     Args:
-      outer: called as ``outer(outputs)``, or ``outer(outputs, params)`` with ``outer_has_params``,
-        each followed by the ``outer_args`` of the call; returns a real scalar, or
-        ``(scalar, aux)``. ``outputs`` holds what ``fun`` returns, every leaf with a leading axis N.
-      fun: the function of one example: any pytree of arrays, or ``(outputs, aux)``. Outputs may be
-        complex; integer outputs reach ``outer`` and have no gradient.
+      outer: called as ``outer(outputs)``, or ``outer(outputs, params)`` with
+        ``outer_has_params``, each followed by the ``outer_args`` of the call; returns a
+        real scalar, or ``(scalar, aux)``. ``outputs`` holds what ``fun`` returns, every
+        leaf with a leading axis N.
+      fun: the function of one example: any pytree of arrays, or ``(outputs, aux)``.
+        Outputs may be complex; integer outputs reach ``outer`` and have no gradient.
       argnums: the positional argument of ``fun``, or arguments, to differentiate.
         The argument of a flax model is ``variables["params"]``, or ``params`` of
         ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
-      in_axes: an int, None, or a tuple with an entry per positional argument, as in ``jax.vmap``.
-        ``"default"`` is None for the differentiated arguments and 0 for all others. Keyword
-        arguments are mapped over axis 0.
+      in_axes: an int, None, or a tuple with an entry per positional argument, as in
+        ``jax.vmap``. ``"default"`` is None for the differentiated arguments and 0 for
+        all others. Keyword arguments are mapped over axis 0.
       has_aux: whether ``fun`` also returns auxiliary data, which is stacked.
-      chunk_size: how many examples to work on at once; None means all. It need not divide N, but
-        what is left over is a chunk of its own, and its program compiled as well. Call the result
-        inside ``jax.jit``: outside, a loop over chunks is compiled at every call, as
-        ``jax.lax.scan`` of a new function is.
-      outer_has_params: whether ``outer`` also takes the differentiated argument (a tuple of them
-        for a tuple of ``argnums``), whose direct gradient is added: a penalty on weights, say.
+      chunk_size: how many examples to work on at once; None means all. It need not
+        divide N, but what is left over is a chunk of its own, and its program compiled
+        as well. Call the result inside ``jax.jit``: outside, a loop over chunks is
+        compiled at every call, as ``jax.lax.scan`` of a new function is.
+      outer_has_params: whether ``outer`` also takes the differentiated argument (a
+        tuple of them for a tuple of ``argnums``), whose direct gradient is added: a
+        penalty on weights, say.
       outer_has_aux: whether ``outer`` also returns auxiliary data.
-      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which value and gradient are
-        added up. ``outer`` sees the outputs of its device (and others' by collectives of its own),
-        and what is differentiated is the sum of its values on all devices.
+      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which value and
+        gradient are added up. ``outer`` sees the outputs of its device (and others' by
+        collectives of its own), and what is differentiated is the sum of its values on
+        all devices.
 
     Returns:
-      A function of the arguments of ``fun``, and of the keyword ``outer_args``, a tuple, empty by
-      default, that returns ``(value, grads)``: grads like the differentiated argument, summed over
-      chunks in float32 or wider. With one kind of auxiliary data, ``((value, aux), grads)``; with
-      both, ``((value, (aux, outer_aux)), grads)``.
+      A function of the arguments of ``fun``, and of the keyword ``outer_args``, a
+      tuple, empty by default, that returns ``(value, grads)``: grads like the
+      differentiated argument, summed over chunks in float32 or wider. With one kind of
+      auxiliary data, ``((value, aux), grads)``; with both, ``((value, (aux,
+      outer_aux)), grads)``.
 
     Raises:
-      TypeError: a differentiated leaf is not a real or complex floating-point array, or is one that
-        flax does not train, or ``outer`` returns something other than a real floating-point value.
-      ValueError: ``outer`` does not return a scalar, an axis is out of range, or sizes disagree.
+      TypeError: a differentiated leaf is not a real or complex floating-point array, or
+        is one that flax does not train, or ``outer`` returns something other than a
+        real floating-point value.
+      ValueError: ``outer`` does not return a scalar, an axis is out of range, or sizes
+        disagree.
 
-    ===========================  =================================================================
+    ===========================  =======================================================
     case                         result
-    ===========================  =================================================================
-    N = 0                        ``outer`` of arrays with a leading axis of 0; zero gradients
+    ===========================  =======================================================
+    N = 0                        ``outer`` of arrays with a leading axis of 0; zero
+                                 gradients
     chunk_size >= N              one chunk, the same as None
     a batched PRNG-key argument  both evaluations of an example see the same key
     a differentiated argument    its gradient has the same batch axis (with ``in_axes``)
     that is batched
-    parameters in bfloat16 or    within a chunk the sum over examples is that of ``jax.grad``, in
-    float16                      the dtype of the backward pass; chunks are added up in float32
-    a NaN or inf in ∂L/∂f or J   NaN or inf in the entries it touches, as with ``jax.grad``
-    a ``jax.custom_vjp`` in      as with ``jax.grad``: the cotangent of an example goes through it
-    ``fun`` that is not linear   once, and whole
+    parameters in bfloat16 or    within a chunk the sum over examples is that of
+    float16                      ``jax.grad``, in the dtype of the backward pass; chunks
+                                 are added up in float32
+    a NaN or inf in ∂L/∂f or J   NaN or inf in the entries it touches, as with
+                                 ``jax.grad``
+    a ``jax.custom_vjp`` in      as with ``jax.grad``: the cotangent of an example goes
+    ``fun`` that is not linear   through it once, and whole
     (it clips cotangents, say)
-    ===========================  =================================================================
+    ===========================  =======================================================
 
     Source: the two passes are those of GradCache (Gao et al., 2021, arXiv:2101.06983).
 
     >>> import jax.numpy as jnp
     >>> f = lambda p, x: p["m"] * x + p["b"]
     >>> params = {"m": jnp.array(2.0), "b": jnp.array(-1.0)}
-    >>> loss_and_grad = chain_rule_value_and_grad(lambda f: (f**2).sum(), f, chunk_size=1)
+    >>> outer = lambda f: (f**2).sum()
+    >>> loss_and_grad = chain_rule_value_and_grad(outer, f, chunk_size=1)
     >>> loss, grads = loss_and_grad(params, jnp.array([0.25, 1.5]))
     >>> print(loss, grads["m"], grads["b"])
     4.25 5.75 3.0
@@ -111,50 +119,32 @@ def chain_rule_value_and_grad(
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
     is_single = not isinstance(argnums, Sequence)
-
-    def apply(batch: Batch) -> tuple[PyTree, PyTree]:
-        return batch.vmap(
-            lambda args, kwargs: split_aux(fun(*args, **kwargs), has_aux, "the result of fun")
-        )
-
-    def passed(primals: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-        return (primals[0] if is_single else primals,) if outer_has_params else ()
-
-    def loss(outputs: PyTree, primals: tuple[PyTree, ...], outer_args: Sequence[Any]) -> Any:
-        result = outer(outputs, *passed(primals), *outer_args)
-        value, aux = split_aux(result, outer_has_aux, "the result of outer")
-        check_outer_value(value)
-        return value, aux
-
+    inner = Fun(fun, has_aux)
+    loss = Outer(outer, outer_has_params, outer_has_aux, is_single)
     # Integer outputs are allowed: their cotangent is float0.
-    pull_loss = jax.value_and_grad(
-        loss, (0, 1) if outer_has_params else (0,), has_aux=True, allow_int=True
-    )
+    by = (0, 1) if outer_has_params else (0,)
+    pull_loss = jax.value_and_grad(loss, by, has_aux=True, allow_int=True)
 
     @like(fun)
-    def value_and_grad(*args: Any, outer_args: Sequence[Any] = (), **kwargs: Any) -> Any:
-        if not isinstance(outer_args, tuple | list):
-            raise TypeError(
-                f"argument outer_args must be a tuple of arguments, got {describe(outer_args)}"
-            )
+    def value_and_grad(
+        *args: Any, outer_args: Sequence[Any] = (), **kwargs: Any
+    ) -> Any:
+        call = Call(inner, loss, args, kwargs, outer_args)
         resolved = resolve(fun, args, kwargs, argnums, in_axes)
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
         in_fun = note_of_fun(fun, batch)
-        call = outer, fun, args, kwargs
-        given = (*passed(batch.primals), *outer_args)
-        with in_fun, explained_fun(*call, (None, *given)):
-            if chunk is None:
-                outputs, pull, aux = vjp(apply, batch)
-            else:
-                outputs, aux = map_chunks(apply, batch, chunk, apart=True)
-                pull = functools.partial(pull_chunks, apply, batch, chunk)
         primals = batch.primals
-        with (
-            note_of_outer(outputs, passed(primals), outer_args),
-            explained_outer(*call, (outputs, *given), has_aux),
-        ):
-            (value, outer_aux), (cotangents, *direct) = pull_loss(outputs, primals, outer_args)
+        with in_fun, call.runs_fun(primals):
+            if chunk is None:
+                outputs, pull, aux = vjp(inner.mapped, batch)
+            else:
+                outputs, aux = map_chunks(inner.mapped, batch, chunk, apart=True)
+                pull = functools.partial(pull_chunks, inner.mapped, batch, chunk)
+        with call.runs_outer(outputs, primals):
+            (value, outer_aux), (cotangents, *direct) = pull_loss(
+                outputs, primals, outer_args
+            )
         with in_fun:
             total = algebra.carry(pull(cotangents))
         for grads in direct:
@@ -181,7 +171,7 @@ def chain_rule_grad(
     outer_has_aux: bool = False,
     axis_name: AxisName = None,
 ) -> Callable[..., Any]:
-    """The gradient of ``outer`` of the stacked outputs of ``fun``: Jᵀ ∂L/∂f, without the rows.
+    """The gradient of ``outer`` of the stacked outputs of ``fun``, Jᵀ ∂L/∂f.
 
     Args:
       outer: as in :func:`chain_rule_value_and_grad`, as are the options that follow.
@@ -195,8 +185,9 @@ def chain_rule_grad(
       axis_name: mesh axes over which the gradient is added up.
 
     Returns:
-      A function of the arguments of ``fun``, and of ``outer_args``, that returns ``grads``; with
-      one kind of auxiliary data ``(grads, aux)``, with both ``(grads, (aux, outer_aux))``.
+      A function of the arguments of ``fun``, and of ``outer_args``, that returns
+      ``grads``; with one kind of auxiliary data ``(grads, aux)``, with both ``(grads,
+      (aux, outer_aux))``.
 
     Raises:
       TypeError: as :func:`chain_rule_value_and_grad`.

@@ -1,4 +1,4 @@
-"""Chunks: which examples of a batch are worked on together, on one device or on many."""
+"""Chunks: which examples of a batch are worked on together."""
 
 import math
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ def chunk_starts(size: int, chunk_size: int) -> np.ndarray:
 
 
 def even_chunk(size: int, most: int) -> int:
-    """The size of as few chunks as there can be of at most so many, all nearly the same.
+    """The size of as few chunks as there can be, all nearly the same.
 
     >>> even_chunk(10, 7), even_chunk(10, 10)
     (5, 10)
@@ -31,13 +31,14 @@ def even_chunk(size: int, most: int) -> int:
 
 
 def loop_chunk(size: int, chunk_size: int | None) -> int | None:
-    """The size of the chunks to loop over, or None where one direct call takes the whole batch."""
+    """The size of the chunks to loop over, or None for one call of the whole batch."""
     check_chunk_size(chunk_size)
     if chunk_size is None:
         return None
     if not isinstance(size, int):
         raise ValueError(
-            f"argument chunk_size={chunk_size} cuts a batch of known size, and the number of "
+            f"argument chunk_size={chunk_size} cuts a batch of known size, and the "
+            "number of "
             f"examples is symbolic, {size}: leave it out, or export with a number"
         )
     return None if size <= chunk_size else int(chunk_size)
@@ -47,9 +48,10 @@ def loop_chunk(size: int, chunk_size: int | None) -> int | None:
 class Chunks:
     """N rows, in equal groups; a chunk takes so many neighbours of each group.
 
-    A chunk of neighbours alone would be on one device where rows are sharded. There are as many
-    groups as divide the batch and the chunk. So if the number of devices divides both, each device
-    has whole groups, and every chunk has as many rows on one device as on another.
+    A chunk of neighbours alone would be on one device where rows are sharded. There are
+    as many groups as divide the batch and the chunk. So if the number of devices
+    divides both, each device has whole groups, and every chunk has as many rows on one
+    device as on another.
     """
 
     total: int  # N
@@ -58,7 +60,7 @@ class Chunks:
 
     @classmethod
     def of(cls, total: int, chunk_size: int, devices: int = 1) -> "Chunks":
-        """Chunks of a size, or of the next below that has as many rows on each of the devices.
+        """Chunks of a size, or of the next below that is shared out over the devices.
 
         >>> Chunks.of(7, 3)
         Chunks(total=7, groups=1, width=3)
@@ -82,15 +84,16 @@ class Chunks:
 
     @property
     def starts(self) -> np.ndarray:
-        """Where each chunk begins in every group, if all are full; the last two may overlap."""
+        """Where full chunks begin in every group; the last two may overlap."""
         return chunk_starts(self.span, self.width)
 
     @property
     def apart(self) -> "tuple[np.ndarray, Place | None]":
-        """Where full chunks begin of which no two overlap, and the chunk of the rows that are left.
+        """Where full chunks begin, none overlapping, and the chunk of the rows left.
 
-        >>> Chunks.of(7, 3).apart
-        (array([0, 3], dtype=int32), Place(chunks=Chunks(total=7, groups=1, width=1), start=6))
+        >>> starts, rest = Chunks.of(7, 3).apart
+        >>> starts, rest.chunks.size, rest.start
+        (array([0, 3], dtype=int32), 1, 6)
         """
         count, left = divmod(self.span, self.width)
         starts = np.arange(count, dtype=np.int32) * self.width
@@ -98,9 +101,10 @@ class Chunks:
         return starts, rest
 
     def joined(self, full: jax.Array, *rest: jax.Array) -> jax.Array:
-        """An array of all rows, from those of the full chunks and of the rows that are left.
+        """An array of all rows, from those of full chunks and the rows that are left.
 
-        >>> Chunks.of(7, 3).joined(np.array([[0, 1, 2], [3, 4, 5]]), np.array([6])).tolist()
+        >>> full, rest = np.array([[0, 1, 2], [3, 4, 5]]), np.array([6])
+        >>> Chunks.of(7, 3).joined(full, rest).tolist()
         [0, 1, 2, 3, 4, 5, 6]
         """
         count, groups, entries = len(full), self.groups, full.shape[2:]
@@ -125,7 +129,9 @@ class Place:
         if is_float0(x):
             return np.zeros(shape, x.dtype)
         grouped = self._grouped(x, self.chunks.span, axis)
-        part = jax.lax.dynamic_slice_in_dim(grouped, self.start, self.chunks.width, axis + 1)
+        part = jax.lax.dynamic_slice_in_dim(
+            grouped, self.start, self.chunks.width, axis + 1
+        )
         return part.reshape(shape)
 
     def put(self, x: jax.Array, part: jax.Array, axis: int = 0) -> jax.Array:
@@ -136,4 +142,6 @@ class Place:
         return update(grouped, part, self.start, axis + 1).reshape(x.shape)
 
     def _grouped(self, x: jax.Array, size: int, axis: int) -> jax.Array:
-        return x.reshape(*x.shape[:axis], self.chunks.groups, size, *x.shape[axis + 1 :])
+        return x.reshape(
+            *x.shape[:axis], self.chunks.groups, size, *x.shape[axis + 1 :]
+        )

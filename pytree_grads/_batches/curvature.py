@@ -14,17 +14,15 @@ from .._trees.checks import (
     check_callable,
     check_chunk_size,
     check_matching,
-    check_outer_value,
     check_scalar,
-    describe,
     is_inexact,
     like,
-    split_aux,
 )
-from .batch import Batch, map_chunks, resolve
+from .batch import Batch, resolve
 from .chunks import loop_chunk
-from .misuse import explained_fun, explained_outer
-from .notes import note_of_fun, note_of_outer
+from .functions import Call, Fun, Outer
+from .loops import map_chunks
+from .notes import note_of_fun
 from .vjp import differentiated, pull_chunks, push_chunks
 
 
@@ -40,60 +38,66 @@ def gauss_newton_product(
     outer_has_aux: bool = False,
     axis_name: AxisName = None,
 ) -> Callable[..., Callable[[PyTree], PyTree]]:
-    """The product with the generalized Gauss-Newton matrix of ``outer`` of the outputs of ``fun``.
+    """The product with the generalized Gauss-Newton matrix of ``outer(outputs)``.
 
-    With L = outer(f(p, x₁), …, f(p, x_N)), the product is G v = Jᵀ H J v: J is the Jacobian of all
-    outputs, H the Hessian of ``outer`` at them. ``outer`` may couple all the examples, and H is
-    never built. Where ``outer`` is convex, G is positive semi-definite: it is the Hessian of L
-    without the curvature of ``fun``. For a cross-entropy of logits, and for every other negative
-    log-likelihood whose natural parameters are the outputs, G is the Fisher matrix of the model.
+    With L = outer(f(p, x₁), …, f(p, x_N)), the product is G v = Jᵀ H J v: J is the
+    Jacobian of all outputs, H the Hessian of ``outer`` at them. ``outer`` may couple
+    all the examples, and H is never built. Where ``outer`` is convex, G is positive
+    semi-definite: it is the Hessian of L without the curvature of ``fun``. For a
+    cross-entropy of logits, and for every other negative log-likelihood whose natural
+    parameters are the outputs, G is the Fisher matrix of the model.
 
     Args:
-      outer: as in :func:`chain_rule_value_and_grad`, as are the options that follow; its Hessian
-        is needed as well.
+      outer: as in :func:`chain_rule_value_and_grad`, as are the options that follow;
+        its Hessian is needed as well.
       fun: the function of one example.
       argnums: the positional argument of ``fun``, or arguments, to differentiate.
       in_axes: the axis of the examples in each argument.
       has_aux: whether ``fun`` also returns auxiliary data, which is dropped.
-      chunk_size: how many examples to work on at once. The outputs are found once; each product
-        then evaluates every chunk twice, for J v and for its share of the result, and keeps nothing
-        but rows of outputs. By default, the linearized ``fun`` is kept between products.
-      outer_has_params: whether ``outer`` also takes the differentiated argument. H is then the
-        Hessian by the outputs and the argument together, and the identity stands below J: a penalty
-        on the weights in ``outer`` damps G as it should.
+      chunk_size: how many examples to work on at once. The outputs are found once; each
+        product then evaluates every chunk twice, for J v and for its share of the
+        result, and keeps nothing but rows of outputs. By default, the linearized
+        ``fun`` is kept between products.
+      outer_has_params: whether ``outer`` also takes the differentiated argument. H is
+        then the Hessian by the outputs and the argument together, and the identity
+        stands below J: a penalty on the weights in ``outer`` damps G as it should.
       outer_has_aux: whether ``outer`` also returns auxiliary data, which is dropped.
-      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which products are added up.
+      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which products
+        are added up.
 
     Returns:
-      A function of the arguments of ``fun``, and of ``outer_args``, that returns the product: a
-      function of one tree v like the differentiated argument, which returns another, summed over
-      chunks in float32 or wider. It cannot leave ``jax.jit``, and is ready for
-      ``jax.scipy.sparse.linalg.cg`` inside; add damping as
-      ``lambda v: (Vector(product(v)) + damping * Vector(v)).tree``.
+      A function of the arguments of ``fun``, and of ``outer_args``, that returns the
+      product: a function of one tree v like the differentiated argument, which returns
+      another, summed over chunks in float32 or wider. It cannot leave ``jax.jit``, and
+      is ready for ``jax.scipy.sparse.linalg.cg`` inside; add damping as ``lambda v:
+      (Vector(product(v)) + damping * Vector(v)).tree``.
 
     Raises:
       TypeError: as :func:`chain_rule_value_and_grad`.
-      ValueError: as :func:`chain_rule_value_and_grad`; by the product, if v is not like the
-        differentiated argument in structure, shapes and dtypes.
+      ValueError: as :func:`chain_rule_value_and_grad`; by the product, if v is not like
+        the differentiated argument in structure, shapes and dtypes.
 
-    =====================================  =========================================================
+    =====================================  =============================================
     case                                   result
-    =====================================  =========================================================
-    N = 0                                  zeros, and what the parameters in ``outer`` add
+    =====================================  =============================================
+    N = 0                                  zeros, and what the parameters in ``outer``
+                                           add
     an output that is an integer           reaches ``outer``; it has no derivative
     ``jax.custom_vjp`` in ``fun``          TypeError of JAX: J v needs forward mode
-    complex parameters                     G v is the change of ``jax.grad``'s gradient, conjugate
-                                           and all, along v: linear in real multiples of v
-    =====================================  =========================================================
+    complex parameters                     G v is the change of ``jax.grad``'s gradient,
+                                           conjugate and all, along v: linear in real
+                                           multiples of v
+    =====================================  =============================================
 
-    Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent"
-    (2002); Martens, "New insights and perspectives on the natural gradient method" (2020,
-    arXiv:1412.1193), sections 8 and 9.
+    Source: Schraudolph, "Fast curvature matrix-vector products for second-order
+    gradient descent" (2002); Martens, "New insights and perspectives on the natural
+    gradient method" (2020, arXiv:1412.1193), sections 8 and 9.
 
     >>> import jax.numpy as jnp
     >>> f = lambda p, x: p["m"] * x + p["b"]
     >>> params = {"m": jnp.array(2.0), "b": jnp.array(-1.0)}
-    >>> product = gauss_newton_product(lambda f: (f**2).sum(), f)(params, jnp.array([0.25, 1.5]))
+    >>> x = jnp.array([0.25, 1.5])
+    >>> product = gauss_newton_product(lambda f: (f**2).sum(), f)(params, x)
     >>> G_v = product({"m": jnp.array(1.0), "b": jnp.array(0.0)})
     >>> print(G_v["m"], G_v["b"])
     4.625 3.5
@@ -102,34 +106,29 @@ def gauss_newton_product(
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
     is_single = not isinstance(argnums, Sequence)
+    inner = Fun(fun, has_aux)
+    loss_of = Outer(outer, outer_has_params, outer_has_aux, is_single)
 
     def apply(batch: Batch) -> tuple[PyTree, PyTree]:
         def one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PyTree, PyTree]:
-            outputs, _ = split_aux(fun(*args, **kwargs), has_aux, "the result of fun")
+            outputs, _ = inner(*args, **kwargs)
             return _has_derivative(outputs), _has_none(outputs)
 
         return batch.vmap(one)
 
-    def passed(primals: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-        return (primals[0] if is_single else primals,) if outer_has_params else ()
-
     @like(fun)
     def linearized(*args: Any, outer_args: Sequence[Any] = (), **kwargs: Any) -> Any:
-        if not isinstance(outer_args, tuple | list):
-            raise TypeError(
-                f"argument outer_args must be a tuple of arguments, got {describe(outer_args)}"
-            )
+        call = Call(inner, loss_of, args, kwargs, outer_args)
         resolved = resolve(fun, args, kwargs, argnums, in_axes)
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
         in_fun = note_of_fun(fun, batch)
-        call = outer, fun, args, kwargs
-        given = (*passed(batch.primals), *outer_args)
-        explained = functools.partial(explained_fun, *call, (None, *given))
         if chunk is None:
-            with in_fun, explained(), differentiated(apply, batch):
+            with in_fun, call.runs_fun(batch.primals), differentiated(apply, batch):
                 outputs, push, fixed = jax.linearize(
-                    lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
+                    lambda primals: apply(batch.with_primals(primals)),
+                    batch.primals,
+                    has_aux=True,
                 )
                 transposed = jax.linear_transpose(push, batch.primals)
 
@@ -138,23 +137,18 @@ def gauss_newton_product(
                     return transposed(cotangents)[0]
 
         else:
-            with in_fun, explained():
+            with in_fun, call.runs_fun(batch.primals):
                 outputs, fixed = map_chunks(apply, batch, chunk)
 
             push = functools.partial(push_chunks, apply, batch, chunk)
             pull = functools.partial(pull_chunks, apply, batch, chunk)
 
         def loss(outputs: PyTree, *primals: PyTree) -> jax.Array:
-            result = outer(_joined(outputs, fixed), *passed(primals), *outer_args)
-            value, _ = split_aux(result, outer_has_aux, "the result of outer")
-            check_outer_value(value)
+            value, _ = loss_of(_joined(outputs, fixed), primals, outer_args)
             return value
 
         at = (outputs, *batch.primals) if outer_has_params else (outputs,)
-        with (
-            note_of_outer(_joined(outputs, fixed), passed(batch.primals), outer_args),
-            explained_outer(*call, (_joined(outputs, fixed), *given), has_aux),
-        ):
+        with call.runs_outer(_joined(outputs, fixed), batch.primals):
             _, curve = jax.linearize(jax.grad(loss, tuple(range(len(at)))), *at)
 
         def product(v: PyTree) -> PyTree:
@@ -189,43 +183,49 @@ def fisher_product(
 ) -> Callable[..., Callable[[PyTree], PyTree]]:
     """The product with the empirical Fisher matrix, F v = Jᵀ J v / N.
 
-    J holds the gradients of ``fun`` at the N examples, so F is the mean of gᵢ gᵢᵀ. ``fun`` is the
-    log-likelihood of an example, or the loss that is its negative: the sign does not matter. With
-    labels drawn from the model, F is an unbiased estimate of the Fisher matrix; with the labels of
-    the data it is what is called the empirical Fisher, which need not resemble it (Kunstner et
-    al.). The Fisher matrix itself, where the outputs are natural parameters (logits, the mean of a
-    Gaussian), is :func:`gauss_newton_product` of the mean negative log-likelihood.
+    J holds the gradients of ``fun`` at the N examples, so F is the mean of gᵢ gᵢᵀ.
+    ``fun`` is the log-likelihood of an example, or the loss that is its negative: the
+    sign does not matter. With labels drawn from the model, F is an unbiased estimate of
+    the Fisher matrix; with the labels of the data it is what is called the empirical
+    Fisher, which need not resemble it (Kunstner et al.). The Fisher matrix itself,
+    where the outputs are natural parameters (logits, the mean of a Gaussian), is
+    :func:`gauss_newton_product` of the mean negative log-likelihood.
 
     Args:
       fun: a function of one example that returns a real scalar.
       argnums: the positional argument of ``fun``, or arguments, to differentiate.
       in_axes: the axis of the examples in each argument.
       has_aux: whether ``fun`` also returns auxiliary data, which is dropped.
-      chunk_size: how many examples to work on at once, as in :func:`gauss_newton_product`.
-      axis_name: mesh axes over which products are added up; N then counts all their examples.
+      chunk_size: how many examples to work on at once, as in
+        :func:`gauss_newton_product`.
+      axis_name: mesh axes over which products are added up; N then counts all their
+        examples.
 
     Returns:
       A function of the arguments of ``fun`` that returns the product, as
       :func:`gauss_newton_product` does. Without examples it is zero.
 
     Raises:
-      TypeError: ``fun`` does not return a real floating-point value, or a differentiated leaf is
-        not a floating-point array.
+      TypeError: ``fun`` does not return a real floating-point value, or a
+        differentiated leaf is not a floating-point array.
       ValueError: ``fun`` does not return a scalar, or the arguments disagree.
 
-    Source: Martens (2020, arXiv:1412.1193), section 11, on the empirical Fisher; Kunstner, Balles
-    and Hennig, "Limitations of the empirical Fisher approximation" (2019, arXiv:1905.12558).
+    Source: Martens (2020, arXiv:1412.1193), section 11, on the empirical Fisher;
+    Kunstner, Balles and Hennig, "Limitations of the empirical Fisher approximation"
+    (2019, arXiv:1905.12558).
 
     >>> import jax.numpy as jnp
-    >>> product = fisher_product(lambda p, x: p * x)(jnp.array(2.0), jnp.array([1.0, 3.0]))
+    >>> f = lambda p, x: p * x
+    >>> product = fisher_product(f)(jnp.array(2.0), jnp.array([1.0, 3.0]))
     >>> print(product(jnp.array(1.0)))
     5.0
     """
     check_callable(fun, "fun")
+    inner = Fun(fun, has_aux)
 
     @like(fun)
     def scalar(*args: Any, **kwargs: Any) -> Any:
-        value, _ = split_aux(fun(*args, **kwargs), has_aux, "the result of fun")
+        value, _ = inner(*args, **kwargs)
         mend = "a log-likelihood or a loss of one example is one number"
         check_scalar(value, "the value of fun", mend)
         return value

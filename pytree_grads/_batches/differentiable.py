@@ -1,4 +1,4 @@
-"""Which leaves of an argument are differentiated: what JAX, flax and equinox call parameters.
+"""Which leaves are differentiated: what JAX, flax and equinox call parameters.
 
 No framework is imported here: whoever passes its objects has imported it.
 """
@@ -13,34 +13,40 @@ import jax.numpy as jnp
 from .._trees.checks import KeyPath, PyTree, describe, is_array, is_inexact, located
 
 _NNX_SPLIT = (
-    "write graph, params, rest = nnx.split(model, nnx.Param, ...), differentiate by params, and "
+    "write graph, params, rest = nnx.split(model, nnx.Param, ...), differentiate by "
+    "params, and "
     "call nnx.merge(graph, params, rest, copy=True) inside the function"
 )
 _ALSO_TRAINED = (
-    "what is trained too can be an argument of its own, with the positions of both in argnums"
+    "what is trained too can be an argument of its own, with the positions of both in "
+    "argnums"
 )
 
 
 def check_differentiable(name: str, tree: PyTree) -> None:
-    """Raise a TypeError that names the first leaf of an argument that cannot be differentiated.
+    """Raise a TypeError that names the first leaf that cannot be differentiated.
 
-    It must be a floating-point array or number, and a leaf that flax would train: an ``nnx.Param``
-    in an nnx module or state, the collection ``params`` in the variables of linen.
+    It must be a floating-point array or number, and a leaf that flax would train: an
+    ``nnx.Param`` in an nnx module or state, the collection ``params`` in the variables
+    of linen.
     """
     _check_nnx(name, tree)
     _check_linen(name, tree)
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not is_inexact(leaf):
             raise TypeError(
-                f"{located(name, path)} is differentiated and must be a real or complex "
-                f"floating-point array, got {describe(leaf)}: {_mend(name, tree, path, leaf)}"
+                f"{located(name, path)} is differentiated and must be a real or "
+                "complex "
+                f"floating-point array, got {describe(leaf)}: "
+                f"{_mend(name, tree, path, leaf)}"
             )
 
 
 def _check_nnx(name: str, tree: PyTree) -> None:
-    """Raise if a module holds anything but an ``nnx.Param``, or a state both that and others.
+    """Raise if a module holds no ``nnx.Param``, or a state both that and others.
 
-    A state of no ``nnx.Param`` at all was asked for by its kind, which the user then means.
+    A state of no ``nnx.Param`` at all was asked for by its kind, which the user then
+    means.
     """
     variable, module, state = _nnx_types()
     if not variable:
@@ -55,9 +61,14 @@ def _check_nnx(name: str, tree: PyTree) -> None:
     others = [(path, leaf) for path, leaf in leaves if not _is_nnx_param(leaf)]
     if others and (is_whole or len(others) < len(leaves)):
         path, leaf = others[0]
-        kind = f"an nnx.{type(leaf).__name__}" if isinstance(leaf, variable) else describe(leaf)
+        kind = (
+            f"an nnx.{type(leaf).__name__}"
+            if isinstance(leaf, variable)
+            else describe(leaf)
+        )
         raise TypeError(
-            f"{located(name, path)} is differentiated and must be an nnx.Param, as for nnx.grad, "
+            f"{located(name, path)} is differentiated and must be an nnx.Param, as for "
+            "nnx.grad, "
             f"got {kind}: {_NNX_SPLIT}; {_ALSO_TRAINED}"
         )
 
@@ -69,32 +80,45 @@ def _check_linen(name: str, tree: PyTree) -> None:
         return
 
     def is_variables(node: Any) -> bool:
-        return isinstance(node, dict | core.FrozenDict) and isinstance(node.get("params"), Mapping)
+        return isinstance(node, dict | core.FrozenDict) and isinstance(
+            node.get("params"), Mapping
+        )
 
     for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_variables):
         for key in node if is_variables(node) else ():
-            if key != "params" and isinstance(node[key], Mapping) and jax.tree.leaves(node[key]):
+            if (
+                key != "params"
+                and isinstance(node[key], Mapping)
+                and jax.tree.leaves(node[key])
+            ):
                 where = f"{name}{jax.tree_util.keystr(path)}"
                 raise TypeError(
-                    f"argument {where}[{key!r}] is differentiated, but flax trains the collection "
-                    f"'params' alone: differentiate by params = {where}['params'], and call "
-                    f"model.apply({{**{where}, 'params': params}}, ...) inside the function; "
+                    f"argument {where}[{key!r}] is differentiated, but flax trains the "
+                    "collection "
+                    f"'params' alone: differentiate by params = {where}['params'], and "
+                    "call "
+                    f"model.apply({{**{where}, 'params': params}}, ...) inside the "
+                    "function; "
                     f"{_ALSO_TRAINED}"
                 )
 
 
 def _mend(name: str, tree: PyTree, path: KeyPath, leaf: Any) -> str:
-    """What to write instead of differentiating by a leaf of no floating-point numbers."""
+    """What to write instead of differentiating by a leaf of no floats."""
     if _holds(tree, sum(_nnx_types(), ())):
-        return f"make it an nnx.Variable of another kind than nnx.Param; then {_NNX_SPLIT}"
+        return (
+            f"make it an nnx.Variable of another kind than nnx.Param; then {_NNX_SPLIT}"
+        )
     if _holds(tree, _types("equinox", "Module")):
         return (
-            f"write params, static = eqx.partition({name}, eqx.is_inexact_array), differentiate by "
+            f"write params, static = eqx.partition({name}, eqx.is_inexact_array), "
+            "differentiate by "
             "params, and call eqx.combine(params, static) inside the function"
         )
     if path:
         mend = (
-            "move it to an argument that is not differentiated, with None in in_axes if all "
+            "move it to an argument that is not differentiated, with None in in_axes "
+            "if all "
             "examples share it, or close over it in the function"
         )
     else:
@@ -127,7 +151,7 @@ def _types(module: str, *names: str) -> tuple[type, ...]:
 
 
 def _nodes(tree: PyTree, types: tuple[type, ...]) -> list[tuple[KeyPath, Any]]:
-    """The topmost nodes of some classes, and the leaves outside of them, with their key paths."""
+    """The topmost nodes of some classes, and the leaves outside, with key paths."""
     return jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, types))
 
 

@@ -1,4 +1,4 @@
-"""What likely went wrong where ``fun`` or ``outer`` failed, in the words of the call."""
+"""What likely went wrong if ``fun`` or ``outer`` failed, in the words of the call."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -18,7 +18,8 @@ def explained_fun(
 ) -> Iterator[None]:
     """Raise a TypeError if ``fun`` fails and the two functions are likely swapped.
 
-    ``outer_args`` are all arguments of ``outer``, outputs first. Only signatures are read.
+    ``outer_args`` are all arguments of ``outer``, outputs first. Only signatures are
+    read.
     """
     try:
         yield
@@ -36,7 +37,7 @@ def explained_outer(
     outer_args: tuple[Any, ...],
     has_aux: bool,
 ) -> Iterator[None]:
-    """Raise a TypeError if ``outer`` fails for want of arguments, or since the two are swapped."""
+    """Raise a TypeError if ``outer`` lacks arguments, or the two are swapped."""
     try:
         yield
     except Exception as error:
@@ -46,14 +47,17 @@ def explained_outer(
             names = "".join(f"{name}, " for name in missing).strip()
             names = names if len(missing) == 1 else names.rstrip(",")
             raise TypeError(
-                f"argument outer, {_shown(outer)}, was called without {names.rstrip(',')}: what "
-                "it takes after the outputs (and the parameters, with outer_has_params) is given "
+                f"argument outer, {_shown(outer)}, was called without "
+                f"{names.rstrip(',')}: what "
+                "it takes after the outputs (and the parameters, with "
+                "outer_has_params) is given "
                 f"to the call as outer_args=({names})"
             ) from error
         outputs = outer_args[0]
         if not has_aux and isinstance(outputs, tuple) and len(outputs) == 2:
             error.add_note(
-                f"outer was given {describe_node(outputs)}, for fun returned a pair: if its second "
+                f"outer was given {describe_node(outputs)}, for fun returned a pair: "
+                "if its second "
                 "item is auxiliary data, give has_aux=True"
             )
         raise
@@ -70,9 +74,12 @@ def _raise_if_swapped(
     fits_other = _takes(outer, args, kwargs) and _takes(fun, outer_args, {})
     if fits_other and _missing(outer, outer_args):
         raise TypeError(
-            f"arguments outer and fun look swapped: outer, {_shown(outer)}, does not take the "
-            f"stacked outputs alone, and fun, {_shown(fun)}, does. The first is outer, which maps "
-            "the outputs of all examples to one scalar; the second is fun, the function of one "
+            f"arguments outer and fun look swapped: outer, {_shown(outer)}, does not "
+            "take the "
+            f"stacked outputs alone, and fun, {_shown(fun)}, does. The first is outer, "
+            "which maps "
+            "the outputs of all examples to one scalar; the second is fun, the "
+            "function of one "
             "example"
         ) from error
 
@@ -84,8 +91,10 @@ def _signature(fun: Callable[..., Any]) -> inspect.Signature | None:
         return None
 
 
-def _takes(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a function can be called with these arguments, as far as its signature says."""
+def _takes(
+    fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether a function takes these arguments, as far as its signature says."""
     signature = _signature(fun)
     if signature is None:
         return False

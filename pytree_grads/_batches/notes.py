@@ -32,7 +32,7 @@ class Note:
 
 
 def note_of_fun(fun: Callable[..., Any], batch: Any) -> Note:
-    """The note for errors while ``fun`` is evaluated or differentiated: one example of a batch."""
+    """The note for errors in ``fun``: one example of a batch."""
 
     def text() -> str:
         args, kwargs = jax.tree.unflatten(batch.treedef, batch.leaves)
@@ -48,17 +48,23 @@ def note_of_fun(fun: Callable[..., Any], batch: Any) -> Note:
     return Note(text)
 
 
-def note_of_outer(outputs: PyTree, params: Sequence[PyTree] = (), args: Sequence[Any] = ()) -> Note:
-    """The note for errors in ``outer``: stacked outputs, parameters if any, other arguments."""
+def note_of_outer(
+    outputs: PyTree, params: Sequence[PyTree] = (), args: Sequence[Any] = ()
+) -> Note:
+    """The note for errors in ``outer``: outputs, parameters if any, other arguments."""
 
     def text() -> str:
         names = ["outputs", *("params" for _ in params)]
         names += [f"outer_args[{i}]" for i in range(len(args))]
         arguments = {
-            name: [(path, describe(leaf)) for path, leaf in jax.tree.leaves_with_path(tree)]
+            name: [
+                (path, describe(leaf)) for path, leaf in jax.tree.leaves_with_path(tree)
+            ]
             for name, tree in zip(names, (outputs, *params, *args), strict=True)
         }
-        return "\n".join([f"{_HEADS[1]} the outputs of all examples, stacked:", *_lines(arguments)])
+        return "\n".join(
+            [f"{_HEADS[1]} the outputs of all examples, stacked:", *_lines(arguments)]
+        )
 
     return Note(text)
 
@@ -68,7 +74,7 @@ def _has_note(error: Exception) -> bool:
 
 
 def _of_one(leaf: Any, axis: int | None) -> str:
-    """A leaf as one example has it: ``float32[5] (axis 0 of float32[8,5] taken off)``."""
+    """A leaf of one example: ``float32[5] (axis 0 of float32[8,5] taken off)``."""
     if axis is None:
         return describe(leaf)
     one = jax.ShapeDtypeStruct(leaf.shape[:axis] + leaf.shape[axis + 1 :], leaf.dtype)

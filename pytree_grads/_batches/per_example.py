@@ -1,12 +1,14 @@
-"""Every example's gradient, stacked: ``jax.vmap`` of ``jax.grad``, with checks and chunks."""
+"""Per-example gradients: ``jax.vmap`` of ``jax.grad``, with checks and chunks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from .._trees.checks import check_callable, check_chunk_size, check_scalar, like, split_aux
-from .batch import map_chunks, resolve
+from .._trees.checks import check_callable, check_chunk_size, check_scalar, like
+from .batch import resolve
+from .functions import Fun
+from .loops import map_chunks
 from .notes import note_of_fun
 
 
@@ -24,36 +26,41 @@ def per_example_value_and_grad(
 
     Args:
       fun: the function of one example; returns a real scalar, or ``(scalar, aux)``.
-      argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
-        The argument of a flax model is ``variables["params"]``, or ``params`` of
-        ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
-      in_axes: an int, None, or a tuple with an entry per positional argument, as in ``jax.vmap``.
-        ``"default"`` is None for the differentiated arguments and 0 for all others. Keyword
-        arguments are mapped over axis 0.
-      has_aux: whether ``fun`` also returns auxiliary data, which is stacked like the values.
-      chunk_size: how many examples to work on at once; None means all. It need not divide N.
+      argnums: the positional argument, or arguments, to differentiate, as in
+        ``jax.grad``. The argument of a flax model is ``variables["params"]``, or
+        ``params`` of ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
+      in_axes: an int, None, or a tuple with an entry per positional argument, as in
+        ``jax.vmap``. ``"default"`` is None for the differentiated arguments and 0 for
+        all others. Keyword arguments are mapped over axis 0.
+      has_aux: whether ``fun`` also returns auxiliary data, which is stacked like the
+        values.
+      chunk_size: how many examples to work on at once; None means all. It need not
+        divide N.
 
     Returns:
       A function of the arguments of ``fun`` that returns ``(values, grads)``, or
-      ``((values, aux), grads)``: values of shape (N,), and grads like the differentiated argument
-      with a leading axis N on every leaf, in the leaf's dtype; for a tuple of ``argnums``, a tuple
-      of such trees.
+      ``((values, aux), grads)``: values of shape (N,), and grads like the
+      differentiated argument with a leading axis N on every leaf, in the leaf's dtype;
+      for a tuple of ``argnums``, a tuple of such trees.
 
     Raises:
-      TypeError: a differentiated leaf is not a real or complex floating-point array, or is one that
-        flax does not train, or ``fun`` returns something other than a real floating-point value.
-      ValueError: ``fun`` does not return a scalar, an axis is out of range, or sizes disagree.
+      TypeError: a differentiated leaf is not a real or complex floating-point array, or
+        is one that flax does not train, or ``fun`` returns something other than a real
+        floating-point value.
+      ValueError: ``fun`` does not return a scalar, an axis is out of range, or sizes
+        disagree.
 
-    ===========================  =================================================================
+    ===========================  =======================================================
     case                         result
-    ===========================  =================================================================
+    ===========================  =======================================================
     N = 0                        arrays with a leading axis of 0
     chunk_size >= N              one chunk, the same as None
     a NaN row                    NaN in that row alone
     complex parameters           ``jax.grad``'s convention: step along the conjugate
-    inside ``jax.shard_map``     rows are those of the examples on the device, never added up
+    inside ``jax.shard_map``     rows are those of the examples on the device, never
+                                 added up
     a batched PRNG-key argument  each example sees its own key, whatever the chunks are
-    ===========================  =================================================================
+    ===========================  =======================================================
 
     >>> import jax.numpy as jnp
     >>> f = lambda p, x: p["m"] * x + p["b"]
@@ -64,10 +71,11 @@ def per_example_value_and_grad(
     """
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
+    inner = Fun(fun, has_aux)
 
     @like(fun)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        value, aux = split_aux(fun(*args, **kwargs), has_aux, "the result of fun")
+        value, aux = inner(*args, **kwargs)
         check_scalar(value, "the value of fun at one example", _NOT_SCALAR)
         return value, aux
 
@@ -87,7 +95,8 @@ def per_example_value_and_grad(
 
 
 _NOT_SCALAR = (
-    "the rows of a function with several outputs are those of jacobian; a function of the whole "
+    "the rows of a function with several outputs are those of jacobian; a function of "
+    "the whole "
     "batch belongs in the outer function of chain_rule_grad"
 )
 
@@ -100,7 +109,7 @@ def per_example_grad(
     has_aux: bool = False,
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:
-    """The gradient of ``fun`` at every example of a batch, stacked: row i is ∇ₚf(p, xᵢ).
+    """The gradient of ``fun`` at every example, stacked: row i is ∇ₚf(p, xᵢ).
 
     Args:
       fun: the function of one example; returns a real scalar, or ``(scalar, aux)``.
@@ -110,8 +119,8 @@ def per_example_grad(
       chunk_size: how many examples to work on at once.
 
     Returns:
-      A function of the arguments of ``fun`` that returns ``grads``, or ``(grads, aux)``: every leaf
-      like the differentiated argument's, with a leading axis N.
+      A function of the arguments of ``fun`` that returns ``grads``, or ``(grads,
+      aux)``: every leaf like the differentiated argument's, with a leading axis N.
 
     Raises:
       TypeError: as :func:`per_example_value_and_grad`.

@@ -1,4 +1,4 @@
-"""Products with the Jacobian of a batch's outputs, forward and reverse, chunk by chunk."""
+"""Products with the Jacobian of a batch's outputs, jvp and vjp, chunk by chunk."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,8 +11,9 @@ from .._jax import compat
 from .._jax.sharding import zeros
 from .._trees import algebra
 from .._trees.checks import PyTree
-from .batch import Batch, fold_chunks, map_chunks
+from .batch import Batch
 from .chunks import Place
+from .loops import fold_chunks, map_chunks
 
 # From a batch, the stacked outputs and auxiliary data of its examples.
 Apply = Callable[[Batch], tuple[PyTree, PyTree]]
@@ -20,7 +21,7 @@ Apply = Callable[[Batch], tuple[PyTree, PyTree]]
 
 @contextlib.contextmanager
 def differentiated(apply: Apply, batch: Batch) -> Iterator[None]:
-    """A block that differentiates ``apply``: its errors say so if a custom rule is in the way."""
+    """Surround what differentiates ``apply``: errors name a custom rule in the way."""
     try:
         yield
     except Exception as error:
@@ -28,9 +29,12 @@ def differentiated(apply: Apply, batch: Batch) -> Iterator[None]:
         if rule is None or not _is_of_jax(error):
             raise
         raise NotImplementedError(
-            f"fun has {rule}, which JAX cannot differentiate together with jax.vmap: pass all that "
-            "a jax.custom_vjp uses of the example as its arguments, so that it closes over "
-            "nothing; or differentiate example by example, by c = jax.grad(outer)(outputs) and "
+            f"fun has {rule}, which JAX cannot differentiate together with jax.vmap: "
+            "pass all that "
+            "a jax.custom_vjp uses of the example as its arguments, so that it closes "
+            "over "
+            "nothing; or differentiate example by example, by c = "
+            "jax.grad(outer)(outputs) and "
             "jacobian(fun)(...).weighted_sum(c)"
         ) from error
 
@@ -41,11 +45,13 @@ def _is_of_jax(error: Exception) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return isinstance(error, jax.errors.JAXTypeError) or raised_in.split(".")[0] == "jax"
+    return (
+        isinstance(error, jax.errors.JAXTypeError) or raised_in.split(".")[0] == "jax"
+    )
 
 
 def _rule_in(apply: Apply, batch: Batch) -> str | None:
-    """The custom rule that differentiates a function, if it has one and can be evaluated."""
+    """The custom rule of a function, if it has one and can be evaluated."""
     try:
         jaxpr = jax.make_jaxpr(lambda: apply(batch))()
     except Exception:
@@ -54,10 +60,12 @@ def _rule_in(apply: Apply, batch: Batch) -> str | None:
 
 
 def vjp(apply: Apply, batch: Batch) -> tuple[PyTree, Callable[..., Any], PyTree]:
-    """``(outputs, pull, aux)``; ``pull(cotangents)`` is the gradient of ``batch.primals``."""
+    """``(outputs, pull, aux)``: ``pull(cotangents)`` is the gradient of the primals."""
     with differentiated(apply, batch):
         outputs, pull, aux = jax.vjp(
-            lambda primals: apply(batch.with_primals(primals)), batch.primals, has_aux=True
+            lambda primals: apply(batch.with_primals(primals)),
+            batch.primals,
+            has_aux=True,
         )
 
     def pulled(cotangents: PyTree) -> tuple[PyTree, ...]:
@@ -67,12 +75,17 @@ def vjp(apply: Apply, batch: Batch) -> tuple[PyTree, Callable[..., Any], PyTree]
     return outputs, pulled, aux
 
 
-def push_chunks(apply: Apply, batch: Batch, chunk_size: int, tangents: PyTree) -> PyTree:
+def push_chunks(
+    apply: Apply, batch: Batch, chunk_size: int, tangents: PyTree
+) -> PyTree:
     """The tangents of the outputs, by one Jacobian-vector product per chunk."""
     leaves, treedef = jax.tree.flatten(tangents)
     count = len(batch.leaves)
-    # Tangents are cut as their primals are: of each, a chunk has what belongs to its examples.
-    both = replace(batch, leaves=(*batch.leaves, *leaves), axes=(*batch.axes, *batch.primal_axes))
+    # Tangents are cut as their primals are: of each, a chunk has what belongs to its
+    # examples.
+    both = replace(
+        batch, leaves=(*batch.leaves, *leaves), axes=(*batch.axes, *batch.primal_axes)
+    )
 
     def push(both: Batch) -> PyTree:
         chunk = replace(both, leaves=both.leaves[:count], axes=batch.axes)
@@ -89,12 +102,16 @@ def push_chunks(apply: Apply, batch: Batch, chunk_size: int, tangents: PyTree) -
     return map_chunks(push, both, chunk_size)
 
 
-def pull_chunks(apply: Apply, batch: Batch, chunk_size: int, cotangents: PyTree) -> PyTree:
-    """The gradient of ``batch.primals``, carried, by one vector-Jacobian product per chunk."""
+def pull_chunks(
+    apply: Apply, batch: Batch, chunk_size: int, cotangents: PyTree
+) -> PyTree:
+    """The gradient of ``batch.primals``, carried, by one vjp per chunk."""
     leaves, treedef = jax.tree.flatten(batch.primals)
     start = [zeros(x, x.shape, algebra.carried_dtype(x.dtype)) for x in leaves]
 
-    def step(totals: list[jax.Array], chunk: Batch, place: Place) -> tuple[list[jax.Array], None]:
+    def step(
+        totals: list[jax.Array], chunk: Batch, place: Place
+    ) -> tuple[list[jax.Array], None]:
         _, pull, _ = vjp(apply, chunk)
         grads = pull(jax.tree.map(place.cut, cotangents))
         wide = jax.tree.leaves(algebra.carry(grads))
@@ -105,8 +122,10 @@ def pull_chunks(apply: Apply, batch: Batch, chunk_size: int, cotangents: PyTree)
     return jax.tree.unflatten(treedef, total)
 
 
-def _add_at(place: Place, total: jax.Array, part: jax.Array, axis: int | None) -> jax.Array:
-    """``total + part``, in the place of a chunk on the batch axis of a leaf that has one."""
+def _add_at(
+    place: Place, total: jax.Array, part: jax.Array, axis: int | None
+) -> jax.Array:
+    """``total + part``, at a chunk's place on the batch axis of a leaf, if any."""
     if axis is None:
         return total + part
     return place.put(total, place.cut(total, axis) + part, axis)

@@ -1,8 +1,8 @@
-"""Running a backward pass up to its terms: the cut graph, with nothing evaluated that is not asked.
+"""Run a backward pass up to its terms: only what is asked is evaluated.
 
-What is asked is named by keys: an atom of the graph, or something inside the body of a scan,
-stacked or added up over its steps. A scan runs with only the carries and steps that the keys need:
-the accumulators that factored terms replace are gone.
+What is asked is named by keys: an atom of the graph, or something inside the body of a
+scan, stacked or added up over its steps. A scan runs with only the carries and steps
+that the keys need: the accumulators that factored terms replace are gone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -69,7 +69,7 @@ def keys_of(site: Site) -> tuple[Key, ...]:
 
 
 def _went_in(key: Key) -> Atom | None:
-    """The atom that holds what a key names, if that is a value, or went into its scan stacked."""
+    """The atom that holds what a key names: a value, or an operand of its scan."""
     match key:
         case Stacked(equation, inner):
             value, (_, steps_from) = _went_in(inner), equation.splits
@@ -87,7 +87,7 @@ def depth(key: Key) -> int:
 
 
 def rows_axis(site: Site) -> int:
-    """The first axis of rows in the arrays of a site's term: behind steps, or behind blocks."""
+    """The first axis of rows in a term's arrays: behind steps, or behind blocks."""
     return depth(keys_of(site)[0]) if is_dense(site) else 1
 
 
@@ -96,9 +96,9 @@ def assemble(
 ) -> tuple[Term, tuple[int, ...]]:
     """The term at a site, from the arrays that `keys_of` names.
 
-    Each array has the axes of the steps that it is stacked over first, then as many axes of rows
-    as `levels` says. Those of outer and scatter terms become (B, *rows, T, ...). The second result
-    says how many axes of rows each array of the term has.
+    Each array has the axes of the steps that it is stacked over first, then as many
+    axes of rows as `levels` says. Those of outer and scatter terms become (B, *rows, T,
+    ...). The second result says how many axes of rows each array of the term has.
     """
     stacked: tuple[bool, ...] = ()
     while isinstance(site, AtScan) and not is_dense(site):
@@ -111,7 +111,7 @@ def assemble(
     return Dense(value), tuple(levels)
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,13 @@ def _needs(graph: Graph, keys: Iterable[Key]) -> _Needs:
     for equation in reversed(graph.equations):
         if equation in inside:
             stacks, totals = inside[equation]
-            scans[equation] = needs = _scan_needs(equation, list(stacks), list(totals), atoms)
+            scans[equation] = needs = _scan_needs(
+                equation, list(stacks), list(totals), atoms
+            )
             operands = zip(equation.inputs, equation.body.inputs, strict=True)
-            atoms.update(outer for outer, inner in operands if inner in needs.body.atoms)
+            atoms.update(
+                outer for outer, inner in operands if inner in needs.body.atoms
+            )
         elif any(output in atoms for output in equation.outputs):
             atoms.update(equation.inputs)
     return _Needs(atoms, scans)
@@ -184,7 +188,9 @@ def run(graph: Graph, inputs: Sequence[Any], keys: Sequence[Key]) -> list[Any]:
     return _run(graph, env, keys, _needs(graph, keys))
 
 
-def _run(graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: _Needs) -> list[Any]:
+def _run(
+    graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: _Needs
+) -> list[Any]:
     def read(key: Key) -> Any:
         atom = _went_in(key)
         match key if atom is None else atom:
@@ -203,52 +209,66 @@ def _run(graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: _Needs) 
         if equation in needs.scans:
             env.update(_run_scan(equation, needs.scans[equation], env))
         elif any(output in needs.atoms for output in equation.outputs):
-            operands = [a.value if isinstance(a, Known) else env[a] for a in equation.inputs]
+            operands = [
+                a.value if isinstance(a, Known) else env[a] for a in equation.inputs
+            ]
             env.update(zip(equation.outputs, equation.evaluate(operands), strict=True))
     return [read(key) for key in keys]
 
 
-def _run_scan(equation: Equation, needs: _ScanNeeds, env: dict[Key, Any]) -> dict[Key, Any]:
-    """The keys that a scan's body makes, and those of the scan's own outputs that are read."""
+def _run_scan(
+    equation: Equation, needs: _ScanNeeds, env: dict[Key, Any]
+) -> dict[Key, Any]:
+    """The keys that a scan's body makes, and the scan's outputs that are read.
+
+    The scan runs with the carries and steps that are needed, and no others. It carries
+    totals as well, and stacks what is asked for of each step.
+    """
     body, params = equation.body, equation.params
     carry_from, steps_from = equation.splits
     used = [i for i, value in enumerate(body.inputs) if value in needs.body.atoms]
+    # Which inputs of the scan run, by kind.
+    consts_at = [i for i in used if i < carry_from]
     carries_at = [carry_from + i for i in needs.carries]
     steps_at = [i for i in used if i >= steps_from]
-    outputs = [body.outputs[i] for i in [*needs.carries, *needs.steps]]
 
     def read(i: int) -> Any:
         atom = equation.inputs[i]
         return jnp.asarray(atom.value) if isinstance(atom, Known) else env[atom]
 
-    consts: dict[Key, Any] = {body.inputs[i]: read(i) for i in used if i < carry_from}
+    # What a step evaluates, by where it goes.
+    carried = [body.outputs[i] for i in needs.carries]
+    per_step = [body.outputs[i] for i in needs.steps]
+    asked = [*carried, *per_step, *needs.totals, *needs.stacks]
+    counts = [len(carried), len(per_step), len(needs.totals)]
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    consts: dict[Key, Any] = {body.inputs[i]: read(i) for i in consts_at}
 
     def step(carry: Any, xs: Any) -> Any:
         state, totals = carry
         inner = dict(consts)
         inner.update(zip([body.inputs[i] for i in carries_at], state, strict=True))
         inner.update(zip([body.inputs[i] for i in steps_at], xs, strict=True))
-        values = iter(_run(body, inner, [*outputs, *needs.totals, *needs.stacks], needs.body))
-        state = [next(values) for _ in state]
-        steps = [next(values) for _ in needs.steps]
-        totals = [total + next(values) for total in totals]
-        return (state, totals), (steps, list(values))
+        values = _run(body, inner, asked, needs.body)
+        state, steps = values[: ends[0]], values[ends[0] : ends[1]]
+        added, stacks = values[ends[1] : ends[2]], values[ends[2] :]
+        totals = [total + x for total, x in zip(totals, added, strict=True)]
+        return (state, totals), (steps, stacks)
 
+    start = [read(i) for i in carries_at]
     zeros = [jnp.zeros(*_shape_dtype(key)) for key in needs.totals]
     (state, totals), (steps, stacks) = jax.lax.scan(
         step,
-        ([read(i) for i in carries_at], zeros),
+        (start, zeros),
         [read(i) for i in steps_at],
         length=None if steps_at else params["length"],  # which may be symbolic
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    found: dict[Key, Any] = {}
-    found.update(zip([equation.outputs[i] for i in needs.carries], state, strict=True))
-    found.update(zip([equation.outputs[i] for i in needs.steps], steps, strict=True))
-    found.update((Total(equation, key), x) for key, x in zip(needs.totals, totals, strict=True))
-    found.update((Stacked(equation, key), x) for key, x in zip(needs.stacks, stacks, strict=True))
-    return found
+    names: list[Key] = [equation.outputs[i] for i in (*needs.carries, *needs.steps)]
+    names += [Total(equation, key) for key in needs.totals]
+    names += [Stacked(equation, key) for key in needs.stacks]
+    return dict(zip(names, [*state, *steps, *totals, *stacks], strict=True))
 
 
 def _shape_dtype(key: Key) -> tuple[tuple[int, ...], Any]:
@@ -266,7 +286,7 @@ def _shape_dtype(key: Key) -> tuple[tuple[int, ...], Any]:
     return tuple(key.aval.shape), key.aval.dtype
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def depends(keys: Sequence[Key], graph: Graph, seeds: Iterable[Atom]) -> list[bool]:

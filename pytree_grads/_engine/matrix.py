@@ -1,4 +1,4 @@
-"""The rows of all leaves together, each row with a weight of its own: diag(weights) J."""
+"""The rows of all leaves together, each row with a weight: diag(weights) J."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,21 +19,23 @@ from .scaling import Norms
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["leaves", "weights", "valid", "summands"],
+    data_fields=["leaves", "weights", "valid"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
 class Matrix:
-    """Arrays of one number per row have shape (N,), or (N, K) if an example has K outputs.
+    """The rows of all leaves, diag(weights) J.
 
-    `weights` has such an array for each leaf (a clip per group differs between leaves); a row that
-    is not `valid` counts as zero, whatever it holds. None stands for ones, and for True.
+    Arrays of one number per row have shape (N,), or (N, K) for K outputs of an example.
+
+    `weights` has such an array for each leaf (a clip per group differs between leaves);
+    a row that is not `valid` counts as zero, whatever it holds. None stands for ones,
+    and for True.
     """
 
     leaves: tuple[Leaf, ...]
     weights: tuple[jax.Array, ...] | None = None
     valid: jax.Array | None = None
-    summands: tuple[Leaf, ...] | None = None  # the leaves for sums, where nothing else needs rows
 
     @property
     def dtype(self) -> Any:
@@ -43,7 +45,9 @@ class Matrix:
     def scaled(self, factors: Sequence[jax.Array]) -> "Matrix":
         """The rows times numbers of their own, for each leaf."""
         if self.weights is not None:
-            factors = [product(f, w) for f, w in zip(factors, self.weights, strict=True)]
+            factors = [
+                product(f, w) for f, w in zip(factors, self.weights, strict=True)
+            ]
         return replace(self, weights=tuple(factors))
 
     def only(self, valid: jax.Array) -> "Matrix":
@@ -51,17 +55,23 @@ class Matrix:
         return replace(self, valid=valid if self.valid is None else valid & self.valid)
 
     def selected(self) -> "Matrix":
-        """The same without `valid`: the other rows have zeros for entries, and weight 0."""
+        """The rows without `valid`: those that do not count have zeros and weight 0."""
         if self.valid is None:
             return self
         leaves = tuple(_select(leaf, self.valid) for leaf in self.leaves)
         ones = [jnp.ones(self.valid.shape, leaf.real) for leaf in leaves]
-        weights = [jnp.where(self.valid, w, jnp.zeros_like(w)) for w in self.weights or ones]
+        weights = [
+            jnp.where(self.valid, w, jnp.zeros_like(w)) for w in self.weights or ones
+        ]
         return Matrix(leaves, tuple(weights))
 
     def weight(self, i: int, extra: jax.Array | None = None) -> jax.Array | None:
         """The weights of the rows of leaf i, times some others."""
-        own = None if self.weights is None else self.weights[i].astype(self.leaves[i].real)
+        own = (
+            None
+            if self.weights is None
+            else self.weights[i].astype(self.leaves[i].real)
+        )
         if extra is None:
             return own
         extra = extra.astype(self.leaves[i].real)
@@ -76,9 +86,9 @@ class Matrix:
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         """One array per leaf, in its carried dtype."""
         rows = self.selected()
-        leaves = self.summands or rows.leaves
         return [
-            _products.weighted_sum(leaf, rows.weight(i, weights)) for i, leaf in enumerate(leaves)
+            _products.weighted_sum(leaf, rows.weight(i, weights))
+            for i, leaf in enumerate(rows.leaves)
         ]
 
     def square_sum(self, weights: jax.Array | None) -> list[jax.Array]:
@@ -97,14 +107,18 @@ class Matrix:
         total = jnp.zeros(rows.leaves[0].rows, self.dtype)
         for i, (leaf, v) in enumerate(zip(rows.leaves, vectors, strict=True)):
             product, weight = _products.applied(leaf, v), rows.weight(i)
-            total += (product if weight is None else product * weight).astype(self.dtype)
+            total += (product if weight is None else product * weight).astype(
+                self.dtype
+            )
         return total
 
     def gram(self, other: "Matrix") -> jax.Array:
         """Shape (*rows, *other rows)."""
         total, rows = None, self.selected()
         others = rows if other is self else other.selected()
-        for i, (leaf, theirs) in enumerate(zip(rows.leaves, others.leaves, strict=True)):
+        for i, (leaf, theirs) in enumerate(
+            zip(rows.leaves, others.leaves, strict=True)
+        ):
             wider = common_dtype(leaf.carried, theirs.carried)
             mine, left = weighted(widened(leaf, wider), rows.weight(i))
             yours, right = mine, left
@@ -116,7 +130,9 @@ class Matrix:
                 product = product * left.astype(product.dtype)
             if right is not None:
                 product = product * _leading(right, product.ndim).astype(product.dtype)
-            dtype = common_dtype(product.dtype, *([] if total is None else [total.dtype]))
+            dtype = common_dtype(
+                product.dtype, *([] if total is None else [total.dtype])
+            )
             product = product.astype(dtype)
             total = product if total is None else total.astype(dtype) + product
         assert total is not None
@@ -139,7 +155,9 @@ class Matrix:
         cut = partial(neighbours, start=start, size=size)
         weights = None if self.weights is None else tuple(map(cut, self.weights))
         valid = None if self.valid is None else cut(self.valid)
-        return Matrix(tuple(take(leaf, start, size) for leaf in self.leaves), weights, valid)
+        return Matrix(
+            tuple(take(leaf, start, size) for leaf in self.leaves), weights, valid
+        )
 
 
 def product(x: jax.Array, y: jax.Array) -> jax.Array:

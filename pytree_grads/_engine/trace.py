@@ -1,20 +1,21 @@
-"""From a function and a batch to its outputs and the leaves of J: trace one example, cut, map."""
+"""From a function and a batch to its outputs and the leaves of J: trace, cut, map."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
 from .._batches.batch import Batch
+from .._batches.functions import Fun
 from .._jax.effects import made_pure
 from .._jax.sharding import placed_like
-from .._trees.checks import check_arrays, describe, split_aux
+from .._trees.checks import check_arrays, describe
 from . import evaluate as _execute
 from . import graph as _graph
 from . import plan as _plan
@@ -24,6 +25,176 @@ from .leaf import Leaf, Piece
 from .terms import Scatter, Term
 
 PyTree = Any
+# A route, or the form of the leaves that one sum of rows alone costs least from.
+Form: TypeAlias = _plan.Route | Literal["sum"]
+
+
+# --------------------------------------------------------------------------------------
+# Trace: the backward pass of one example as a graph
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """The forward and backward pass of one example, as a graph.
+
+    Its inputs are the leaves of the differentiated arguments, other values of the
+    example, and cotangents of the outputs. A scalar output has the cotangent 1, which
+    is no input. Its outputs are the gradient's leaves, then those of `(outputs, aux)`.
+
+    It is a pytree without leaves, so that a mapped function can return it.
+    """
+
+    fun: Fun
+    graph: _graph.Graph
+    primal_count: int
+    value_count: int  # of the differentiated arguments, and of other values
+    leaf_count: int  # of the gradient
+    result_tree: Any  # the structure of (outputs, aux)
+    output_avals: PyTree  # of one example
+
+    @property
+    def leaves(self) -> list[_graph.Atom]:
+        """The leaves of the gradient."""
+        return self.graph.outputs[: self.leaf_count]
+
+    @property
+    def results(self) -> list[_graph.Atom]:
+        """The outputs and aux."""
+        return self.graph.outputs[self.leaf_count :]
+
+    @property
+    def of_one_example(self) -> list[_graph.Atom]:
+        """The inputs that may differ between the rows of J."""
+        return [*self.graph.inputs[self.primal_count :]]
+
+    @property
+    def cotangents(self) -> list[_graph.Atom]:
+        """The inputs that may differ between the outputs of one example."""
+        return [*self.graph.inputs[self.value_count :]]
+
+
+def trace(fun: Fun, batch: Batch, *, runs_again: bool) -> Trace:
+    """Trace the function of one example, and its backward pass. It is called once.
+
+    `runs_again` says that each product evaluates it anew, so that effects must not
+    change results.
+    """
+
+    def example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        return _trace_example(fun, batch, args, kwargs, runs_again)
+
+    return batch.vmap(example)  # nothing is evaluated: the trace has no arrays
+
+
+def _trace_example(
+    fun: Fun, batch: Batch, args: Any, kwargs: Any, runs_again: bool
+) -> Trace:
+    flat, treedef = jax.tree.flatten((args, kwargs))
+    primal_at, value_at = batch.primal_positions, batch.value_positions
+
+    def backward(primals: Any, values: Any) -> Any:
+        def forward(primals: Any) -> Any:
+            leaves = list(flat)
+            for i, x in zip((*primal_at, *value_at), (*primals, *values), strict=True):
+                leaves[i] = x
+            args, kwargs = jax.tree.unflatten(treedef, leaves)
+            value, aux = fun(*args, **kwargs)
+            check_arrays("the output of the function", value)
+            check_arrays("aux", aux)
+            return value, aux
+
+        outputs, vjp, aux = jax.vjp(forward, primals, has_aux=True)
+        check_outputs(outputs)
+        if _count(outputs) is None:
+            cotangents, inputs = placed_like(jnp.ones_like(outputs), outputs), []
+        else:
+            cotangents = _placeholders(outputs)
+            inputs = jax.tree.leaves(cotangents)
+        return vjp(cotangents)[0], (outputs, aux), inputs
+
+    primals, values = [flat[i] for i in primal_at], [flat[i] for i in value_at]
+    make = jax.make_jaxpr(backward, return_shape=True)
+    jaxpr, (leaves, results, cotangents) = make(primals, values)
+    graph = _graph.build(made_pure(jaxpr, runs_again=runs_again))
+    return Trace(
+        fun=fun,
+        graph=_with_inputs(graph, len(cotangents)),
+        primal_count=len(primals),
+        value_count=len(primals) + len(values),
+        leaf_count=len(leaves),
+        result_tree=jax.tree.structure(results),
+        output_avals=results[0],
+    )
+
+
+def _placeholders(outputs: PyTree) -> PyTree:
+    """Arrays like the outputs that stand for their cotangents while these are traced.
+
+    How many there are is known when the outputs are, too late for arguments of the
+    trace. So one equation makes all of them, and `_with_inputs` takes it out of the
+    graph.
+    """
+    return jax.lax.optimization_barrier(outputs)
+
+
+def _with_inputs(graph: _graph.Graph, count: int) -> _graph.Graph:
+    """The graph whose last outputs, of one equation, are inputs instead."""
+    if not count:
+        return graph
+    kept, made = graph.outputs[:-count], graph.outputs[-count:]
+    inputs = [x for x in made if isinstance(x, _graph.Value)]
+    source = inputs[0].producer
+    for x in inputs:
+        x.producer = None
+    equations = [x for x in graph.equations if x is not source]
+    return _graph.Graph([*graph.inputs, *inputs], equations, kept)
+
+
+def check_outputs(outputs: PyTree) -> None:
+    leaves = jax.tree.leaves_with_path(outputs)
+    if not leaves:
+        raise TypeError("the function to differentiate returned no arrays")
+    for path, leaf in leaves:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            where = f"outputs{jax.tree_util.keystr(path)}" if path else "the output"
+            mend = (
+                "take its real and imaginary parts"
+                if jnp.iscomplexobj(leaf)
+                else "cast it"
+            )
+            raise TypeError(
+                f"{where} of the function to differentiate must be real and "
+                "floating-point, got "
+                f"{describe(leaf)}: {mend}, or return it with has_aux"
+            )
+
+
+def _count(output_avals: PyTree) -> int | None:
+    """K: how many numbers the function returns for one example; None for a scalar."""
+    leaves, treedef = jax.tree.flatten(output_avals)
+    if jax.tree_util.treedef_is_leaf(treedef) and jnp.shape(leaves[0]) == ():
+        return None
+    return sum(prod(jnp.shape(leaf)) for leaf in leaves)
+
+
+def _basis(output_avals: PyTree) -> list[jax.Array] | None:
+    """The K unit cotangents, stacked, in flat order; None if the output is a scalar."""
+    count = _count(output_avals)
+    if count is None:
+        return None
+    leaves = jax.tree.leaves(output_avals)
+    ends = list(accumulate(prod(leaf.shape) for leaf in leaves))
+    return [
+        jnp.eye(count, dtype=leaf.dtype)[:, end - prod(leaf.shape) : end].reshape(
+            count, *leaf.shape
+        )
+        for leaf, end in zip(leaves, ends, strict=True)
+    ]
+
+
+# --------------------------------------------------------------------------------------
+# Factor: run the cut graph for all examples
 
 
 @dataclass(frozen=True)
@@ -33,97 +204,108 @@ class Factored:
     outputs: PyTree  # leaves (N, *k)
     aux: PyTree  # leaves (N, ...)
     leaves: tuple[Leaf, ...]
-    summands: Callable[[], tuple[Leaf, ...]] | None  # makes the same for a sum of rows alone
-    output_avals: PyTree  # of one example
-
-
-@dataclass(frozen=True)
-class _Trace:
-    """The backward pass of one example as a graph; its inputs are values, then cotangents."""
-
-    graph: _graph.Graph
-    values: Sequence[jax.Array]
-    leaf_count: int
-    result_tree: Any  # of (outputs, aux), which the graph returns after the leaves
-    output_avals: PyTree
-
-    @property
-    def leaves(self) -> list[_graph.Atom]:
-        return self.graph.outputs[: self.leaf_count]
-
-    @property
-    def results(self) -> list[_graph.Atom]:
-        return self.graph.outputs[self.leaf_count :]
-
-
-class _NotScalar(Exception):
-    """Carries the avals of an output that needs cotangents of its own."""
+    # The leaves in the form "sum", put together when asked for. None if they are the
+    # same.
+    for_sum: Callable[[], tuple[Leaf, ...]] | None
 
 
 def factor(
-    fun: Callable[..., Any],
-    batch: Batch,
-    *,
-    has_aux: bool,
-    route: _plan.Route = "auto",
-    runs_again: bool = False,
+    trace: Trace, batch: Batch, form: Form = "auto", *, with_sum: bool = False
 ) -> Factored:
-    """Outputs, aux and all rows of J, each leaf in the form that its route asks for.
+    """Outputs, aux and all rows of J, each leaf in the form that is asked for.
 
-    `runs_again` says that each product of J calls this, so that effects must not change results.
+    `with_sum` asks for the leaves in the form "sum" as well, inside a trace, where XLA
+    drops what nothing uses.
     """
-    known: dict[str, Any] = {}  # what one example's trace says, apart from arrays
-    has_sums = route == "auto" and any(isinstance(x, Tracer) for x in batch.leaves)
+    varying = trace.graph.downstream(trace.of_one_example)
+    route = "auto" if form == "sum" else form
+    plans = [_plan.plan_leaf(leaf, varying, route) for leaf in trace.leaves]
+    pieces = [own.for_sums if form == "sum" else own.for_rows for own in plans]
+    others = [own.for_sums for own in plans]
+    with_sum = with_sum and any(isinstance(x, Tracer) for x in batch.leaves)
+    with_sum = with_sum and any(x is not y for x, y in zip(pieces, others, strict=True))
+    asked = [*pieces, *others] if with_sum else pieces
 
-    def example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        trace = _trace(fun, batch, args, kwargs, has_aux, runs_again)
-        varying = trace.graph.downstream(trace.graph.inputs[len(batch.primal_positions) :])
-        plan = [_plan.plan_leaf(leaf, varying, route) for leaf in trace.leaves]
-        asked = [own.for_rows + own.for_sums if has_sums else own.for_rows for own in plan]
-        sites = list(dict.fromkeys(piece.site for pieces in asked for piece in pieces))
-        keys = list(dict.fromkeys(key for site in sites for key in _execute.keys_of(site)))
-        places = dict(zip(keys, _places(trace, batch, keys), strict=True))
-        known.update(trace=replace(trace, values=()), plan=plan, places=places)
-
-        def backward(cotangents: Sequence[jax.Array]) -> Any:
-            inputs = [*trace.values, *cotangents]
-            values = _execute.run(trace.graph, inputs, [*keys, *trace.results])
-            return _by_place(dict(zip(keys, values, strict=False)), places), values[len(keys) :]
-
-        basis = _basis(trace.output_avals)
-        if basis is None:
-            return backward([])
-        axes = [place.depth if place.level == 2 else None for place in _PLACES]
-        return jax.vmap(backward, out_axes=(axes, None))(basis)
-
-    axes = [place.depth if place.level else None for place in _PLACES]
-    found, results = batch.vmap(example, out_axes=(axes, 0))
-    trace = known["trace"]
-    arrays = _by_key(found, known["places"])
+    sites = list(dict.fromkeys(piece.site for own in asked for piece in own))
+    places = _places(trace, sites)
+    arrays, results = _run(trace, batch, places)
     outputs, aux = jax.tree.unflatten(trace.result_tree, results)
-    count = _count(trace.output_avals)
 
     @cache
     def term(site: _plan.Site) -> tuple[Term, tuple[int, ...]]:
         keys = _execute.keys_of(site)
-        levels = [known["places"][key].level for key in keys]
+        levels = [places[key].level for key in keys]
         return _execute.assemble(site, [arrays[key] for key in keys], levels)
 
-    primals, plan = jax.tree.leaves(batch.primals), known["plan"]
+    count = _count(trace.output_avals)
+    primals = jax.tree.leaves(batch.primals)
     leaves = tuple(
-        _joined(_leaf(primal, own.for_rows, term, batch.size, count))
-        for primal, own in zip(primals, plan, strict=True)
+        _leaf(primal, own, term, batch.size, count)
+        for primal, own in zip(primals, pieces, strict=True)
+    )
+    joined = tuple(
+        leaf if form == "sum" and own.for_sums is not own.for_rows else _joined(leaf)
+        for leaf, own in zip(leaves, plans, strict=True)
     )
 
-    def summands() -> tuple[Leaf, ...]:
+    def for_sum() -> tuple[Leaf, ...]:
         return tuple(
-            leaf
-            if own.for_sums is own.for_rows
-            else _leaf(primal, own.for_sums, term, batch.size, count)
-            for leaf, primal, own in zip(leaves, primals, plan, strict=True)
+            leaf if mine is alone else _leaf(primal, alone, term, batch.size, count)
+            for leaf, primal, mine, alone in zip(
+                joined, primals, pieces, others, strict=True
+            )
         )
 
-    return Factored(outputs, aux, leaves, summands if has_sums else None, trace.output_avals)
+    return Factored(outputs, aux, joined, for_sum if with_sum else None)
+
+
+class _Place(NamedTuple):
+    """Where an array leaves the maps over outputs and examples."""
+
+    level: (
+        int  # 2: it may differ between outputs, 1: between examples only, 0: not at all
+    )
+    depth: int  # its axes of scan steps, which stay in front of those of rows
+
+
+def _places(trace: Trace, sites: Sequence[_plan.Site]) -> dict[_execute.Key, _Place]:
+    """The arrays from which the terms at some sites are put together."""
+    keys = list(dict.fromkeys(key for site in sites for key in _execute.keys_of(site)))
+    by_output = _execute.depends(keys, trace.graph, trace.cotangents)
+    by_example = _execute.depends(keys, trace.graph, trace.of_one_example)
+    return {
+        key: _Place(2 if own else int(differs), _execute.depth(key))
+        for key, own, differs in zip(keys, by_output, by_example, strict=True)
+    }
+
+
+def _run(
+    trace: Trace, batch: Batch, places: dict[_execute.Key, _Place]
+) -> tuple[dict[_execute.Key, jax.Array], list[jax.Array]]:
+    """The arrays that some keys name, and the outputs and aux, for all examples.
+
+    Those of level 2 have axes of examples, then of outputs, behind the axes of steps.
+    """
+    keys, basis = list(places), _basis(trace.output_avals)
+    values_at = (*batch.primal_positions, *batch.value_positions)
+
+    def example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        flat = jax.tree.leaves((args, kwargs))
+        values = [flat[i] for i in values_at]
+
+        def backward(cotangents: Sequence[jax.Array]) -> Any:
+            inputs = [*values, *cotangents]
+            found = _execute.run(trace.graph, inputs, [*keys, *trace.results])
+            return found[: len(keys)], found[len(keys) :]
+
+        if basis is None:
+            return backward([])
+        axes = [x.depth if x.level == 2 else None for x in places.values()]
+        return jax.vmap(backward, out_axes=(axes, None))(basis)
+
+    axes = [x.depth if x.level else None for x in places.values()]
+    arrays, results = batch.vmap(example, out_axes=(axes, 0))
+    return dict(zip(keys, arrays, strict=True)), results
 
 
 def _leaf(
@@ -150,7 +332,10 @@ def _leaf(
 
 
 def _joined(leaf: Leaf) -> Leaf:
-    """The same with many pieces of one form as one: a weight that is used in an unrolled loop."""
+    """A leaf whose pieces of one form are one piece, if there are many of them.
+
+    A weight that is used in an unrolled loop has such pieces.
+    """
     forms: dict[Any, list[Piece]] = {}
     for i, x in enumerate(leaf.pieces):
         alike = _terms.form(x.term) or i
@@ -158,126 +343,12 @@ def _joined(leaf: Leaf) -> Leaf:
     found: list[Piece] = []
     for group in forms.values():
         terms = [x.term for x in group]
-        apart = 1 if isinstance(terms[0], Scatter) else thresholds.APART  # lines of one index meet
-        found += [replace(group[0], term=_terms.joined(terms))] if len(group) > apart else group
-    return replace(leaf, pieces=tuple(found))
-
-
-def _trace(
-    fun: Callable[..., Any],
-    batch: Batch,
-    args: Any,
-    kwargs: Any,
-    has_aux: bool,
-    runs_again: bool,
-) -> _Trace:
-    flat, treedef = jax.tree.flatten((args, kwargs))
-    primal_at = batch.primal_positions
-    mapped_at = [i for i, axis in enumerate(batch.axes) if axis is not None and i not in primal_at]
-
-    def backward(primals: Any, mapped: Any, cotangents: Any) -> Any:
-        def forward(primals: Any) -> Any:
-            leaves = list(flat)
-            for i, x in zip((*primal_at, *mapped_at), (*primals, *mapped), strict=True):
-                leaves[i] = x
-            args, kwargs = jax.tree.unflatten(treedef, leaves)
-            value, aux = split_aux(fun(*args, **kwargs), has_aux, "the result of the function")
-            check_arrays("the output of the function", value)
-            check_arrays("aux", aux)
-            return (value, aux) if has_aux else value
-
-        if has_aux:
-            outputs, vjp, aux = jax.vjp(forward, primals, has_aux=True)
-        else:
-            (outputs, vjp), aux = jax.vjp(forward, primals), None
-        check_outputs(outputs)
-        if cotangents is None:
-            if _count(outputs) is not None:
-                raise _NotScalar(jax.tree.map(jax.typeof, outputs))
-            cotangents = jnp.ones_like(outputs)
-        return vjp(placed_like(cotangents, outputs))[0], (outputs, aux)
-
-    values = [flat[i] for i in primal_at], [flat[i] for i in mapped_at]
-    make = jax.make_jaxpr(backward, return_shape=True)
-    try:
-        jaxpr, (leaves, results) = make(*values, None)
-    except _NotScalar as error:
-        (avals,) = error.args
-        jaxpr, (leaves, results) = make(*values, jax.tree.map(_zeros, avals))
-    graph = _graph.build(made_pure(jaxpr, runs_again=runs_again))
-    inputs = [*values[0], *values[1]]
-    return _Trace(graph, inputs, len(leaves), jax.tree.structure(results), results[0])
-
-
-def _zeros(aval: Any) -> jax.Array:
-    return jnp.zeros(aval.shape, aval.dtype)
-
-
-def check_outputs(outputs: PyTree) -> None:
-    leaves = jax.tree.leaves_with_path(outputs)
-    if not leaves:
-        raise TypeError("the function to differentiate returned no arrays")
-    for path, leaf in leaves:
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            where = f"outputs{jax.tree_util.keystr(path)}" if path else "the output"
-            mend = "take its real and imaginary parts" if jnp.iscomplexobj(leaf) else "cast it"
-            raise TypeError(
-                f"{where} of the function to differentiate must be real and floating-point, got "
-                f"{describe(leaf)}: {mend}, or return it with has_aux"
-            )
-
-
-def _count(output_avals: PyTree) -> int | None:
-    """K: how many numbers the function returns for one example; None for a scalar."""
-    leaves, treedef = jax.tree.flatten(output_avals)
-    if jax.tree_util.treedef_is_leaf(treedef) and jnp.shape(leaves[0]) == ():
-        return None
-    return sum(prod(jnp.shape(leaf)) for leaf in leaves)
-
-
-def _basis(output_avals: PyTree) -> list[jax.Array] | None:
-    """The K unit cotangents, stacked, in flat order; None where the output is a scalar."""
-    count = _count(output_avals)
-    if count is None:
-        return None
-    leaves = jax.tree.leaves(output_avals)
-    ends = list(accumulate(prod(leaf.shape) for leaf in leaves))
-    return [
-        jnp.eye(count, dtype=leaf.dtype)[:, end - prod(leaf.shape) : end].reshape(
-            count, *leaf.shape
+        apart = (
+            1 if isinstance(terms[0], Scatter) else thresholds.APART
+        )  # lines of one index meet
+        found += (
+            [replace(group[0], term=_terms.joined(terms))]
+            if len(group) > apart
+            else group
         )
-        for leaf, end in zip(leaves, ends, strict=True)
-    ]
-
-
-class _Place(NamedTuple):
-    """Where an array leaves the maps over outputs and examples."""
-
-    level: int  # 2: it may differ between outputs, 1: between examples only, 0: not at all
-    depth: int  # its axes of scan steps, which stay in front of those of rows
-
-
-_PLACES = [_Place(level, depth) for level in range(3) for depth in range(32)]
-
-
-def _places(trace: _Trace, batch: Batch, keys: Sequence[_execute.Key]) -> list[_Place]:
-    inputs = trace.graph.inputs
-    by_output = _execute.depends(keys, trace.graph, inputs[len(trace.values) :])
-    by_example = _execute.depends(keys, trace.graph, inputs[len(batch.primal_positions) :])
-    return [
-        _Place(2 if own else int(differs), _execute.depth(key))
-        for key, own, differs in zip(keys, by_output, by_example, strict=True)
-    ]
-
-
-def _by_place(
-    arrays: dict[_execute.Key, jax.Array], places: dict[_execute.Key, _Place]
-) -> list[list[jax.Array]]:
-    return [[arrays[key] for key, own in places.items() if own == place] for place in _PLACES]
-
-
-def _by_key(
-    arrays: list[list[jax.Array]], places: dict[_execute.Key, _Place]
-) -> dict[_execute.Key, jax.Array]:
-    rest = {place: iter(group) for place, group in zip(_PLACES, arrays, strict=True)}
-    return {key: next(rest[place]) for key, place in places.items()}
+    return replace(leaf, pieces=tuple(found))

@@ -1,15 +1,18 @@
 """J as a user holds it.
 
-===============  ===================================================================================
+===============  =======================================================================
 ``call``         ``jacobian`` and ``value_and_jacobian``
 ``jacobian``     ``Jacobian``: the public products; ``refused`` says what is not defined
 ``outputs``      what a function returns for one example, and trees of a number per row
-``rows``         the rows of J, kept as factors or made again for each product
+``rows``         the rows of J, which are one of two classes:
+``kept``         rows that are kept as factors
+``streamed``     rows of which nothing is kept, recomputed for each product
+``origin``       what both have in common: where rows come from
 ``source``       the function and the batch from which rows are made
 ``clip``         bounds for the norms of rows
 ``gram``         inner products of the rows of two Jacobians
 ``sketch``       random projections
 ``compiled``     products outside ``jit``, compiled once for their shapes
 ``report``       ``explain`` and ``check``
-===============  ===================================================================================
+===============  =======================================================================
 """

@@ -8,13 +8,16 @@ import jax
 import numpy as np
 
 from .._batches.batch import resolve
+from .._jax.compat import trace_state
 from .._jax.sharding import AxisName
 from .._trees.checks import check_callable, check_chunk_size, like
 from .compiled import compiled_once
 from .jacobian import Jacobian
+from .kept import Kept, SumForm
+from .origin import Origin
 from .outputs import Outputs
-from .rows import Rows
 from .source import Source
+from .streamed import Streamed
 
 
 def jacobian(
@@ -29,52 +32,55 @@ def jacobian(
 ) -> Callable[..., Any]:
     """J, the rows of a function's gradients at every example, without building them.
 
-    Row i is ∇ₚf(p, xᵢ). The function of one example is traced once, its backward pass is cut
-    where a parameter's gradient would be put together, and the pieces (a layer's input and the
-    cotangent of its output, say) are computed for the whole batch in one forward and one backward
-    pass. Norms, clipping, inner products and weighted sums of rows follow from those. Any JAX
-    function will do; what the engine does not know it materialises (see ``Jacobian.explain``).
+    Row i is ∇ₚf(p, xᵢ). The function of one example is traced once, its backward pass
+    is cut where a parameter's gradient would be put together, and the pieces (a layer's
+    input and the cotangent of its output, say) are computed for the whole batch in one
+    forward and one backward pass. Norms, clipping, inner products and weighted sums of
+    rows follow from those. Any JAX function will do; what the engine does not know it
+    materialises (see ``Jacobian.explain``).
 
     Args:
-      fun: the function of one example; returns a real floating-point scalar, array or tree of
-        arrays, and with ``has_aux`` a pair of that and auxiliary data. (Without it, a tuple of a
-        scalar and of several numbers is differentiated whole, with a warning; a list or a dict is
-        without one.) It may use references (``jax.new_ref``) that it makes itself, and read others.
-        Effects that no result depends on
-        (``jax.debug.print``, ``checkify.check``) may not take place, or several times: only what is
-        asked is computed.
-      argnums: the positional argument, or arguments, to differentiate, as in ``jax.grad``.
-        The argument of a flax model is ``variables["params"]``, or ``params`` of
-        ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
-      in_axes: an int, None, or a tuple with an entry per positional argument, as in ``jax.vmap``.
-        ``"default"`` is None for the differentiated arguments and 0 for all others. Keyword
-        arguments are mapped over axis 0.
+      fun: the function of one example; returns a real floating-point scalar, array or
+        tree of arrays, and with ``has_aux`` a pair of that and auxiliary data. (Without
+        it, a tuple of a scalar and of several numbers is differentiated whole, with a
+        warning; a list or a dict is without one.) It may use references
+        (``jax.new_ref``) that it makes itself, and read others. Effects that no result
+        depends on (``jax.debug.print``, ``checkify.check``) may not take place, or
+        several times: only what is asked is computed.
+      argnums: the positional argument, or arguments, to differentiate, as in
+        ``jax.grad``. The argument of a flax model is ``variables["params"]``, or
+        ``params`` of ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
+      in_axes: an int, None, or a tuple with an entry per positional argument, as in
+        ``jax.vmap``. ``"default"`` is None for the differentiated arguments and 0 for
+        all others. Keyword arguments are mapped over axis 0.
       has_aux: whether ``fun`` also returns auxiliary data, stacked like the outputs.
-      chunk_size: keep nothing, and make each product from this many examples at a time. It need
-        not divide N.
-      recompute: keep nothing between products. Norms are taken where rows arise (inside the body
-        of a scan over layers), and a weighted sum is one vector-Jacobian product, whose weights go
-        through the dtypes of ``fun``: in float16, weights of 1e-6 lose digits and those of 1e-9
-        are zero. If ``fun`` has a ``jax.custom_vjp``, which need not be linear in its cotangent,
-        a weighted sum is made from factors instead.
-        Outside ``jit``, each product of a J that keeps nothing is compiled once for ``fun`` and the
-        shapes, as ``jax.jit`` of ``fun`` is: what ``fun`` reads beside its arguments is constant.
-      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which sums of rows (``sum``,
-        ``mean``, ``weighted_sum``, ``square_sum``) are those of all devices. By default they are
-        those of the rows on the device; norms and all else per row always are.
+      chunk_size: keep nothing, and make each product from this many examples at a time.
+        It need not divide N.
+      recompute: keep nothing between products. Norms are taken where rows arise (inside
+        the body of a scan over layers), and a weighted sum is one vector-Jacobian
+        product, whose weights go through the dtypes of ``fun``: in float16, weights of
+        1e-6 lose digits and those of 1e-9 are zero. If ``fun`` has a
+        ``jax.custom_vjp``, which need not be linear in its cotangent, a weighted sum is
+        made from factors instead. Outside ``jit``, each product of a J that keeps
+        nothing is compiled once for ``fun`` and the shapes, as ``jax.jit`` of ``fun``
+        is: what ``fun`` reads beside its arguments is constant.
+      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which sums of
+        rows (``sum``, ``mean``, ``weighted_sum``, ``square_sum``) are those of all
+        devices. By default they are those of the rows on the device; norms and all else
+        per row always are.
 
     Returns:
-      A function of the arguments of ``fun`` that returns a ``Jacobian``, or with ``has_aux`` the
-      pair of a ``Jacobian`` and the auxiliary data.
+      A function of the arguments of ``fun`` that returns a ``Jacobian``, or with
+      ``has_aux`` the pair of a ``Jacobian`` and the auxiliary data.
 
     Raises:
-      TypeError: a differentiated leaf is not a real or complex floating-point array, or is one that
-        flax does not train, or an output is not real and floating-point.
-      ValueError: a differentiated argument is mapped, there are no parameters, an axis is out of
-        range, or sizes disagree.
-      NotImplementedError: ``fun`` has an effect that changes results: it writes to a reference
-        that was made outside of it; or, where nothing is kept, it reads such a reference or calls
-        out for a result (``jax.experimental.io_callback``).
+      TypeError: a differentiated leaf is not a real or complex floating-point array, or
+        is one that flax does not train, or an output is not real and floating-point.
+      ValueError: a differentiated argument is mapped, there are no parameters, an axis
+        is out of range, or sizes disagree.
+      NotImplementedError: ``fun`` has an effect that changes results: it writes to a
+        reference that was made outside of it; or, where nothing is kept, it reads such
+        a reference or calls out for a result (``jax.experimental.io_callback``).
 
     >>> import jax.numpy as jnp
     >>> loss = lambda p, x, y: (jnp.dot(p["w"], x) + p["b"] - y) ** 2
@@ -87,7 +93,14 @@ def jacobian(
     1.500
     """
     return _make(
-        fun, argnums, in_axes, has_aux, chunk_size, recompute, axis_name, with_outputs=False
+        fun,
+        argnums,
+        in_axes,
+        has_aux,
+        chunk_size,
+        recompute,
+        axis_name,
+        with_outputs=False,
     )
 
 
@@ -106,17 +119,25 @@ def value_and_jacobian(
     Arguments and errors are those of ``jacobian``.
 
     Returns:
-      A function of the arguments of ``fun`` that returns ``(outputs, J)``, or with ``has_aux``
-      ``((outputs, aux), J)``; outputs and aux have a leading axis N.
+      A function of the arguments of ``fun`` that returns ``(outputs, J)``, or with
+      ``has_aux`` ``((outputs, aux), J)``; outputs and aux have a leading axis N.
 
     >>> import jax.numpy as jnp
     >>> f = lambda p, x: jnp.dot(p, x)
-    >>> outputs, J = value_and_jacobian(f)(jnp.array([1.0, 2.0]), jnp.array([[3.0, 4.0]]))
+    >>> p, x = jnp.array([1.0, 2.0]), jnp.array([[3.0, 4.0]])
+    >>> outputs, J = value_and_jacobian(f)(p, x)
     >>> print(outputs, J.norms())
     [11.] [5.]
     """
     return _make(
-        fun, argnums, in_axes, has_aux, chunk_size, recompute, axis_name, with_outputs=True
+        fun,
+        argnums,
+        in_axes,
+        has_aux,
+        chunk_size,
+        recompute,
+        axis_name,
+        with_outputs=True,
     )
 
 
@@ -134,7 +155,9 @@ def _make(
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
     if not isinstance(recompute, bool | np.bool_):
-        raise TypeError(f"argument recompute must be a bool (it is static), got {recompute!r}")
+        raise TypeError(
+            f"argument recompute must be a bool (it is static), got {recompute!r}"
+        )
 
     @like(fun)
     def jacobian_of(*args: Any, **kwargs: Any) -> Any:
@@ -150,30 +173,26 @@ def _make(
             many=isinstance(argnums, Sequence),
             runs_again=bool(keeps_nothing),
         )
-        pulls_back = False
-        if keeps_nothing:
-            avals, is_linear = source.examined()
-            outputs = Outputs.of(avals)
-            pulls_back = bool(recompute) and is_linear
-            leaves = summands = None
-            values, aux = _outputs(source) if with_outputs or has_aux else (None, None)
-        else:
-            factored = source.factor(batch.localized())
-            outputs = Outputs.of(factored.output_avals)
-            leaves, summands = factored.leaves, factored.summands
-            values, aux = factored.outputs, factored.aux
+        examined = source.examined() if recompute else None
+        trace = source.trace(examined and examined.fun)
+        outputs = Outputs.of(trace.output_avals)
         if outputs.is_pair and not has_aux:
             warnings.warn(_PAIR, stacklevel=2)
-        shape = outputs.rows(batch.size)
-        rows = Rows.of(
-            source,
-            leaves,
-            shape,
-            summands=summands,
-            one_pass=not recompute,
-            pulls_back=pulls_back,
-            axis_name=axis_name,
-        )
+        origin = Origin.of(source, outputs.rows(batch.size), axis_name)
+        if keeps_nothing:
+            rows = Streamed(
+                origin,
+                one_pass=not recompute,
+                pulls_back=examined is not None and examined.pulls_back,
+                trace=trace,
+            )
+            values, aux = _outputs(source) if with_outputs or has_aux else (None, None)
+        else:
+            factored = source.factor(trace, batch.localized(), with_sum=True)
+            make = factored.for_sum
+            sum_form = None if make is None else SumForm(make, trace_state())
+            rows = Kept(origin, factored.leaves, sum_form=sum_form)
+            values, aux = factored.outputs, factored.aux
         made = Jacobian(rows, outputs)
         if with_outputs:
             return ((values, aux) if has_aux else values), made
@@ -183,7 +202,9 @@ def _make(
 
 
 _PAIR = (
-    "fun returned a pair of a scalar and of several numbers, and J has a row for each of them: if "
-    "the second item is auxiliary data, give has_aux=True; if not, return a dict or a list"
+    "fun returned a pair of a scalar and of several numbers, and J has a row for each "
+    "of them: if "
+    "the second item is auxiliary data, give has_aux=True; if not, return a dict or a "
+    "list"
 )
 _outputs = compiled_once()(Source.outputs)

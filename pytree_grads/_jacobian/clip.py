@@ -1,6 +1,6 @@
 """Clipping: bounds for groups of leaves, and the factors that keep rows within them."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,39 +10,59 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from .._engine.matrix import Matrix
+from .._engine.scaling import Norms, combined
 from .._trees.algebra import carried_reals, common_dtype, floating
 from .._trees.checks import PyTree, describe, located, prefix_difference
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["bounds"], meta_fields=["members", "nan_safe"]
+    jax.tree_util.register_dataclass,
+    data_fields=["bounds"],
+    meta_fields=["members", "nan_safe"],
 )
 @dataclass(frozen=True)
 class Clip:
     """Bounds for the norms of rows, each over some of the leaves."""
 
     bounds: tuple[jax.Array, ...]
-    members: tuple[tuple[int, ...], ...]  # for each bound, the leaves that it bounds together
+    members: tuple[tuple[int, ...], ...]  # for each bound, the leaves that it bounds
     nan_safe: bool
 
-    def __call__(self, matrix: Matrix, norms: Callable[[Collection[int]], jax.Array]) -> Matrix:
-        """The rows of a matrix, clipped, from the norms of their parts in some leaves."""
+    def norms(self, parts: Sequence[Norms]) -> tuple[jax.Array, ...]:
+        """For each bound, the norms that it is compared with, from those of leaves."""
+        return tuple(
+            combined(parts, own) if own else _no_norms(parts) for own in self.members
+        )
+
+    def __call__(self, matrix: Matrix, norms: Sequence[jax.Array]) -> Matrix:
+        """The rows of a matrix, clipped: `norms` has an array for each bound."""
         factors: list[Any] = [None] * sum(map(len, self.members))
         finite: Any = True
-        for members, bound in zip(self.members, self.bounds, strict=True):
-            norm = norms(members)
+        for members, bound, norm in zip(self.members, self.bounds, norms, strict=True):
+            if not members:
+                continue
             finite &= jnp.isfinite(norm)
-            limits = jnp.finfo(norm.dtype)
-            bound = jnp.minimum(bound.astype(norm.dtype), float(limits.max))
-            bound = jnp.where(bound >= 0, bound, jnp.nan)  # a traced one may be negative
-            # NaN where the norm is not finite, 0 for a bound of 0.
-            norm = jnp.where(jnp.isinf(norm), jnp.nan, norm)
-            length = jnp.where(norm <= bound, jnp.maximum(bound, float(limits.tiny)), norm)
-            factor = bound / length  # in this form, XLA does not find it again for each leaf
+            factor = _factor(norm, bound)
             for i in members:
                 factors[i] = factor
         clipped = matrix.scaled(factors)
         return clipped.only(finite) if self.nan_safe else clipped
+
+
+def _factor(norm: jax.Array, bound: jax.Array) -> jax.Array:
+    """What a row of a norm is multiplied by: 1, or what brings it to its bound."""
+    limits = jnp.finfo(norm.dtype)
+    bound = jnp.minimum(bound.astype(norm.dtype), float(limits.max))
+    bound = jnp.where(bound >= 0, bound, jnp.nan)  # a traced one may be negative
+    # NaN if the norm is not finite, 0 for a bound of 0.
+    norm = jnp.where(jnp.isinf(norm), jnp.nan, norm)
+    length = jnp.where(norm <= bound, jnp.maximum(bound, float(limits.tiny)), norm)
+    return bound / length  # in this form, XLA does not find it again for each leaf
+
+
+def _no_norms(parts: Sequence[Norms]) -> jax.Array:
+    """The norms of rows of no leaves."""
+    return jnp.zeros_like(combined(parts))
 
 
 def read(max_norm: PyTree, params: PyTree, nan_safe: bool) -> Clip:
@@ -64,11 +84,13 @@ def read(max_norm: PyTree, params: PyTree, nan_safe: bool) -> Clip:
     except ValueError:
         path, clause = prefix_difference(max_norm, params)
         raise ValueError(
-            "argument max_norm must be a number or a prefix tree of the parameters, but "
+            "argument max_norm must be a number or a prefix tree of the parameters, "
+            "but "
             f"max_norm{jax.tree_util.keystr(path)} does not match: {clause}"
         ) from None
     owners = jax.tree.leaves(labels)
-    members = [tuple(i for i, owner in enumerate(owners) if owner == j) for j in range(len(leaves))]
-    used = [j for j, found in enumerate(members) if found]
-    bounds = tuple(leaves[j] for j in used)
-    return Clip(bounds, tuple(members[j] for j in used), nan_safe)
+    members = [
+        tuple(i for i, owner in enumerate(owners) if owner == j)
+        for j in range(len(leaves))
+    ]
+    return Clip(tuple(leaves), tuple(members), nan_safe)

@@ -1,4 +1,4 @@
-"""Products outside ``jit``: each is compiled once for its shapes, and not at every call."""
+"""Products outside ``jit``: each is compiled once for its shapes."""
 
 import functools
 from collections.abc import Callable
@@ -13,13 +13,15 @@ from .source import Source
 
 
 def compiled_once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator for a function of trees: outside every trace it is compiled, once for its shapes.
+    """A decorator: outside every trace, a function is compiled, once for its shapes.
 
-    A loop over chunks would be compiled at each call otherwise. Inside a trace, the function is
-    part of it. What has a method ``as_argument`` gives by it what the program takes in its place.
+    A loop over chunks would be compiled at each call otherwise. Inside a trace, the
+    function is part of it. What has a method ``as_argument`` gives by it what the
+    program takes in its place.
 
     Args:
-      static: the names of keyword arguments that are no arrays; they are compared and hashed.
+      static: the names of keyword arguments that are no arrays; they are compared and
+        hashed.
     """
 
     def decorate(fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,9 +40,10 @@ def compiled_once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., 
 
 
 def _may_be_kept(args: list[PyTree]) -> bool:
-    """Whether a program may be kept for arguments: what is static can be hashed, and never changes.
+    """Whether a program may be kept: what is static can be hashed, and never changes.
 
-    An array of NumPy that all examples share is static, for the function takes it as it is.
+    An array of NumPy that all examples share is static, for the function takes it as it
+    is.
     """
     nodes = jax.tree.leaves(args, is_leaf=lambda x: isinstance(x, Source))
     sources = [x for x in nodes if isinstance(x, Source)]

@@ -14,9 +14,9 @@ from .rows import Rows
 def gram(mine: Rows, theirs: Rows | None = None) -> jax.Array:
     """Shape (*rows, *their rows); without others, of the rows with themselves."""
     others = mine if theirs is None else theirs
-    depth, width = len(mine.shape), len(others.shape)
+    depth, width = len(mine.origin.shape), len(others.origin.shape)
     theirs_first = [*range(depth, depth + width), *range(depth)]
-    out = PartitionSpec(*[None] * width, *mine.layout)
+    out = PartitionSpec(*[None] * width, *mine.origin.layout)
 
     def products(theirs: Matrix, mine: Matrix) -> jax.Array:
         return mine.gram(theirs).transpose(theirs_first)

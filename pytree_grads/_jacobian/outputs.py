@@ -1,4 +1,4 @@
-"""What a function returns for one example, and the trees of numbers per row that go with it."""
+"""What a function returns for one example, and trees of a number per row."""
 
 from dataclasses import dataclass
 from math import prod
@@ -15,8 +15,9 @@ from .._trees.checks import PyTree, describe, is_array, located
 class Outputs:
     """The structure of one example's output.
 
-    The engine keeps one number per row in an array of shape (N,), or (N, K) where an example has
-    K outputs. Users see trees like the function's output, with leaves of shape (N, *k).
+    The engine keeps one number per row in an array of shape (N,), or (N, K) where an
+    example has K outputs. Users see trees like the function's output, with leaves of
+    shape (N, *k).
     """
 
     treedef: Any
@@ -33,7 +34,7 @@ class Outputs:
 
     @property
     def is_pair(self) -> bool:
-        """Whether this is a tuple of a scalar and of several numbers, as a loss with aux is."""
+        """Whether this is a pair of a scalar and of several numbers: a loss and aux?"""
         tree = jax.tree.unflatten(self.treedef, [0] * len(self.shapes))
         if type(tree) is not tuple or len(tree) != 2:
             return False
@@ -49,24 +50,31 @@ class Outputs:
         return (size,) if self.is_scalar else (size, self.count)
 
     def expand(self, numbers: jax.Array, axis: int = 0) -> PyTree:
-        """The user's tree of one number per row; `axis` is that of N, and K is the next."""
+        """The user's tree of one number per row; N is on `axis`, K on the next."""
         if self.is_scalar:
             return numbers
         parts, start = [], 0
         for shape in self.shapes:
-            part = jax.lax.slice_in_dim(numbers, start, start + prod(shape), axis=axis + 1)
+            part = jax.lax.slice_in_dim(
+                numbers, start, start + prod(shape), axis=axis + 1
+            )
             before, after = part.shape[: axis + 1], part.shape[axis + 2 :]
             parts.append(part.reshape(*before, *shape, *after))
             start += prod(shape)
         return jax.tree.unflatten(self.treedef, parts)
 
     def flatten(self, name: str, tree: PyTree, size: int, params: PyTree) -> jax.Array:
-        """A user's tree of one real number per row as the engine's array, as wide as the rows."""
+        """A user's tree of one real number per row as an array, as wide as the rows."""
         leaves, treedef = jax.tree.flatten(tree)
         if treedef != self.treedef:
-            hint = " (if its second item is auxiliary data: has_aux=True)" if self.is_pair else ""
+            hint = (
+                " (if its second item is auxiliary data: has_aux=True)"
+                if self.is_pair
+                else ""
+            )
             raise ValueError(
-                f"argument {name} must be a tree like the function's output, {self.treedef}, "
+                f"argument {name} must be a tree like the function's output, "
+                f"{self.treedef}, "
                 f"got {treedef}{hint}"
             )
         flat, meets = [], carried_reals(params)
@@ -82,4 +90,6 @@ class Outputs:
                     f"got {describe(x)}"
                 )
             flat.append(jnp.asarray(x).reshape(size, prod(shape)))
-        return flat[0].reshape(size) if self.is_scalar else jnp.concatenate(flat, axis=1)
+        return (
+            flat[0].reshape(size) if self.is_scalar else jnp.concatenate(flat, axis=1)
+        )

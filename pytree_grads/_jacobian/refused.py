@@ -4,17 +4,24 @@ from typing import Any, NoReturn
 
 from .._trees.checks import describe
 
-_SCALE = "rows are scaled by J.scale(s), with a number per row, as in J.scale(jnp.full(len(J), {}))"
+_SCALE = (
+    "rows are scaled by J.scale(s), with a number per row, as in "
+    "J.scale(jnp.full(len(J), {}))"
+)
 _ADD = (
-    "Jacobians are not added: take the jacobian of the sum of the functions, or add sums of rows, "
+    "Jacobians are not added: take the jacobian of the sum of the functions, or add "
+    "sums of rows, "
     "as in Vector(J.sum()) + Vector(other.sum())"
 )
-_POWER = "J.square_sum() is the sum of the squares of the rows, J.squared_norms() are their norms'"
+_POWER = (
+    "J.square_sum() is the sum of the squares of the rows, J.squared_norms() are "
+    "their norms'"
+)
 _ROWS = "J holds factors, no rows: J.to_rows() are the rows as a tree of stacked arrays"
 
 
 class NotAnArray:
-    """A matrix that is no array: operators and conversions raise, and say what to write instead."""
+    """A matrix that is no array: operators raise, and say what to write instead."""
 
     __array_ufunc__ = None  # NumPy arrays leave operators to us
     _symbol = "J"
@@ -29,7 +36,9 @@ class NotAnArray:
         self._refuse(f"{_written(other)} * {{}}", _SCALE.format(_number(other)))
 
     def __truediv__(self, other: Any) -> NoReturn:
-        self._refuse(f"{{}} / {_written(other)}", _SCALE.format(f"1 / {_number(other)}"))
+        self._refuse(
+            f"{{}} / {_written(other)}", _SCALE.format(f"1 / {_number(other)}")
+        )
 
     def __rtruediv__(self, other: Any) -> NoReturn:
         self._refuse(f"{_written(other)} / {{}}", _ROWS)

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from .._batches.batch import Batch
 from .._engine import terms as _terms
@@ -21,21 +20,21 @@ from .._engine.terms import Dense, Outer, Scatter
 from .._jax.compat import all_equations
 from .._trees.algebra import carried_dtype, common_dtype
 from .._trees.checks import PyTree, located
+from .kept import Kept
+from .origin import Origin
+from .outputs import Outputs
+from .rows import Rows
+from .source import Source
+from .streamed import Streamed
 
-if TYPE_CHECKING:
-    from .jacobian import Jacobian
-    from .rows import Rows
-    from .source import Source
 
-
-def explain(jacobian: "Jacobian") -> str:
-    """The table of `Jacobian.explain`."""
-    source = jacobian._rows.source
-    leaves = jacobian._rows.leaves
-    if leaves is None:
-        batch = source.batch.chunk(0, min(source.chunk_size or len(jacobian), len(jacobian)))
-        leaves = jax.eval_shape(lambda: source.factor(batch).leaves)
-    paths = [path for path, _ in jax.tree.leaves_with_path(jacobian._rows.params)]
+def explain(rows: Rows, title: str) -> str:
+    """The table of `Jacobian.explain`, for a Jacobian of some title."""
+    if isinstance(rows, Kept):
+        leaves, mode = rows.leaves, "rows are kept"
+    else:
+        leaves, mode = rows.leaves_of_a_chunk(), "rows are made again for each product"
+    paths = [path for path, _ in jax.tree.leaves_with_path(rows.origin.params)]
     header = (
         "leaf",
         "shape",
@@ -58,11 +57,8 @@ def explain(jacobian: "Jacobian") -> str:
     lines.insert(1, "-" * max(map(len, lines)))
     kept = sum(_bytes(leaf) for leaf in leaves)
     dense = sum(prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
-    mode = (
-        "rows are made again for each product" if jacobian._rows.leaves is None else "rows are kept"
-    )
     lines.append(
-        f"{jacobian!r}: {mode}; {_number(kept)}B per row, {_number(dense)}B if it were "
+        f"{title}: {mode}; {_number(kept)}B per row, {_number(dense)}B if it were "
         "materialised. FLOPs and bytes are per row."
     )
     return "\n".join(lines)
@@ -142,22 +138,16 @@ def _number(x: float) -> str:
     return f"{x:.3g}P"
 
 
-def check(jacobian: "Jacobian", rows: int) -> None:
-    """The comparison of `Jacobian.check`."""
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves(jacobian)):
-        raise TypeError("J.check() looks at values: call it outside jit, vmap and grad")
-    count = min(rows, len(jacobian))
-    if not count:
-        return
-    few = jacobian[:count]
-    bare = replace(few._rows, weights=None, valid=None, clip=None)
-    weights = np.linspace(-1, 1, prod(bare.shape)).reshape(bare.shape)
+def check(rows: Rows, outputs: Outputs) -> None:
+    """The comparison of `Jacobian.check`, for rows without weights."""
+    shape = rows.origin.shape
+    weights = np.linspace(-1, 1, prod(shape)).reshape(shape)
     c = jnp.asarray(weights, jnp.zeros(()).dtype)
-    got, (norms, excess), *sums, squares = _products(bare, c)
-    plain_rows, rounding = _plain_rows(few)
+    got, (norms, excess), *sums, squares = _products(rows, c)
+    plain_rows, rounding = _plain_rows(rows.origin, outputs)
     plain = [_wide(x) for x in plain_rows]
-    axes = tuple(range(len(bare.shape)))
-    flat = [x.reshape(*bare.shape, prod(x.shape[len(bare.shape) :])) for x in plain]
+    axes = tuple(range(len(shape)))
+    flat = [x.reshape(*shape, prod(x.shape[len(shape) :])) for x in plain]
     sizes = [np.tensordot(np.abs(weights), np.abs(x), len(axes)) for x in plain]
     lengths = [np.linalg.norm(x, axis=-1) for x in flat]
     totals = [np.sum(np.abs(x) ** 2, axis=axes) for x in plain]
@@ -169,7 +159,7 @@ def check(jacobian: "Jacobian", rows: int) -> None:
     in_squares = [
         weights.size * x * (2 * _largest(y) + x) for x, y in zip(left, plain, strict=True)
     ]
-    compare = partial(_compare, few, rounding)
+    compare = partial(_compare, rows.origin.params, rounding)
     compare("to_rows", got, plain, plain, left)
     compare("norms", norms, lengths, lengths, excess)
     for found in sums:
@@ -181,7 +171,7 @@ _LARGE = 2.0**10
 
 
 @jax.jit
-def _products(rows: "Rows", c: jax.Array) -> tuple[Any, ...]:
+def _products(rows: Rows, c: jax.Array) -> tuple[Any, ...]:
     def of_rows(matrix: Matrix) -> tuple[Any, Any]:
         norms = matrix.leaf_norms()
         both = norms, [x.excess for x in norms]
@@ -189,12 +179,15 @@ def _products(rows: "Rows", c: jax.Array) -> tuple[Any, ...]:
         return tuple(matrix.rows()), tuple(tuple(combined(x, [i]) for i in leaves) for x in both)
 
     stacked, norms = rows.map(of_rows)
-    sums = tuple(jax.tree.leaves(rows.sum(c)))
+    def summed(rows: Rows, c: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jax.tree.leaves(rows.origin.rounded(rows.sum(c))))
+
+    sums = summed(rows, c)
     # Of rows that are made for nothing but this.
-    alone = tuple(jax.tree.leaves(replace(rows, leaves=None).sum(c))) if rows.leaves else sums
+    alone = summed(Streamed(rows.origin), c) if isinstance(rows, Kept) else sums
     # A custom rule that clips cotangents shows itself where weights are large. A power of two
     # changes no digit of a backward pass that is linear.
-    large = tuple(x / _LARGE for x in jax.tree.leaves(rows.sum(_LARGE * c)))
+    large = tuple(x / _LARGE for x in summed(rows, _LARGE * c))
     squares = rows.fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
     return stacked, norms, sums, alone, large, squares
 
@@ -208,7 +201,7 @@ def _largest(x: np.ndarray) -> float:
 
 
 def _compare(
-    jacobian: "Jacobian",
+    params: PyTree,
     rounding: float,
     product: str,
     found: Sequence[jax.Array],
@@ -223,8 +216,8 @@ def _compare(
     gradient but the rounding of others (a bias that is subtracted again).
     """
     scales = list(map(_largest, summands))
-    params = jax.tree.leaves_with_path(jacobian._rows.params)
-    for (path, leaf), x, y, scale, own in zip(params, found, right, scales, left, strict=True):
+    paths = jax.tree.leaves_with_path(params)
+    for (path, leaf), x, y, scale, own in zip(paths, found, right, scales, left, strict=True):
         eps = max(rounding, float(jnp.finfo(leaf.dtype).eps))
         allowed = min(8 * eps**0.5, 1 / 4) * scale + min(64 * eps, 1 / 16) * max(scales) + own
         allowed += 64 * float(jnp.finfo(x.dtype).tiny)
@@ -238,14 +231,15 @@ def _compare(
             )
 
 
-def _plain_rows(jacobian: "Jacobian") -> tuple[list[jax.Array], float]:
+def _plain_rows(origin: Origin, outputs: Outputs) -> tuple[list[jax.Array], float]:
     """The rows of each leaf by `jax.grad` or `jax.jacrev` of one example after the other.
 
     The second result is the largest eps of the floats that these make anywhere, or 0.
     """
-    source = jacobian._rows.source
-    row = partial(_plain_row, is_scalar=jacobian._outputs.is_scalar)
-    examples = [replace(source, batch=source.batch.chunk(i, 1)) for i in range(len(jacobian))]
+    source = origin.source
+    row = partial(_plain_row, is_scalar=outputs.is_scalar)
+    count = origin.shape[0]
+    examples = [replace(source, batch=source.batch.chunk(i, 1)) for i in range(count)]
     with source.note:
         equations = all_equations(jax.make_jaxpr(row)(examples[0]))
     made = [v.aval for equation in equations for v in equation.outvars]
@@ -256,7 +250,7 @@ def _plain_rows(jacobian: "Jacobian") -> tuple[list[jax.Array], float]:
 
 
 @partial(jax.jit, static_argnames="is_scalar")
-def _plain_row(one: "Source", *, is_scalar: bool) -> list[jax.Array]:
+def _plain_row(one: Source, *, is_scalar: bool) -> list[jax.Array]:
     def outputs(primals: PyTree) -> jax.Array:
         result = _call(one, one.batch.with_primals(primals))
         if is_scalar:
@@ -269,12 +263,11 @@ def _plain_row(one: "Source", *, is_scalar: bool) -> list[jax.Array]:
     return jax.tree.leaves(differentiate(outputs)(one.batch.primals))
 
 
-def _call(source: "Source", one: Batch) -> PyTree:
+def _call(source: Source, one: Batch) -> PyTree:
     """The output for a batch of one example."""
     leaves = [
         x if axis is None else jax.lax.index_in_dim(x, 0, axis, keepdims=False)
         for x, axis in zip(one.leaves, one.axes, strict=True)
     ]
     args, kwargs = jax.tree.unflatten(one.treedef, leaves)
-    result = source.fun(*args, **kwargs)
-    return result[0] if source.has_aux else result
+    return source.of_one(*args, **kwargs)[0]

@@ -25,7 +25,10 @@ class Projection:
         def column(j: jax.Array) -> jax.Array:
             own = jax.random.fold_in(key, j)
             return matrix.apply(
-                [_signs(jax.random.fold_in(own, i), leaf) for i, leaf in enumerate(matrix.leaves)]
+                [
+                    _signs(jax.random.fold_in(own, i), leaf)
+                    for i, leaf in enumerate(matrix.leaves)
+                ]
             )
 
         rows = matrix.leaves[0].rows
@@ -37,7 +40,7 @@ class Projection:
 
 
 def _signs(key: jax.Array, leaf: Leaf) -> jax.Array:
-    """Entries ±1 for a leaf; ±1±i for a complex one, so that imaginary parts count as well."""
+    """Entries ±1 for a leaf; ±1±i for a complex one, whose imaginary parts count."""
     if not jnp.issubdtype(leaf.carried, jnp.complexfloating):
         return jax.random.rademacher(key, leaf.shape, leaf.carried)
     return jax.lax.complex(*jax.random.rademacher(key, (2, *leaf.shape), leaf.real))

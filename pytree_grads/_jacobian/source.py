@@ -1,31 +1,36 @@
-"""Where the rows of J come from: a function and a batch, from which they can be made again."""
+"""Where the rows of J come from: a function and a batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
-from .._batches.batch import Batch, fold_chunks, map_chunks
+from .._batches.batch import Batch
 from .._batches.chunks import Place
+from .._batches.functions import Fun
+from .._batches.loops import fold_chunks, map_chunks
 from .._batches.notes import Note, note_of_fun
-from .._engine import trace as _rows
+from .._engine import trace as _trace
 from .._engine.matrix import Matrix
-from .._engine.plan import Route
+from .._engine.trace import Factored, Form, Trace
 from .._jax import compat
 from .._jax.effects import made_pure
 from .._jax.sharding import placed_like, zeros
 from .._trees.algebra import carried_dtype
-from .._trees.checks import PyTree, split_aux
+from .._trees.checks import PyTree, check_arrays
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Static:
-    """A function or another object without arrays, compared by identity inside a treedef.
+    """A function or an object without arrays, compared by identity in a treedef.
 
-    A method is a new object wherever it is looked up: its object and its function are compared.
+    A method is a new object wherever it is looked up: its object and its function are
+    compared.
     """
 
     value: Any
@@ -45,15 +50,21 @@ class _Static:
 
 @dataclass(frozen=True)
 class Source:
-    """The function of one example and the batch, with the chunks in which rows are made."""
+    """The function of one example, the batch, and the chunks in which rows are made."""
 
     fun: Callable[..., Any]
     batch: Batch
     has_aux: bool
     chunk_size: int | None
-    many: bool  # whether argnums is a sequence: trees like the parameters are then tuples
-    runs_again: bool  # whether each product makes the rows it needs, since none are kept
-    traced: tuple[bool, ...]  # which leaves of the batch are children of the pytree, the arrays
+    many: (
+        bool  # whether argnums is a sequence: trees like the parameters are then tuples
+    )
+    runs_again: (
+        bool  # whether each product makes the rows it needs, since none are kept
+    )
+    traced: tuple[
+        bool, ...
+    ]  # which leaves of the batch are children of the pytree, the arrays
 
     @classmethod
     def of(
@@ -66,133 +77,183 @@ class Source:
         many: bool,
         runs_again: bool,
     ) -> "Source":
-        """Record which leaves are arrays now: after unflattening they may be placeholders."""
+        """Record which leaves are arrays now; later they may be placeholders."""
         traced = tuple(isinstance(x, jax.Array) for x in batch.leaves)
         return cls(fun, batch, has_aux, chunk_size, many, runs_again, traced)
 
     @property
     def note(self) -> Note:
-        """What an error says where the function is evaluated or differentiated."""
+        """What an error in the function says."""
         return note_of_fun(self.fun, self.batch)
 
-    def factor(self, batch: Batch, route: Route = "auto") -> _rows.Factored:
-        with self.note:
-            return _rows.factor(
-                self.fun, batch, has_aux=self.has_aux, route=route, runs_again=self.runs_again
-            )
+    @property
+    def of_one(self) -> Fun:
+        """The function of one example, which returns its output and aux."""
+        return Fun(self.fun, self.has_aux)
 
-    def matrix(
-        self,
-        batch: Batch,
-        weights: Any,
-        valid: Any,
-        route: Route = "auto",
-        *,
-        needs_rows: bool = True,
-    ) -> Matrix:
-        factored = self.factor(batch, route)
-        summands = None if needs_rows or not factored.summands else factored.summands()
-        return Matrix(factored.leaves, weights, valid, summands)
+    def trace(self, fun: Fun | None = None) -> Trace:
+        """Trace the function, or what was made of it, and its backward pass."""
+        with self.note:
+            batch = self.batch.localized()
+            return _trace.trace(fun or self.of_one, batch, runs_again=self.runs_again)
+
+    def factor(
+        self, trace: Trace, batch: Batch, form: Form = "auto", *, with_sum: bool = False
+    ) -> Factored:
+        """Outputs, aux and rows of the examples of a batch."""
+        with self.note:
+            return _trace.factor(trace, batch, form, with_sum=with_sum)
 
     def map(
         self,
         fun: Callable[[Matrix], PyTree],
+        trace: Trace,
         weights: Any,
         valid: Any,
-        route: Route = "auto",
+        form: Form = "auto",
     ) -> PyTree:
-        """`fun(matrix)`, which gives arrays of a row each, chunk by chunk."""
+        """`fun(matrix)`, which returns arrays of rows, chunk by chunk."""
 
         def of_chunk(chunk: Batch, rows: Any) -> PyTree:
-            return fun(self.matrix(chunk, *rows, route=route))
+            return fun(Matrix(self.factor(trace, chunk, form).leaves, *rows))
 
-        return map_chunks(of_chunk, self.batch.localized(), self.chunk_size, (weights, valid))
+        rows = (weights, valid)
+        return map_chunks(of_chunk, self.batch.localized(), self.chunk_size, rows)
 
     def fold(
         self,
         fun: Callable[[Matrix, Any], tuple[list[jax.Array], PyTree]],
         init: list[jax.Array],
-        weights: Any,
-        valid: Any,
-        extra: Any,
-        *,
-        needs_rows: bool = True,
+        trace: Trace,
+        rows: tuple[Any, Any, Any],
+        form: Form = "auto",
     ) -> tuple[list[jax.Array], PyTree]:
-        """`sums, numbers = fun(matrix, extra)` of each chunk: added up, and put together.
+        """`sums, numbers = fun(matrix, extra)` of each chunk: added up, and joined.
 
-        `extra` and the numbers are trees of arrays of a row each. Rows that have weights have had
-        a pass before, for their norms: this one shares nothing with it, and gives no numbers.
+        `rows` are weights, valid and extra, trees of arrays of rows, as the numbers
+        are. Rows that have weights have had a pass before, for their norms. The pass
+        here shares nothing with it, and returns no numbers.
         """
 
         def step(carry: Any, chunk: Batch, place: Place) -> Any:
-            rows = jax.tree.map(place.cut, (weights, valid, extra))
-            own_weights, own_valid, own_extra = rows
-            matrix = self.matrix(chunk, own_weights, own_valid, needs_rows=needs_rows)
-            sums, numbers = fun(matrix, own_extra)
+            weights, valid, extra = jax.tree.map(place.cut, rows)
+            matrix = Matrix(self.factor(trace, chunk, form).leaves, weights, valid)
+            sums, numbers = fun(matrix, extra)
             return jax.tree.map(jnp.add, carry, sums), numbers
 
-        batch = self.batch.localized()
-        return fold_chunks(step, init, batch, self.chunk_size, alone=weights is not None)
+        alone = rows[0] is not None
+        return fold_chunks(
+            step, init, self.batch.localized(), self.chunk_size, alone=alone
+        )
 
-    def pull_back(self, weights: jax.Array, *, alone: bool) -> list[jax.Array]:
-        """The sum of the rows of a scalar function times weights: one ordinary gradient."""
+    def pull_back(
+        self, weights: jax.Array, fun: Fun | None = None, *, alone: bool
+    ) -> list[jax.Array]:
+        """The weighted sum of the rows of a scalar function: one ordinary gradient."""
+        fun = fun or self.of_one
         primals = jax.tree.leaves(self.batch.primals)
+
+        def values_of(chunk: Batch) -> jax.Array:
+            values, _ = fun.mapped(chunk)
+            return values.astype(carried_dtype(values.dtype))
 
         def step(carry: Any, chunk: Batch, place: Place) -> Any:
             own = place.cut(weights)
             values, vjp, *_ = jax.vjp(
-                lambda primals: self._values(chunk.with_primals(primals)), chunk.primals
+                lambda primals: values_of(chunk.with_primals(primals)), chunk.primals
             )
             (sums,) = vjp(placed_like(own.astype(values.dtype), values))
-            return jax.tree.map(jnp.add, carry, placed_like(jax.tree.leaves(sums), primals)), None
+            sums = placed_like(jax.tree.leaves(sums), primals)
+            return jax.tree.map(jnp.add, carry, sums), None
 
-        init = [zeros(x, x.shape) for x in primals]
+        init, batch = [zeros(x, x.shape) for x in primals], self.batch.localized()
         with self.note:
-            return fold_chunks(step, init, self.batch.localized(), self.chunk_size, alone=alone)[0]
-
-    def _of_one(self, args: Any, kwargs: Any) -> tuple[PyTree, PyTree]:
-        """The output and aux of one example."""
-        return split_aux(self.fun(*args, **kwargs), self.has_aux, "the result of the function")
-
-    def _values(self, batch: Batch) -> jax.Array:
-        values = batch.vmap(lambda args, kwargs: self._of_one(args, kwargs)[0])
-        return values.astype(carried_dtype(values.dtype))
+            return fold_chunks(step, init, batch, self.chunk_size, alone=alone)[0]
 
     def outputs(self) -> tuple[PyTree, PyTree]:
         """Outputs and aux of all examples, by forward passes alone."""
+        with self.note:
+            return map_chunks(
+                self.of_one.mapped, self.batch.localized(), self.chunk_size
+            )
 
-        def of_chunk(chunk: Batch) -> Any:
-            return chunk.vmap(self._of_one)
+    def examined(self) -> "Examined":
+        """Call the function for one example, and see what may be made of it."""
+
+        def one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Examined:
+            return _examine(self.of_one, args, kwargs, self.batch, self.runs_again)
 
         with self.note:
-            return map_chunks(of_chunk, self.batch.localized(), self.chunk_size)
+            return self.batch.localized().vmap(one)
 
-    def examined(self) -> tuple[PyTree, bool]:
-        """The output of one example, abstract, and whether sums may be a vjp of the whole batch.
 
-        They may not where a custom rule or a reference makes the gradient of the mapped function
-        fail, or differ from the mapped gradient.
-        """
-        found: list[tuple[PyTree, bool]] = []
+@jax.tree_util.register_static
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """What one call of a function has shown. It is a pytree without leaves."""
 
-        def one(args: Any, kwargs: Any) -> None:
-            trace = jax.make_jaxpr(lambda: self._of_one(args, kwargs)[0], return_shape=True)
-            jaxpr, avals = trace()
-            _rows.check_outputs(avals)
-            pure = made_pure(jaxpr, runs_again=self.runs_again)
-            found.append((avals, pure is jaxpr and compat.custom_rule(pure) is None))
+    # The function as a jaxpr, so that it is not called again. If it has custom rules,
+    # it is the function itself: rules may hold values of the trace in which it was
+    # called.
+    fun: Fun
+    # Whether a sum of rows may be one vector-Jacobian product of the whole batch. It
+    # may not if a custom rule or a reference makes the gradient of the mapped function
+    # fail, or differ from the mapped gradient.
+    pulls_back: bool
 
-        with self.note:
-            jax.eval_shape(lambda: self.batch.localized().vmap(one))
-        return found[0]
+
+def _examine(
+    fun: Fun, args: Any, kwargs: Any, batch: Batch, runs_again: bool
+) -> Examined:
+    flat, treedef = jax.tree.flatten((args, kwargs))
+    inputs_at = (*batch.primal_positions, *batch.value_positions)
+
+    def outputs(inputs: Sequence[Any]) -> tuple[PyTree, PyTree]:
+        leaves = list(flat)
+        for i, x in zip(inputs_at, inputs, strict=True):
+            leaves[i] = x
+        args, kwargs = jax.tree.unflatten(treedef, leaves)
+        value, aux = fun(*args, **kwargs)
+        check_arrays("the output of the function", value)
+        check_arrays("aux", aux)
+        return value, aux
+
+    make = jax.make_jaxpr(outputs, return_shape=True)
+    jaxpr, avals = make([flat[i] for i in inputs_at])
+    pure = made_pure(jaxpr, runs_again=runs_again)
+    pulls_back = pure is jaxpr and compat.custom_rule(jaxpr) is None
+    if jaxpr.effects or compat.has_custom_calls(jaxpr):
+        return Examined(fun, pulls_back)
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        leaves = jax.tree.leaves((args, kwargs))
+        found = core.jaxpr_as_fun(jaxpr)(*(leaves[i] for i in inputs_at))
+        return jax.tree.unflatten(jax.tree.structure(avals), found)
+
+    return Examined(Fun(evaluate, has_aux=True), pulls_back)
 
 
 def _flatten(source: Source) -> tuple[list[Any], Any]:
     batch, traced = source.batch, source.traced
     arrays = [x for x, yes in zip(batch.leaves, traced, strict=True) if yes]
-    rest = tuple(None if yes else _Static(x) for x, yes in zip(batch.leaves, traced, strict=True))
-    static = (batch.axes, batch.treedef, batch.argnums, batch.size, batch.gathered, rest)
-    settings = (source.has_aux, source.chunk_size, source.many, source.runs_again, traced)
+    rest = tuple(
+        None if yes else _Static(x) for x, yes in zip(batch.leaves, traced, strict=True)
+    )
+    static = (
+        batch.axes,
+        batch.treedef,
+        batch.argnums,
+        batch.size,
+        batch.gathered,
+        rest,
+    )
+    settings = (
+        source.has_aux,
+        source.chunk_size,
+        source.many,
+        source.runs_again,
+        traced,
+    )
     return arrays, (_Static(source.fun), settings, static)
 
 
@@ -200,7 +261,9 @@ def _unflatten(meta: Any, arrays: Any) -> Source:
     fun, settings, (axes, treedef, argnums, size, gathered, rest) = meta
     given = iter(arrays)
     leaves = tuple(next(given) if x is None else x.value for x in rest)
-    return Source(fun.value, Batch(leaves, axes, treedef, argnums, size, gathered), *settings)
+    return Source(
+        fun.value, Batch(leaves, axes, treedef, argnums, size, gathered), *settings
+    )
 
 
 jax.tree_util.register_pytree_node(Source, _flatten, _unflatten)

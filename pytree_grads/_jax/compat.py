@@ -55,6 +55,15 @@ def custom_rule(jaxpr: Any) -> str | None:
     return None
 
 
+def has_custom_calls(jaxpr: Any) -> bool:
+    """Whether a function has rules of its own, of any kind: `jax.custom_jvp`, say.
+
+    Such a rule may close over values of the trace in which the function was called, and
+    cannot be used after it.
+    """
+    return any(x.primitive.name.startswith("custom_") for x in all_equations(jaxpr))
+
+
 def effectful_equations(jaxpr: Any) -> Iterator[core.JaxprEqn]:
     """The equations that have effects of their own, at every depth; not the calls around them."""
     for equation in open_jaxpr(jaxpr)[0].eqns:

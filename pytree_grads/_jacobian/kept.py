@@ -1,0 +1,179 @@
+"""Rows that are kept as factors, from which every product is computed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from .._engine.leaf import Leaf, take
+from .._engine.matrix import Matrix
+from .._engine.scaling import Norms, combined
+from .._jax.compat import trace_state
+from .._jax.sharding import in_auto, layout, sum_over
+from .._trees.checks import PyTree
+from .clip import Clip
+from .compiled import compiled_once
+from .origin import Origin
+
+
+@dataclass(frozen=True)
+class SumForm:
+    """The leaves in the form that one sum of unscaled rows costs least from.
+
+    A row may be smaller than its factors: the kernel of a convolution, say. Norms take
+    rows then, and so does a sum that is computed many times. One sum of unscaled rows
+    takes the factors, as an ordinary backward pass does, and needs no rows.
+
+    The leaves are put together when they are asked for. XLA drops what nothing asks
+    for.
+    """
+
+    make: Callable[[], tuple[Leaf, ...]]
+    made_in: Any  # the trace
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether the trace is the one in which J was made.
+
+        It is another in the body of a loop. A sum there is computed many times.
+        """
+        return trace_state() == self.made_in
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["origin", "leaves", "weights", "valid"],
+    meta_fields=[],
+    drop_fields=["sum_form"],
+)
+@dataclass(frozen=True)
+class Kept:
+    """The rows of J as factors, each row with a weight of its own.
+
+    `sum_form` is there if J was made inside a trace and some leaf has such a form. It
+    is lost when J leaves its trace, for it may be larger than the rows: a J outside
+    `jit` holds the rows alone.
+    """
+
+    origin: Origin
+    leaves: tuple[Leaf, ...]
+    weights: tuple[jax.Array, ...] | None = None  # of rows, for each leaf
+    valid: jax.Array | None = None  # rows that count; the others are zero
+    sum_form: SumForm | None = None
+
+    @property
+    def matrix(self) -> Matrix:
+        """The rows as the engine takes them."""
+        return Matrix(self.leaves, self.weights, self.valid)
+
+    def as_argument(self) -> "Kept":
+        """What a compiled product takes in place of these rows."""
+        return replace(self, origin=self.origin.without_function())
+
+    def bare(self) -> "Kept":
+        """The rows before they were scaled and clipped."""
+        return replace(self, weights=None, valid=None)
+
+    def taken(self, start: int, size: int) -> "Kept":
+        """The rows of `size` examples from `start` on."""
+        origin = self.origin.taken(start, size)
+        cut = self.matrix.taken(start, size)
+        sums = self.sum_form
+        if sums is not None:
+            whole = sums.make
+            sums = replace(
+                sums, make=lambda: tuple(take(x, start, size) for x in whole())
+            )
+        return Kept(origin, cut.leaves, cut.weights, cut.valid, sums)
+
+    def scaled(self, factors: jax.Array) -> "Kept":
+        """The rows times numbers of their own."""
+        self.origin.require_one()
+        return self._weighted(self.matrix.scaled([factors] * len(self.leaves)))
+
+    def clipped(self, clip: Clip) -> "Kept":
+        """The clipped rows."""
+        return self.clipped_with_norms(clip)[0]
+
+    def clipped_with_norms(self, clip: Clip) -> tuple["Kept", tuple[jax.Array, ...]]:
+        """The clipped rows, and for each bound the norms that it was compared with."""
+        self.origin.require_one()
+        norms = clip.norms(self._leaf_norms())
+        return self._weighted(clip(self.matrix, norms)), norms
+
+    def clipped_sum(
+        self, clip: Clip, c: jax.Array | None
+    ) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+        """The sum of the clipped rows times c, and the norms before the clip."""
+        clipped, norms = self.clipped_with_norms(clip)
+        return clipped.sum(c), norms
+
+    def _weighted(self, matrix: Matrix) -> "Kept":
+        return replace(self, weights=matrix.weights, valid=matrix.valid, sum_form=None)
+
+    def map(
+        self, fun: Callable[..., PyTree], *args: PyTree, out: PyTree = None
+    ) -> PyTree:
+        """`fun(matrix, *args)`, which returns arrays that begin with the axes of rows.
+
+        `out` is a prefix tree of their layouts; by default, that of numbers per row.
+        """
+        self.origin.require_one()
+        return _mapped(
+            self, *args, fun=fun, out=self.origin.layout if out is None else out
+        )
+
+    def each(self, fun: Callable[[Matrix], PyTree]) -> PyTree:
+        """Like `map`, but `fun` handles sharding itself; nothing is compiled here."""
+        self.origin.require_one()
+        return fun(self.matrix)
+
+    def fold(
+        self,
+        fun: Callable[[Matrix, Any], list[jax.Array]],
+        extra: jax.Array | None,
+        dtype: Callable[[Any], Any] | None = None,
+    ) -> list[jax.Array]:
+        """`fun(matrix, extra)`, which returns sums over rows: arrays like the leaves.
+
+        `dtype` is for rows that are not kept: from a leaf's dtype to that of its sum.
+        """
+        self.origin.require_one()
+        return sum_over(_folded(self, extra, fun=fun), self.origin.axis_name)
+
+    def sum(self, c: jax.Array | None) -> list[jax.Array]:
+        """The sum of the rows times c, in the dtypes that sums are carried in.
+
+        What it takes depends on the rows alone, and on where it is called: rows that
+        are neither scaled nor clipped, and are used in the trace in which J was made,
+        are summed from their `sum_form`. All others are summed from what norms take.
+        """
+        rows, sums = self, self.sum_form
+        if sums is not None and sums.is_at_hand:
+            rows = replace(self, leaves=sums.make(), sum_form=None)
+        return rows.fold(Matrix.weighted_sum, c)
+
+    def norms(self) -> jax.Array:
+        """The norms of the rows."""
+        return combined(self._leaf_norms(), range(len(self.leaves)))
+
+    def _leaf_norms(self) -> tuple[Norms, ...]:
+        return self.map(_leaf_norms)
+
+
+def _leaf_norms(matrix: Matrix) -> tuple[Norms, ...]:
+    return tuple(matrix.leaf_norms())
+
+
+@compiled_once("fun", "out")
+def _mapped(rows: Kept, *args: PyTree, fun: Callable[..., PyTree], out: Any) -> PyTree:
+    return in_auto(fun, out)(rows.matrix, *args)
+
+
+@compiled_once("fun")
+def _folded(rows: Kept, extra: Any, *, fun: Callable[..., Any]) -> list[jax.Array]:
+    outs: list[PartitionSpec] = [layout(x) for x in rows.origin.primals]
+    return in_auto(fun, outs)(rows.matrix, extra)

@@ -1,0 +1,110 @@
+"""What the rows of one J have in common, kept or recomputed: where they come from."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from .._jax.sharding import AxisName, device_count
+from .._trees.checks import PyTree
+from .source import Source
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["source"],
+    meta_fields=["shape", "param_shapes", "axis_name"],
+)
+@dataclass(frozen=True)
+class Origin:
+    """The function and batch of one J, and the shape of an array of numbers per row.
+
+    That shape is (N,) for a scalar function, and (N, K) if an example has K outputs.
+    Sums over rows are sums over all devices along the mesh axes `axis_name`.
+    """
+
+    source: Source
+    shape: tuple[int, ...]
+    # Shapes of the parameters' leaves. They are those of one J in a stack of Js, too.
+    param_shapes: tuple[tuple[int, ...], ...]
+    axis_name: AxisName
+
+    @classmethod
+    def of(
+        cls, source: Source, shape: tuple[int, ...], axis_name: AxisName = None
+    ) -> "Origin":
+        """The origin of a J that is made now, from parameters that are not stacked."""
+        params = jax.tree.leaves(source.batch.primals)
+        return cls(source, shape, tuple(x.shape for x in params), axis_name)
+
+    @property
+    def params(self) -> PyTree:
+        """The differentiated arguments: a tuple if argnums is a sequence."""
+        primals = self.source.batch.primals
+        return primals if self.source.many else primals[0]
+
+    @property
+    def primals(self) -> list[jax.Array]:
+        """The leaves of the differentiated arguments."""
+        return jax.tree.leaves(self.params)
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether this is the origin of several Jacobians, as they leave `jax.vmap`."""
+        ranks = zip(
+            map(jnp.ndim, self.primals), map(len, self.param_shapes), strict=False
+        )
+        return any(rank > own for rank, own in ranks)
+
+    def require_one(self) -> None:
+        """Raise if this is the origin of a stack of Jacobians."""
+        if self.is_stack:
+            raise ValueError(
+                "this is a stack of Jacobians, as jax.vmap returns it, and products "
+                "are "
+                "those of one: map them, as in jax.vmap(lambda J: J.norms())(stack)"
+            )
+
+    @property
+    def count(self) -> int:
+        """How many rows there are on all devices along `axis_name`."""
+        return prod(self.shape) * device_count(self.axis_name)
+
+    @property
+    def layout(self) -> PartitionSpec:
+        """How numbers per row are laid out: as the examples are."""
+        return PartitionSpec(self.source.batch.mesh_axes)
+
+    def taken(self, start: int, size: int) -> "Origin":
+        """The origin of the rows of `size` examples from `start` on."""
+        self.require_one()
+        source = replace(self.source, batch=self.source.batch.chunk(start, size))
+        return replace(self, source=source, shape=(size, *self.shape[1:]))
+
+    def without_function(self) -> "Origin":
+        """What a compiled product of kept rows takes: nothing is made again."""
+        source = self.source
+        pairs = zip(source.batch.leaves, source.traced, strict=True)
+        leaves = tuple(x if traced else None for x, traced in pairs)
+        batch = replace(source.batch, leaves=leaves)
+        return replace(self, source=replace(source, fun=_not_needed, batch=batch))
+
+    def like_params(self, leaves: list[jax.Array]) -> PyTree:
+        """A tree of the structure of the differentiated arguments."""
+        return jax.tree.unflatten(jax.tree.structure(self.params), leaves)
+
+    def rounded(self, sums: list[jax.Array], count: int | None = None) -> PyTree:
+        """Sums in the dtypes of the parameters, divided by a count."""
+        if count is not None:
+            sums = [x / jnp.asarray(count, x.dtype) for x in sums]
+        pairs = zip(sums, self.primals, strict=True)
+        return self.like_params([x.astype(p.dtype) for x, p in pairs])
+
+
+def _not_needed(*args: Any, **kwargs: Any) -> Any:
+    """Stand in for the function in a product of rows that are kept."""
+    raise AssertionError("rows that are kept are not made again")
