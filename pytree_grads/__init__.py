@@ -8,7 +8,7 @@ what you want                            call
 =======================================  =========================================================
 a sum of gradients that you hold         ``linear_combination(coefficients, trees)``
 the same, written with + and *           ``(2 * Vector(g1) - Vector(g2)).tree``
-the mean of what arrives bit by bit      ``Accumulator.zeros_like(g).add(g, weight).mean()``
+the mean of gradients, one by one        ``Accumulator.zeros_like(g).add(g, weight).mean()``
 the gradient of every example, stacked   ``per_example_grad(f)(params, *batch)``
 their norms                              ``J = jacobian(f)(params, *batch)``, then ``J.norms()``
 their clipped sum                        ``J.clip(max_norm).sum()``

@@ -181,6 +181,47 @@ def test_the_hint_for_nnx_can_be_followed(made, form):
     )
 
 
+@pytest.mark.parametrize("form", [lambda x: x, whole_state, flat_state])
+def test_a_model_with_batch_norm_is_told_to_leave_training_mode(form):
+    words = r"; call model\.eval\(\) first: in training mode each example is normalised"
+    for model in (WithoutCounters(), Net()):
+        with pytest.raises(TypeError, match=words):
+            per_example_grad(call)(form(model), X)
+    with pytest.raises(TypeError) as caught:
+        per_example_grad(call)(form(Dropped({})), X)
+    assert "eval()" not in str(caught.value)
+
+
+class Dropped(nnx.Module):
+    def __init__(self, seeds):
+        rngs = nnx.Rngs(**seeds) if seeds else nnx.Rngs(0)
+        self.linear = nnx.Linear(3, 4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.sum(jnp.sin(self.dropout(self.linear(x))))
+
+
+@pytest.mark.parametrize("seeds", [{}, {"params": 0, "dropout": 1}])
+@pytest.mark.parametrize("form", [lambda x: x, whole_state])
+def test_the_hint_for_a_generator_of_its_own_can_be_followed(seeds, form):
+    model, same = Dropped(seeds), jnp.ones((N, 3))
+    with pytest.raises(TypeError, match="or all examples share one mask") as caught:
+        per_example_grad(call)(form(model), same)
+    hint = str(caught.value).split("give each example a key and call ")[1]
+    reseed = hint.split(" on the")[0]
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def fun(params, x, key):
+        net = nnx.merge(graph, params, rest, copy=True)
+        eval(reseed, {"nnx": nnx, "net": net, "key": key})
+        return net(x)
+
+    keys = jax.random.split(jax.random.key(1), N)
+    norms = jacobian(fun)(params, same, keys).norms()
+    assert len(set(norms.tolist())) > 1
+
+
 def test_an_nnx_module_of_parameters_alone_means_what_nnx_grad_means():
     def loss(model, x):
         return jnp.sum(jnp.sin(model(x)))
@@ -247,7 +288,8 @@ def test_linen_variables_with_other_collections_are_refused(name):
     words = r"argument variables\['batch_stats'\] is differentiated, but flax trains the collection"
     with pytest.raises(TypeError, match=words):
         ALL[name](lambda variables, x: jnp.sum(model.apply(variables, x)))(variables, X)
-    words = r"argument p\['net'\]\['batch_stats'\].*params = p\['net'\]\['params'\]"
+    words = r"argument p\['net'\]\['batch_stats'\].*params = p\['net'\]\['params'\].*"
+    words += r"; give its BatchNorm use_running_average=True: in training mode each"
     with pytest.raises(TypeError, match=words):
         ALL[name](lambda p, x: jnp.sum(model.apply(p["net"], x)))({"net": variables}, X)
 

@@ -1,5 +1,6 @@
 """The error table: for every misuse, the kind and the words of the message."""
 
+import inspect
 import re
 from collections import OrderedDict, deque
 
@@ -9,15 +10,18 @@ import numpy as np
 import pytest
 
 from pytree_grads import (
+    Accumulator,
     Vector,
     chain_rule_grad,
     chain_rule_value_and_grad,
+    fisher_product,
     gauss_newton_product,
     jacobian,
     linear_combination,
     per_example_grad,
     per_example_value_and_grad,
     reassemble,
+    value_and_jacobian,
 )
 
 W = {"w": jnp.ones(2)}
@@ -56,6 +60,16 @@ def assembled(outputs, rows, outer=jnp.sum):
     return lambda: reassemble(outer, outputs, rows)
 
 
+def keyed(params, x, key):
+    return f(params, x)
+
+
+J = jacobian(f)(W, X)
+FACTORS = (
+    "is a Jacobian, and a Jacobian holds factors, not gradients: pass J.sum(), "
+    "J.mean() or "
+    "J.to_rows()"
+)
 layers = {"layers": [{"w": jnp.ones((3, 1))}, {"w": jnp.ones(3)}]}
 shorter = {"layers": [{"w": jnp.ones((3, 1))}]}
 broadcastable = {"layers": [{"w": jnp.ones((3, 1))}, {"w": jnp.ones((3, 1))}]}
@@ -287,6 +301,167 @@ TABLE = {
         TypeError,
         "argnums must be an int or a tuple of ints",
     ),
+    "parameters as argnums": (
+        lambda: jacobian(labelled, W)(X, X[:, 0]),
+        TypeError,
+        "argument argnums must be an int or a tuple of ints, got a dict: call "
+        "jacobian(fun)(params, *batch)",
+    ),
+    "an array as argnums": (
+        lambda: chain_rule_grad(jnp.sum, f, W["w"])(X),
+        TypeError,
+        "got float32[2]: call chain_rule_grad(outer, fun)(params, *batch)",
+    ),
+    "all by keyword": (
+        lambda: jacobian(f)(params=W, x=X),
+        ValueError,
+        "argument argnums=0 needs a positional argument 0, but the call passed no "
+        "positional "
+        "arguments (an argument that is differentiated cannot be passed by keyword)",
+    ),
+    "an option at the call": (
+        lambda: jacobian(f)(W, X, recompute=True),
+        TypeError,
+        "recompute is an option of jacobian: jacobian(fun, recompute=True)(...)",
+    ),
+    "axes at the call": (
+        lambda: per_example_grad(f)(W, X, in_axes=(None, 0)),
+        TypeError,
+        "in_axes is an option of per_example_grad: per_example_grad(fun, "
+        "in_axes=(None, 0))(...)",
+    ),
+    "a long option at the call": (
+        lambda: jacobian(f)(W, X, in_axes=(W, 0)),
+        TypeError,
+        "jacobian(fun, in_axes=...)(...)",
+    ),
+    "an option of others at the call": (
+        lambda: per_example_grad(f)(W, X, recompute=True),
+        TypeError,
+        "recompute is not an option of per_example_grad, and fun does not take it",
+    ),
+    # References, keys, labels
+    "a reference for a parameter": (
+        lambda: jacobian(f)({"w": jax.new_ref(W["w"])}, X),
+        TypeError,
+        "argument params['w'] is differentiated and must be a real or complex "
+        "floating-point "
+        "array, got a reference (jax.new_ref): pass ref[...]",
+    ),
+    "a reference for a batch": (
+        lambda: jacobian(f)(W, jax.new_ref(X)),
+        TypeError,
+        "over axis 0, but it is a reference (jax.new_ref), not an array: pass ref[...]",
+    ),
+    "a reference in a tree": (
+        lambda: 2 * Vector({"w": jax.new_ref(X)}),
+        TypeError,
+        "(a reference (jax.new_ref)), and only real or complex floating-point leaves "
+        "can be "
+        "combined: pass ref[...]",
+    ),
+    "a key for all": (
+        rows(W, X, KEYS[0], fun=keyed),
+        ValueError,
+        "argument key would be mapped over axis 0, but it is key<fry>[], of rank 0: "
+        "if it is a "
+        "PRNG key, give one key per example: jax.random.split(key, N); None in "
+        "in_axes gives all "
+        "examples the same random numbers",
+    ),
+    "a raw key for all": (
+        rows(W, X, {"k": jax.random.PRNGKey(0)}, fun=keyed),
+        ValueError,
+        "axis 0 of argument key['k'] has size 2: if it is a PRNG key, give one key "
+        "per example: "
+        "jax.random.split(key['k'], 5); None in in_axes gives all examples the same",
+    ),
+    "a raw key before the batch": (
+        lambda: jacobian(lambda key, p, x: f(p, x), 1)(jax.random.PRNGKey(0), W, X),
+        ValueError,
+        "if it is a PRNG key, give one key per example: jax.random.split(key, 5)",
+    ),
+    "a key by keyword": (
+        lambda: jacobian(keyed)(W, X, key=KEYS[0]),
+        ValueError,
+        "jax.random.split(key, N); a key bound beforehand gives all examples the same",
+    ),
+    "a key among the parameters": (
+        rows({**W, "key": KEYS[0]}, X),
+        TypeError,
+        "a PRNG key that all examples share gives them the same random numbers",
+    ),
+    "labels of text": (
+        rows(W, X, np.array(["a"] * 5), fun=labelled),
+        TypeError,
+        "argument y would be mapped over axis 0, but it is str32[5], not an array of "
+        "numbers: if "
+        "these are labels, give each a number, as numpy.unique(labels, "
+        "return_inverse=True)[1]",
+    ),
+    "labels of objects": (
+        rows(W, X, np.array([None] * 5), fun=labelled),
+        TypeError,
+        "argument y would be mapped over axis 0, but it is object[5], not an array of "
+        "numbers",
+    ),
+    "a list of text": (
+        rows(W, X, ["a"] * 5, fun=labelled),
+        TypeError,
+        "argument y[0] would be mapped over axis 0, but it is a value of type str, "
+        "not an array: "
+        "if these are labels, give each a number",
+    ),
+    "a list of examples": (
+        lambda: jacobian(labelled)(W, list(X), X[:, 0]),
+        ValueError,
+        "axis 0 of argument x[0] has size 2, but axis 0 of argument y has size 5: if "
+        "x is a list "
+        "of examples, make it one array with jnp.stack(x); if not, in_axes takes",
+    ),
+    "a list of arrays of rank 0": (
+        lambda: jacobian(labelled)(W, X, {"y": list(X[:, 0])}),
+        ValueError,
+        "of rank 0: if the list holds a number for each example, make it one array "
+        "with "
+        "jnp.asarray(y['y'])",
+    ),
+    # A Jacobian is no tree
+    "a vector of J": (lambda: Vector(J), TypeError, f"argument tree {FACTORS}"),
+    "a vector of a tree of J": (
+        lambda: Vector({"a": J}) + Vector({"a": J}),
+        TypeError,
+        f"argument left.tree['a'] {FACTORS}",
+    ),
+    "a vector of J.T": (lambda: Vector(J.T), TypeError, "holds factors, not gradients"),
+    "a combination of J": (combine(J, J), TypeError, f"argument trees[0] {FACTORS}"),
+    "a combination of trees of J": (
+        combine({"a": J}, {"a": J}),
+        TypeError,
+        f"argument trees[0]['a'] {FACTORS}",
+    ),
+    "J for a stack": (stacked(jnp.ones(5), J), TypeError, f"argument trees {FACTORS}"),
+    "zeros like J": (
+        lambda: Accumulator.zeros_like(J),
+        TypeError,
+        f"argument grads {FACTORS}",
+    ),
+    "J added": (
+        lambda: Accumulator.zeros_like(W).add(J),
+        TypeError,
+        f"argument grads {FACTORS}",
+    ),
+    "a recomputed J added": (
+        lambda: Accumulator.zeros_like(W).add({"a": jacobian(f, recompute=True)(W, X)}),
+        TypeError,
+        f"argument grads['a'] {FACTORS}",
+    ),
+    "J for rows": (assembled(jnp.ones(5), J), TypeError, f"argument rows {FACTORS}"),
+    "J for rows of two outputs": (
+        assembled((jnp.ones(5), jnp.ones(5)), J),
+        TypeError,
+        f"argument rows {FACTORS}",
+    ),
     "argnums string": (
         rows(W, X, argnums="0"),
         TypeError,
@@ -485,19 +660,46 @@ TABLE = {
     "labels forgotten": (
         chain(W, X, outer=lambda o, y: jnp.mean((o - y) ** 2)),
         TypeError,
-        "argument outer, <lambda>(o, y), was called without y: what it takes after the outputs "
-        "(and the parameters, with outer_has_params) is given to the call as outer_args=(y,)",
+        "argument outer, <lambda>(o, y), was called without y: if y are the "
+        "parameters: "
+        "outer_has_params=True (outer_args are not differentiated); else, what it "
+        "takes after the "
+        "outputs (and the parameters, with outer_has_params) is given to the call as "
+        "outer_args=(y,)",
     ),
     "labels and weights forgotten": (
         lambda: gauss_newton_product(lambda o, y, w, eps=1: jnp.mean(o), f)(W, X),
         TypeError,
-        "was called without y, w: what it takes after the outputs (and the parameters, with "
-        "outer_has_params) is given to the call as outer_args=(y, w)",
+        "was called without y, w: if y are the parameters: outer_has_params=True, and "
+        "outer_args=(w,) at the call (outer_args are not differentiated); else, what "
+        "it takes "
+        "after the outputs (and the parameters, with outer_has_params) is given to "
+        "the call as "
+        "outer_args=(y, w)",
     ),
     "labels forgotten beside parameters": (
         chain(W, X, outer=lambda o, p, y: jnp.mean(o), outer_has_params=True),
         TypeError,
-        "was called without y",
+        "was called without y: what it takes after the outputs (and the parameters, "
+        "with "
+        "outer_has_params) is given to the call as outer_args=(y,)",
+    ),
+    "parameters of outer forgotten beside labels": (
+        chain(W, X, outer=lambda o, p, y: jnp.mean(o), call={"outer_args": (X,)}),
+        TypeError,
+        "was called without y: if p are the parameters: outer_has_params=True, and "
+        "outer_args=(y,) "
+        "at the call (outer_args are not differentiated); else, what it takes after "
+        "the outputs "
+        "(and the parameters, with outer_has_params) is given to the call as "
+        "outer_args=(p, y)",
+    ),
+    "outputs taken apart": (
+        chain(W, X, outer=lambda a, b: jnp.mean(a), fun=lambda p, x: (f(p, x), x)),
+        TypeError,
+        "was called without b: if these are outputs of fun, the outputs come as one "
+        "argument, a "
+        "tuple of length 2, which outer takes apart; else, if b are the parameters",
     ),
     "aux forgotten": (
         rows(W, X, fun=lambda p, x: (f(p, x), x)),
@@ -507,7 +709,8 @@ TABLE = {
     "outer aux forgotten": (
         chain(W, X, outer=lambda o: (jnp.mean(o), o)),
         TypeError,
-        "outer_has_aux=True takes a pair (value, aux), of which the value alone is differentiated",
+        "outer_has_aux=True takes a pair (value, aux), and differentiates the value "
+        "alone",
     ),
     "chain function": (chain(W, X, fun="f"), TypeError, "argument fun must be a function"),
     # Reassembly
@@ -622,10 +825,10 @@ def test_a_pair_without_has_aux_warns(chunk_size):
     def with_logits(p, x):
         return f(p, x), p["w"] * x
 
-    with pytest.warns(UserWarning, match="J has a row for each of them: .* give has_aux=True"):
-        J = jacobian(with_logits, chunk_size=chunk_size)(W, X)
+    with pytest.warns(UserWarning, match="each of their numbers: .* give has_aux=True"):
+        pair = jacobian(with_logits, chunk_size=chunk_size)(W, X)
     with pytest.raises(ValueError, match=r"if its second item is auxiliary data: has_aux=True"):
-        J.weighted_sum(jnp.ones(5))
+        pair.weighted_sum(jnp.ones(5))
     for silent in (
         lambda p, x: list(with_logits(p, x)),
         lambda p, x: dict(enumerate(with_logits(p, x))),
@@ -634,6 +837,65 @@ def test_a_pair_without_has_aux_warns(chunk_size):
     ):
         jacobian(silent, chunk_size=chunk_size)(W, X)
     jacobian(with_logits, has_aux=True, chunk_size=chunk_size)(W, X)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"recompute": True}])
+@pytest.mark.parametrize("made", [jacobian, value_and_jacobian])
+def test_every_pair_that_looks_like_a_loss_and_aux_warns_once(made, options):
+    for aux in (
+        lambda value, x: {"acc": value},
+        lambda value, x: (value,),
+        lambda value, x: [value, value],
+        lambda value, x: x,
+        lambda value, x: value[None],
+        lambda value, x: {},
+    ):
+
+        def pair(p, x, aux=aux):
+            value = f(p, x)
+            return value, aux(value, x)
+
+        axes = {"in_axes": (None, 0)}
+        with pytest.warns(UserWarning, match="give has_aux=True") as caught:
+            found = made(pair, **axes, **options)(W, X)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        (found[1] if made is value_and_jacobian else found).sum()
+        made(pair, has_aux=True, **axes, **options)(W, X)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        jacobian,
+        value_and_jacobian,
+        per_example_grad,
+        per_example_value_and_grad,
+        fisher_product,
+        chain_rule_grad,
+        chain_rule_value_and_grad,
+        gauss_newton_product,
+    ],
+)
+def test_options_at_the_call_say_where_they_belong(made):
+    options = {"argnums": 1, "has_aux": True, "chunk_size": 2, "in_axes": 0}
+    options |= {"recompute": True, "axis_name": "i"}
+    options |= {"outer_has_params": True, "outer_has_aux": True}
+    known = inspect.signature(made).parameters
+    functions = [x for x in ("outer", "fun") if x in known]
+    names = {made.__name__: made, "outer": jnp.sum, "fun": f}
+    for name, value in options.items():
+        with pytest.raises(TypeError) as caught:
+            made(*(names[x] for x in functions))(W, X, **{name: value})
+        said = str(caught.value)
+        if name not in known:
+            assert said.startswith(f"{name} is not an option of {made.__name__}")
+            continue
+        call = said.removeprefix(f"{name} is an option of {made.__name__}: ")
+        assert eval(call.removesuffix("(...)"), names) is not None
+    takes_it = lambda p, x, has_aux, **rest: f(p, x) * has_aux  # noqa: E731
+    given = made(*([jnp.sum] * (len(functions) - 1)), takes_it)
+    given(W, X, has_aux=jnp.ones(5), chunk_size=jnp.ones(5))
 
 
 def test_a_pair_that_outer_cannot_take():

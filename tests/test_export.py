@@ -90,6 +90,10 @@ def test_what_needs_a_number_says_so():
 
     with pytest.raises(TypeError, match=r"number of examples is symbolic.*J.shape\[0\]"):
         exported(lambda J: len(J))
+    with pytest.raises(TypeError, match="slices need a batch of known size.*, n: ch"):
+        exported(lambda J: J[1:3].sum())
+    with pytest.raises(TypeError, match=r"choose in the batch.*xs\[i : i \+ 1\]"):
+        exported(lambda J: J[1].sum())
     with pytest.raises(ValueError, match="chunk_size=2 cuts a batch of known size"):
         exported(lambda J: J.sum(), chunk_size=2)
 

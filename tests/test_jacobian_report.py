@@ -10,7 +10,7 @@ import pytest
 from helpers import clips_cotangent, tree_allclose
 from models import MODELS
 
-from pytree_grads import jacobian, value_and_jacobian
+from pytree_grads import Vector, jacobian, value_and_jacobian
 from pytree_grads._engine.leaf import Leaf
 from pytree_grads._jax.compat import all_equations
 
@@ -294,13 +294,57 @@ ERRORS = {
         TypeError,
         "argument recompute must be a bool (it is static), got 1",
     ),
-    "index": (lambda: J[2], TypeError, "with step 1, such as J[2:5], got 2"),
+    "index": (
+        lambda: J[2],
+        TypeError,
+        "with step 1, such as J[2:5], got 2: one row is J[2 : 3].to_rows(), with a "
+        "leading axis of "
+        "1, or take row 2 of the batch",
+    ),
+    "index from the end": (
+        lambda: J[-1],
+        TypeError,
+        "got -1: one row is J[4 : 5].to_rows()",
+    ),
+    "index of the host": (
+        lambda: J[np.int64(-5)],
+        TypeError,
+        "one row is J[0 : 1].to_rows()",
+    ),
+    "index beyond": (lambda: J[5], TypeError, "got 5: J has the rows of 5 examples"),
+    "mask": (
+        lambda: J[X[:, 0] > 0],
+        TypeError,
+        "got bool[5]: choose in the batch, as in jacobian(f)(params, xs[index]), or "
+        "give rows "
+        "weight 0",
+    ),
+    "indices": (
+        lambda: J[jnp.arange(2)],
+        TypeError,
+        "got int32[2]: choose in the batch",
+    ),
+    "list of indices": (
+        lambda: J[[1, 2]],
+        TypeError,
+        "a list of length 2: choose in the batch",
+    ),
+    "two indices": (
+        lambda: J[1, 2],
+        TypeError,
+        "a tuple of length 2: choose in the batch",
+    ),
     "traced bound": (
         lambda: jax.jit(lambda i: J[i : i + 1].norms())(1),
         TypeError,
         "the bounds of a slice of a Jacobian are static",
     ),
-    "step": (lambda: J[::2], TypeError, "got slice(None, None, 2)"),
+    "step": (
+        lambda: J[::2],
+        TypeError,
+        "got slice(None, None, 2): choose in the batch, as in jacobian(f)(params, "
+        "xs[start:stop:step])",
+    ),
     "direction": (
         lambda: J @ {"w": jnp.ones(3), "b": jnp.ones(())},
         ValueError,
@@ -337,8 +381,53 @@ ERRORS = {
         TypeError,
         "argument c must hold real numbers, got complex64[5]",
     ),
-    "boolean weights": (lambda: J.scale(jnp.ones(N, bool)), TypeError, "s must hold real numbers"),
+    "boolean weights": (
+        lambda: J.scale(jnp.ones(N, bool)),
+        TypeError,
+        "argument s must hold real numbers, got bool[5]: give mask.astype(jnp.float32)",
+    ),
     "text": (lambda: J.square_sum("text"), TypeError, "argument c"),
+    "a list of weights": (
+        lambda: J.weighted_sum([1.0] * N),
+        ValueError,
+        "argument c must be an array of shape (5,), got a list of length 5: "
+        "jnp.asarray(c)",
+    ),
+    "a list of weights in a tree": (
+        lambda: K.scale({"a": [1.0] * N, "b": jnp.ones((N, 2, 2))}),
+        ValueError,
+        "argument s['a'] must be an array of shape (5,), got a list of length 5: "
+        "jnp.asarray(s['a'])",
+    ),
+    "one weight": (
+        lambda: J.scale(2),
+        TypeError,
+        "argument s must be an array of shape (5,), got a value of type int: "
+        "jnp.full((5,), 2.0)",
+    ),
+    "one weight in an array": (
+        lambda: J.scale(jnp.float32(2)),
+        ValueError,
+        "shape (5,), got float32[]: jnp.full((5,), number)",
+    ),
+    "parameters as weights": (
+        lambda: J.weighted_sum(P),
+        ValueError,
+        "argument c must be an array of shape (5,), got a dict",
+    ),
+    "no weights": (lambda: J.scale(None), ValueError, "of shape (5,), got None"),
+    "a reference for weights": (
+        lambda: J.scale(jax.new_ref(jnp.ones(N))),
+        TypeError,
+        "argument s must be an array of shape (5,), got a reference (jax.new_ref): "
+        "pass ref[...]",
+    ),
+    "missing weights": (
+        lambda: K.scale({"a": jnp.ones(N)}),
+        ValueError,
+        "argument s must be a tree like the function's output, but s is not: missing "
+        "keys ['b']",
+    ),
     "gram": (lambda: J.gram(X), TypeError, "argument other must be a Jacobian, got float32[5,2]"),
     "gram of others": (lambda: J.gram(OTHER), ValueError, "other"),
     "gram of real and complex rows": (
@@ -359,9 +448,30 @@ ERRORS = {
         "float64[5] @ J.T is not",
     ),
     "2 * J": (lambda: 2 * J, TypeError, "2 * J is not defined: rows are scaled by J.scale(s)"),
-    "J * 2": (lambda: J * 2, TypeError, "as in J.scale(jnp.full(len(J), 2.0))"),
-    "array * J": (lambda: jnp.ones(N) * J, TypeError, "float32[5] * J is not defined"),
-    "J / 4": (lambda: J / 4, TypeError, "as in J.scale(jnp.full(len(J), 1 / 4.0))"),
+    "J * 2": (lambda: J * 2, TypeError, "as in J.scale(jnp.full(J.shape[:-1], 2.0))"),
+    "array * J": (
+        lambda: jnp.ones(N) * J,
+        TypeError,
+        "float32[5] * J is not defined: rows are scaled by J.scale(s), with a real "
+        "number per row, "
+        "as in J.scale(array)",
+    ),
+    "J / array": (lambda: J / jnp.ones(N), TypeError, "as in J.scale(1 / array)"),
+    "array * J of a tree": (
+        lambda: jnp.ones(N) * K,
+        TypeError,
+        "as in J.scale(s) for a tree s like J.norms()",
+    ),
+    "number * J": (
+        lambda: jnp.float32(2) * J,
+        TypeError,
+        "J.scale(jnp.full(J.shape[:-1], number))",
+    ),
+    "J / 4": (
+        lambda: J / 4,
+        TypeError,
+        "as in J.scale(jnp.full(J.shape[:-1], 1 / 4.0))",
+    ),
     "1 / J": (lambda: 1 / J, TypeError, "J.to_rows() are the rows as a tree"),
     "-J": (lambda: -J, TypeError, "-J is not defined: rows are scaled by J.scale(s)"),
     "J + J": (lambda: J + J, TypeError, "J + J is not defined: Jacobians are not added"),
@@ -381,6 +491,28 @@ ERRORS = {
     "J.T.norms": (lambda: J.T.norms(), AttributeError, "products are those of J, as J.norms"),
     "J.T.other": (lambda: J.T.other, AttributeError, "J.T has no attribute 'other'"),
     "c in J": (lambda: 1 in J, TypeError, "not iterable"),
+    "J @ J": (
+        lambda: J @ J,
+        TypeError,
+        "J @ other.T, or J.gram(other), are the inner products",
+    ),
+    "J.T @ params": (
+        lambda: J.T @ P,
+        ValueError,
+        "J.T @ c takes a number per row, and c is a tree like the parameters: J @ c "
+        "are its",
+    ),
+    "J.T @ vector of params": (
+        lambda: J.T @ Vector(P),
+        ValueError,
+        "J @ c are its directional",
+    ),
+    "J @ weights": (
+        lambda: J @ jnp.ones(N),
+        ValueError,
+        "J @ v takes a tree v like the parameters, and v holds a number per row: J.T "
+        "@ v is",
+    ),
     "J.T @ J": (lambda: J.T @ J, TypeError, "use J.square_sum() for its diagonal"),
     "negative bound": (
         lambda: J.clip(-1.0),
@@ -406,7 +538,9 @@ ERRORS = {
     "bound of rank 1": (
         lambda: J.clip(jnp.ones(2)),
         ValueError,
-        "argument max_norm must be one real number, got float32[2]",
+        "argument max_norm must be one real number, got float32[2]: for a bound per "
+        "row, "
+        "J.scale(jnp.minimum(1.0, bounds / J.norms()))",
     ),
     "bound of a kind": (
         lambda: J.clip({"w": 1.0, "b": "one"}),
@@ -459,6 +593,34 @@ def test_the_error_table(name):
     with pytest.raises(kind, match=re.escape(words)) as caught:
         call()
     assert caught.type is kind
+
+
+@pytest.mark.parametrize("fun", [f, lambda p, x: p["w"] * x, pair])
+@pytest.mark.parametrize("scaled", [lambda J: 2 * J, lambda J: J / 4, lambda J: -J])
+def test_the_hint_for_scaling_can_be_followed(fun, scaled):
+    rows = jacobian(fun)(P, X)
+    with pytest.raises(TypeError) as caught:
+        scaled(rows)
+    hint = str(caught.value).split("as in ")[1]
+    found = eval(hint, {"jax": jax, "jnp": jnp, "J": rows}).to_rows()
+    assert tree_allclose(found, jax.tree.map(scaled, rows.to_rows()))
+
+
+@pytest.mark.parametrize("index", [0, 3, -1, -5])
+def test_the_hint_for_one_row_can_be_followed(index):
+    with pytest.raises(TypeError) as caught:
+        J[index]
+    row = eval(str(caught.value).split("one row is ")[1].split(", with")[0], {"J": J})
+    assert tree_allclose(row, jax.tree.map(lambda x: x[index][None], J.to_rows()))
+
+
+def test_the_hint_for_a_bound_per_row_can_be_followed():
+    bounds = jnp.linspace(0.5, 4.0, N)
+    with pytest.raises(ValueError, match="for a bound per row") as caught:
+        J.clip(bounds)
+    hint = str(caught.value).split("for a bound per row, ")[1]
+    norms = eval(hint, {"J": J, "jnp": jnp, "bounds": bounds}).norms()
+    assert tree_allclose(norms, jnp.minimum(bounds, J.norms()))
 
 
 def test_only_keys_that_differ_are_listed():

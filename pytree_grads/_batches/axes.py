@@ -1,13 +1,23 @@
 """Which axis of which leaf holds the examples: ``in_axes``, read and checked."""
 
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from .._trees.checks import PyTree, describe, describe_node, is_array
+from .._jax.compat import is_reference
+from .._trees.checks import (
+    KeyPath,
+    PyTree,
+    describe,
+    describe_node,
+    is_array,
+    is_key,
+    located,
+)
 
 # A string, as `jax.vmap` takes none: all that it takes means the same here.
 DEFAULT = "default"
@@ -24,8 +34,7 @@ def argument_specs(
     if not isinstance(in_axes, tuple | list):
         raise TypeError(
             "argument in_axes must be an int, None, a tuple with an entry for each "
-            "positional "
-            f"argument, or {DEFAULT!r}, got {_given(in_axes)}"
+            f"positional argument, or {DEFAULT!r}, got {_given(in_axes)}"
         )
     if len(in_axes) != count:
         raise ValueError(
@@ -78,37 +87,128 @@ def shared_mend(keyword: str | None) -> str:
     )
 
 
-def checked_axis(where: str, leaf: Any, axis: int, keyword: str | None = None) -> int:
-    """The axis as a non-negative int, if the leaf has it."""
-    wrong = f"{where} would be mapped over axis {axis}, but it is {describe(leaf)}, "
-    if not is_array(leaf):
-        mend = shared_mend(keyword)
-        if isinstance(leaf, int | float | complex) and re.search(r"\[\d+\]$", where):
-            mend = (
-                "if the list holds a number for each example, make it one array with "
-                "jnp.asarray; "
-                f"if not, {mend}"
-            )
-        raise TypeError(f"{wrong}not an array: {mend}")
-    if not -leaf.ndim <= axis < leaf.ndim:
-        raise ValueError(f"{wrong}of rank {leaf.ndim}: {shared_mend(keyword)}")
-    return int(axis) % leaf.ndim
+@dataclass(frozen=True)
+class Mapped:
+    """A leaf of an argument, and the axis over which it is to be mapped."""
+
+    leaf: Any
+    axis: int
+    name: str
+    path: KeyPath
+    keyword: str | None  # the name, if the argument was passed by keyword
+
+    @property
+    def where(self) -> str:
+        return located(self.name, self.path)
+
+    @property
+    def written(self) -> str:
+        """The leaf as an expression: ``batch['x'][0]``."""
+        return f"{self.name}{jax.tree_util.keystr(self.path)}"
+
+    @property
+    def sequence(self) -> str | None:
+        """The list or tuple that holds the leaf, as an expression."""
+        if not self.path or not isinstance(self.path[-1], jax.tree_util.SequenceKey):
+            return None
+        return f"{self.name}{jax.tree_util.keystr(self.path[:-1])}"
+
+    @property
+    def size(self) -> int:
+        return self.leaf.shape[self.axis]
+
+    def checked(self) -> "Mapped":
+        """The same with a JAX array and an axis >= 0, if the leaf has that axis."""
+        leaf, axis = self.leaf, self.axis
+        wrong = (
+            f"{self.where} would be mapped over axis {axis}, but it is "
+            f"{describe(leaf)}, "
+        )
+        if not is_array(leaf):
+            raise TypeError(f"{wrong}not an array: {self._mend_no_array()}")
+        if not _holds_numbers(leaf):
+            raise TypeError(f"{wrong}not an array of numbers: {_LABELS}")
+        if not -leaf.ndim <= axis < leaf.ndim:
+            raise ValueError(f"{wrong}of rank {leaf.ndim}: {self._mend_rank()}")
+        return replace(self, leaf=jnp.asarray(leaf), axis=int(axis) % leaf.ndim)
+
+    def _mend_no_array(self) -> str:
+        if is_reference(self.leaf):
+            return "pass ref[...]"
+        if isinstance(self.leaf, str):
+            return f"{_LABELS}; if not, {shared_mend(self.keyword)}"
+        is_number = isinstance(self.leaf, int | float | complex)
+        return self._mend_sequence() if is_number else shared_mend(self.keyword)
+
+    def _mend_rank(self) -> str:
+        if is_key(self.leaf):
+            return self.mend_key("N")
+        return shared_mend(self.keyword) if self.leaf.ndim else self._mend_sequence()
+
+    def _mend_sequence(self) -> str:
+        """What to write for a number in a list."""
+        mend = shared_mend(self.keyword)
+        if self.sequence is None:
+            return mend
+        return (
+            "if the list holds a number for each example, make it one array with "
+            f"jnp.asarray({self.sequence}); if not, {mend}"
+        )
+
+    def mend_key(self, size: Any) -> str:
+        """What to write for one PRNG key."""
+        shared = "None in in_axes" if self.keyword is None else "a key bound beforehand"
+        return (
+            "if it is a PRNG key, give one key per example: "
+            f"jax.random.split({self.written}, {size}); {shared} gives all examples "
+            "the same random numbers"
+        )
 
 
-def common_size(sizes: list[tuple[int, str, str | None]]) -> int:
-    """N, on which all batched leaves agree; each has a size, a place and a keyword."""
-    if not sizes:
+_LABELS = (
+    "if these are labels, give each a number, as "
+    "numpy.unique(labels, return_inverse=True)[1] does"
+)
+
+
+def _holds_numbers(leaf: Any) -> bool:
+    """Whether JAX has arrays of the dtype of an array."""
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True
+
+
+def common_size(mapped: Sequence[Mapped]) -> int:
+    """N, on which all batched leaves agree."""
+    if not mapped:
         raise ValueError(
             "no argument is batched: at least one leaf needs an axis of examples in "
-            "in_axes "
-            "(without in_axes, every argument that is not differentiated is mapped "
-            "over axis 0)"
+            "in_axes (without in_axes, every argument that is not differentiated is "
+            "mapped over axis 0)"
         )
-    first_size, first_where, _ = sizes[0]
-    for size, where, keyword in sizes:
-        if size != first_size:
+    first = mapped[0]
+    for other in mapped:
+        if other.size != first.size:
             raise ValueError(
-                f"the batch sizes disagree: {first_where} has size {first_size}, "
-                f"but {where} has size {size}: {shared_mend(keyword)}"
+                f"the batch sizes disagree: axis {first.axis} of {first.where} has "
+                f"size {first.size}, but axis {other.axis} of {other.where} has size "
+                f"{other.size}: {_size_mend(first, other, mapped)}"
             )
-    return first_size
+    return first.size
+
+
+def _size_mend(first: Mapped, other: Mapped, mapped: Sequence[Mapped]) -> str:
+    """What to write for two leaves whose sizes disagree."""
+    for one, that in ((other, first), (first, other)):
+        if is_key(one.leaf):
+            return one.mend_key(that.size)
+        beside = [x.leaf.shape for x in mapped if x.sequence == one.sequence]
+        is_list = one.sequence is not None and len(set(beside)) == 1
+        if is_list and len(beside) == that.size:
+            return (
+                f"if {one.sequence} is a list of examples, make it one array with "
+                f"jnp.stack({one.sequence}); if not, {shared_mend(other.keyword)}"
+            )
+    return shared_mend(other.keyword)

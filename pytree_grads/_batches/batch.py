@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from .._jax import compat
 from .._jax.sharding import Names, count_at, laid_out, layout, names_at, take, without
 from .._trees.checks import PyTree, argument_names, located, normalize_argnums
-from .axes import DEFAULT, argument_specs, checked_axis, common_size, leaf_axes
+from .axes import DEFAULT, Mapped, argument_specs, common_size, leaf_axes
 from .chunks import Chunks, Place
 from .differentiable import check_differentiable
 
@@ -228,7 +228,7 @@ def resolve(
     specs = argument_specs(in_axes, len(args), positions)
     leaves: list[Any] = []
     axes: list[int | None] = []
-    sizes: list[tuple[int, str, str | None]] = []
+    mapped: list[Mapped] = []
     named = [
         (name, arg, spec) for name, arg, spec in zip(names, args, specs, strict=True)
     ]
@@ -241,20 +241,17 @@ def resolve(
             f"in_axes[{i}]" if keyword is None else "the axis of a keyword argument"
         )
         for path, leaf, axis in leaf_axes(prefix, name, arg, spec):
-            where = located(name, path)
             if axis is not None:
                 if shared and i in positions:
                     raise ValueError(
-                        f"{where} is differentiated and mapped over axis {axis}: a "
-                        "matrix of "
-                        "gradients needs parameters that all examples share; give it "
-                        "None in "
-                        "in_axes"
+                        f"{located(name, path)} is differentiated and mapped over "
+                        f"axis {axis}: a matrix of gradients needs parameters that all "
+                        "examples share; give it None in in_axes"
                     )
-                axis = checked_axis(where, leaf, axis, keyword)
-                leaf = jnp.asarray(leaf)
-                sizes.append((leaf.shape[axis], f"axis {axis} of {where}", keyword))
+                found = Mapped(leaf, axis, name, path, keyword).checked()
+                leaf, axis = found.leaf, found.axis
+                mapped.append(found)
             leaves.append(leaf)
             axes.append(axis)
     treedef = jax.tree.structure((args, kwargs))
-    return Batch(tuple(leaves), tuple(axes), treedef, positions, common_size(sizes))
+    return Batch(tuple(leaves), tuple(axes), treedef, positions, common_size(mapped))

@@ -18,6 +18,7 @@ from .batch import resolve
 from .chunks import loop_chunk
 from .functions import Call, Fun, Outer
 from .loops import map_chunks
+from .misuse import check_call
 from .notes import note_of_fun
 from .vjp import pull_chunks, vjp
 
@@ -129,6 +130,7 @@ def chain_rule_value_and_grad(
     def value_and_grad(
         *args: Any, outer_args: Sequence[Any] = (), **kwargs: Any
     ) -> Any:
+        check_call(chain_rule_value_and_grad, fun, argnums, kwargs)
         call = Call(inner, loss, args, kwargs, outer_args)
         resolved = resolve(fun, args, kwargs, argnums, in_axes)
         batch = resolved.localized()
@@ -212,6 +214,7 @@ def chain_rule_grad(
 
     @like(fun)
     def grad(*args: Any, **kwargs: Any) -> Any:
+        check_call(chain_rule_grad, fun, argnums, kwargs)
         value, grads = value_and_grad(*args, **kwargs)
         return (grads, value[1]) if has_aux or outer_has_aux else grads
 

@@ -22,8 +22,9 @@ from .batch import Batch, resolve
 from .chunks import loop_chunk
 from .functions import Call, Fun, Outer
 from .loops import map_chunks
+from .misuse import check_call
 from .notes import note_of_fun
-from .vjp import differentiated, pull_chunks, push_chunks
+from .vjp import Apply, differentiated, pull_chunks, push_chunks
 
 
 def gauss_newton_product(
@@ -118,30 +119,14 @@ def gauss_newton_product(
 
     @like(fun)
     def linearized(*args: Any, outer_args: Sequence[Any] = (), **kwargs: Any) -> Any:
+        check_call(gauss_newton_product, fun, argnums, kwargs)
         call = Call(inner, loss_of, args, kwargs, outer_args)
         resolved = resolve(fun, args, kwargs, argnums, in_axes)
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
         in_fun = note_of_fun(fun, batch)
-        if chunk is None:
-            with in_fun, call.runs_fun(batch.primals), differentiated(apply, batch):
-                outputs, push, fixed = jax.linearize(
-                    lambda primals: apply(batch.with_primals(primals)),
-                    batch.primals,
-                    has_aux=True,
-                )
-                transposed = jax.linear_transpose(push, batch.primals)
-
-            def pull(cotangents: PyTree) -> tuple[PyTree, ...]:
-                with differentiated(apply, batch):
-                    return transposed(cotangents)[0]
-
-        else:
-            with in_fun, call.runs_fun(batch.primals):
-                outputs, fixed = map_chunks(apply, batch, chunk)
-
-            push = functools.partial(push_chunks, apply, batch, chunk)
-            pull = functools.partial(pull_chunks, apply, batch, chunk)
+        with in_fun, call.runs_fun(batch.primals):
+            outputs, fixed, push, pull = _linear_maps(apply, batch, chunk)
 
         def loss(outputs: PyTree, *primals: PyTree) -> jax.Array:
             value, _ = loss_of(_joined(outputs, fixed), primals, outer_args)
@@ -170,6 +155,28 @@ def gauss_newton_product(
         return product
 
     return linearized
+
+
+def _linear_maps(apply: Apply, batch: Batch, chunk: int | None) -> tuple[Any, ...]:
+    """``(outputs, fixed, push, pull)``: v to J v, and cotangents c to Jᵀ c."""
+    if chunk is not None:
+        outputs, fixed = map_chunks(apply, batch, chunk)
+        push = functools.partial(push_chunks, apply, batch, chunk)
+        pull = functools.partial(pull_chunks, apply, batch, chunk)
+        return outputs, fixed, push, pull
+    with differentiated(apply, batch):
+        outputs, push, fixed = jax.linearize(
+            lambda primals: apply(batch.with_primals(primals)),
+            batch.primals,
+            has_aux=True,
+        )
+        transposed = jax.linear_transpose(push, batch.primals)
+
+    def pulled(cotangents: PyTree) -> tuple[PyTree, ...]:
+        with differentiated(apply, batch):
+            return transposed(cotangents)[0]
+
+    return outputs, fixed, push, pulled
 
 
 def fisher_product(
@@ -235,8 +242,21 @@ def fisher_product(
         wide = outputs.astype(algebra.carried_dtype(outputs.dtype))
         return jnp.sum(wide**2) / (2 * max(1, wide.size * device_count(axis_name)))
 
-    return gauss_newton_product(half_mean_square, scalar, argnums, in_axes=in_axes,
-                                chunk_size=chunk_size, axis_name=axis_name)  # fmt: skip
+    product_of = gauss_newton_product(
+        half_mean_square,
+        scalar,
+        argnums,
+        in_axes=in_axes,
+        chunk_size=chunk_size,
+        axis_name=axis_name,
+    )
+
+    @like(fun)
+    def linearized(*args: Any, **kwargs: Any) -> Any:
+        check_call(fisher_product, fun, argnums, kwargs)
+        return product_of(*args, **kwargs)
+
+    return linearized
 
 
 def _has_derivative(outputs: PyTree) -> PyTree:

@@ -10,7 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._trees.checks import KeyPath, PyTree, describe, is_array, is_inexact, located
+from .._jax.compat import is_reference
+from .._trees.checks import (
+    KeyPath,
+    PyTree,
+    describe,
+    is_array,
+    is_inexact,
+    is_key,
+    located,
+)
 
 _NNX_SPLIT = (
     "write graph, params, rest = nnx.split(model, nnx.Param, ...), differentiate by "
@@ -20,6 +29,13 @@ _NNX_SPLIT = (
 _ALSO_TRAINED = (
     "what is trained too can be an argument of its own, with the positions of both in "
     "argnums"
+)
+_BY_ITSELF = (
+    "in training mode each example is normalised by itself (docs/batch_norm.md)"
+)
+_ONE_KEY = (
+    "a PRNG key that all examples share gives them the same random numbers, and "
+    "jax.random.split(key, N) makes one for each, an argument of the batch"
 )
 
 
@@ -70,7 +86,24 @@ def _check_nnx(name: str, tree: PyTree) -> None:
             f"{located(name, path)} is differentiated and must be an nnx.Param, as for "
             "nnx.grad, "
             f"got {kind}: {_NNX_SPLIT}; {_ALSO_TRAINED}"
+            f"{_nnx_advice([leaf for _, leaf in others])}"
         )
+
+
+def _nnx_advice(others: list[Any]) -> str:
+    """What else the function must do, lest gradients be wrong without a word."""
+    advice = ""
+    if any(isinstance(x, _types("flax.nnx", "BatchStat")) for x in others):
+        advice += f"; call model.eval() first: {_BY_ITSELF}"
+    states = [x for x in others if isinstance(x, _types("flax.nnx", "RngState"))]
+    if states:
+        tags = sorted({getattr(x, "tag", "default") for x in states})
+        keys = ", ".join(f"{tag}=key" for tag in tags)
+        advice += (
+            "; give each example a key and call nnx.reseed(net, "
+            f"{keys}) on the merged net inside, or all examples share one mask"
+        )
+    return advice
 
 
 def _check_linen(name: str, tree: PyTree) -> None:
@@ -98,13 +131,25 @@ def _check_linen(name: str, tree: PyTree) -> None:
                     f"'params' alone: differentiate by params = {where}['params'], and "
                     "call "
                     f"model.apply({{**{where}, 'params': params}}, ...) inside the "
-                    "function; "
-                    f"{_ALSO_TRAINED}"
+                    f"function; {_ALSO_TRAINED}{_linen_advice(key)}"
                 )
+
+
+def _linen_advice(collection: str) -> str:
+    if collection != "batch_stats":
+        return ""
+    return f"; give its BatchNorm use_running_average=True: {_BY_ITSELF}"
 
 
 def _mend(name: str, tree: PyTree, path: KeyPath, leaf: Any) -> str:
     """What to write instead of differentiating by a leaf of no floats."""
+    if is_reference(leaf):
+        return "pass ref[...]"
+    advice = f"; {_ONE_KEY}" if is_key(leaf) else ""
+    return _mend_of_kind(name, tree, path, leaf) + advice
+
+
+def _mend_of_kind(name: str, tree: PyTree, path: KeyPath, leaf: Any) -> str:
     if _holds(tree, sum(_nnx_types(), ())):
         return (
             f"make it an nnx.Variable of another kind than nnx.Param; then {_NNX_SPLIT}"

@@ -86,6 +86,6 @@ class Call:
         call = self.outer.outer, self.fun.fun, self.args, self.kwargs
         with (
             note_of_outer(outputs, params, self.outer_args),
-            explained_outer(*call, given, self.fun.has_aux),
+            explained_outer(*call, given, self.fun.has_aux, self.outer.has_params),
         ):
             yield

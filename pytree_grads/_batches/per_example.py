@@ -9,6 +9,7 @@ from .._trees.checks import check_callable, check_chunk_size, check_scalar, like
 from .batch import resolve
 from .functions import Fun
 from .loops import map_chunks
+from .misuse import check_call
 from .notes import note_of_fun
 
 
@@ -81,6 +82,7 @@ def per_example_value_and_grad(
 
     @like(fun)
     def rows(*args: Any, **kwargs: Any) -> Any:
+        check_call(per_example_value_and_grad, fun, argnums, kwargs)
         batch = resolve(fun, args, kwargs, argnums, in_axes).localized()
         row = jax.value_and_grad(checked, argnums, has_aux=True)
         with note_of_fun(fun, batch):
@@ -138,6 +140,7 @@ def per_example_grad(
 
     @like(fun)
     def rows(*args: Any, **kwargs: Any) -> Any:
+        check_call(per_example_grad, fun, argnums, kwargs)
         values, grads = value_and_grad(*args, **kwargs)
         return (grads, values[1]) if has_aux else grads
 

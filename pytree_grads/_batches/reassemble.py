@@ -13,6 +13,7 @@ from .._trees.checks import (
     PyTree,
     check_callable,
     check_matching,
+    check_no_factors,
     check_outer_value,
     describe,
     describe_node,
@@ -68,6 +69,7 @@ def reassemble(outer: Callable[[PyTree], Any], outputs: PyTree, rows: PyTree) ->
     5.75 3.0
     """
     check_callable(outer, "outer")
+    check_no_factors("rows", rows)
     outputs = jax.tree.map(jnp.asarray, outputs)
     _check_outputs(outputs)
     try:

@@ -29,12 +29,10 @@ def differentiated(apply: Apply, batch: Batch) -> Iterator[None]:
         if rule is None or not _is_of_jax(error):
             raise
         raise NotImplementedError(
-            f"fun has {rule}, which JAX cannot differentiate together with jax.vmap: "
-            "pass all that "
-            "a jax.custom_vjp uses of the example as its arguments, so that it closes "
-            "over "
-            "nothing; or differentiate example by example, by c = "
-            "jax.grad(outer)(outputs) and "
+            f"fun has {rule}, with which JAX cannot differentiate jax.vmap of fun "
+            "(jax.vmap(jax.grad(fun)) works): pass all that a jax.custom_vjp uses of "
+            "the example as its arguments, so that it closes over nothing; or "
+            "differentiate example by example, by c = jax.grad(outer)(outputs) and "
             "jacobian(fun)(...).weighted_sum(c)"
         ) from error
 

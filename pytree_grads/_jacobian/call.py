@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from .._batches.batch import resolve
+from .._batches.misuse import check_call
 from .._jax.compat import trace_state
 from .._jax.sharding import AxisName
 from .._trees.checks import check_callable, check_chunk_size, like
@@ -42,8 +43,8 @@ def jacobian(
     Args:
       fun: the function of one example; returns a real floating-point scalar, array or
         tree of arrays, and with ``has_aux`` a pair of that and auxiliary data. (Without
-        it, a tuple of a scalar and of several numbers is differentiated whole, with a
-        warning; a list or a dict is without one.) It may use references
+        it, a tuple of a scalar and of anything but a scalar is differentiated whole,
+        with a warning; a list or a dict is without one.) It may use references
         (``jax.new_ref``) that it makes itself, and read others. Effects that no result
         depends on (``jax.debug.print``, ``checkify.check``) may not take place, or
         several times: only what is asked is computed.
@@ -161,6 +162,8 @@ def _make(
 
     @like(fun)
     def jacobian_of(*args: Any, **kwargs: Any) -> Any:
+        maker = value_and_jacobian if with_outputs else jacobian
+        check_call(maker, fun, argnums, kwargs)
         batch = resolve(fun, args, kwargs, argnums, in_axes, shared=True)
         if not jax.tree.leaves(batch.primals):
             raise ValueError("the arguments to differentiate hold no arrays")
@@ -202,9 +205,8 @@ def _make(
 
 
 _PAIR = (
-    "fun returned a pair of a scalar and of several numbers, and J has a row for each "
-    "of them: if "
-    "the second item is auxiliary data, give has_aux=True; if not, return a dict or a "
-    "list"
+    "fun returned a pair of a scalar and of something else, and J has a row for each "
+    "of their numbers: if the second item is auxiliary data, give has_aux=True; if "
+    "not, return a dict or a list"
 )
 _outputs = compiled_once()(Source.outputs)

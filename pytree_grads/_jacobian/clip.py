@@ -73,7 +73,10 @@ def read(max_norm: PyTree, params: PyTree, nan_safe: bool) -> Clip:
         where = located("max_norm", path)
         bound = floating(where, given, meets, real=True)
         if bound.shape != ():
-            raise ValueError(f"{where} must be one real number, got {describe(bound)}")
+            raise ValueError(
+                f"{where} must be one real number, got {describe(bound)}: for a bound "
+                "per row, J.scale(jnp.minimum(1.0, bounds / J.norms()))"
+            )
         if not isinstance(bound, Tracer) and not float(bound) >= 0:
             raise ValueError(f"{where} must not be negative or NaN, got {given}")
         leaves.append(jnp.asarray(bound))

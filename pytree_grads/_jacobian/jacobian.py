@@ -21,7 +21,7 @@ from . import sketch as _sketch
 from .gram import gram
 from .kept import Kept
 from .outputs import Outputs
-from .refused import NotAnArray
+from .refused import NotAnArray, check_slice
 
 
 @partial(
@@ -70,6 +70,10 @@ class Jacobian(NotAnArray):
     _rows: _rows.Rows
     _outputs: Outputs
 
+    @property
+    def _has_one_output(self) -> bool:
+        return self._outputs.is_array
+
     def _per_row(self, name: str, tree: PyTree) -> jax.Array:
         """A user's tree of one number per row as an array."""
         origin = self._rows.origin
@@ -92,8 +96,7 @@ class Jacobian(NotAnArray):
         A tree of K numbers counts as an array of shape (K,).
         """
         outputs = self._outputs
-        is_array = jax.tree_util.treedef_is_leaf(outputs.treedef)
-        middle = outputs.shapes[0] if is_array else (outputs.count,)
+        middle = outputs.shapes[0] if outputs.is_array else (outputs.count,)
         return (
             self._rows.origin.shape[0],
             *middle,
@@ -109,23 +112,9 @@ class Jacobian(NotAnArray):
 
     def __getitem__(self, index: slice) -> "Jacobian":
         """The rows of a slice of examples; its step is 1, and its bounds are static."""
-        parts = (
-            (index.start, index.stop, index.step)
-            if isinstance(index, slice)
-            else (index,)
-        )
-        if any(isinstance(x, Tracer) for x in parts):
-            raise TypeError(
-                "the bounds of a slice of a Jacobian are static, got a traced one; to "
-                "choose rows "
-                "by a traced index, index the batch that goes into it"
-            )
-        if not isinstance(index, slice) or index.step not in (None, 1):
-            raise TypeError(
-                "a Jacobian takes slices of examples, with step 1, such as J[2:5], got "
-                f"{index!r}; for one row as a tree use J[i : i + 1].to_rows()"
-            )
-        start, stop, _ = index.indices(len(self))
+        size = self._rows.origin.shape[0]
+        check_slice(index, size)
+        start, stop, _ = index.indices(size)
         return replace(self, _rows=self._rows.taken(start, max(stop - start, 0)))
 
     @property
@@ -151,6 +140,12 @@ class Jacobian(NotAnArray):
         """
         if isinstance(other, TransposedJacobian):
             return self.gram(other.T)
+        if isinstance(other, Jacobian):
+            raise TypeError(
+                "J @ J is not defined: J @ other.T, or J.gram(other), are the inner "
+                "products of rows"
+            )
+        self._check_direction(other)
         v = other.tree if isinstance(other, Vector) else other
         v = algebra.floating_like(
             "v", v, self._rows.origin.params, "the parameters", carried=True
@@ -158,6 +153,35 @@ class Jacobian(NotAnArray):
         check_matching(self._rows.origin.params, v, "the parameters", "v", dtypes=False)
         vectors = jax.tree.leaves(v)
         return self._outputs.expand(self._rows.map(Matrix.apply, vectors))
+
+    def _check_direction(self, v: PyTree) -> None:
+        """Raise if v holds a number per row, and nothing like the parameters."""
+        if self._is_per_row(v) and not self._is_direction(v):
+            raise ValueError(
+                "J @ v takes a tree v like the parameters, and v holds a number per "
+                "row: J.T @ v is the weighted sum of rows"
+            )
+
+    def _check_weights(self, c: PyTree) -> None:
+        """Raise if c is a tree like the parameters, and holds no number per row."""
+        if self._is_direction(c) and not self._is_per_row(c):
+            raise ValueError(
+                "J.T @ c takes a number per row, and c is a tree like the parameters: "
+                "J @ c are its directional derivatives"
+            )
+
+    def _is_per_row(self, tree: PyTree) -> bool:
+        """Whether a tree has the structure and shapes of a number per row."""
+        size = self._rows.origin.shape[0]
+        shapes = [(size, *shape) for shape in self._outputs.shapes]
+        return _has_shapes(tree, self._outputs.treedef, shapes)
+
+    def _is_direction(self, tree: PyTree) -> bool:
+        """Whether a tree has the structure and shapes of the parameters."""
+        origin = self._rows.origin
+        tree = tree.tree if isinstance(tree, Vector) else tree
+        structure = jax.tree.structure(origin.params)
+        return _has_shapes(tree, structure, origin.param_shapes)
 
     def __rmatmul__(self, c: Any) -> PyTree:
         raise TypeError(
@@ -460,6 +484,14 @@ class Jacobian(NotAnArray):
             _report.check(few._rows.bare(), self._outputs)
 
 
+def _has_shapes(tree: PyTree, structure: Any, shapes: Sequence[Any]) -> bool:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef == structure and all(
+        getattr(x, "shape", None) == shape
+        for x, shape in zip(leaves, shapes, strict=True)
+    )
+
+
 def _real(dtype: Any) -> Any:
     return jnp.finfo(dtype).dtype
 
@@ -473,14 +505,18 @@ class TransposedJacobian(NotAnArray):
 
     _symbol = "J.T"
 
+    @property
+    def _has_one_output(self) -> bool:
+        return self.T._has_one_output
+
     def __matmul__(self, c: PyTree) -> PyTree:
         """Jᵀ c, the weighted sum of rows."""
         if isinstance(c, Jacobian):
             raise TypeError(
                 "J.T @ J is a P x P matrix, which is not built; use J.square_sum() for "
-                "its "
-                "diagonal, or J.T @ (J @ v) for its product with a tree v"
+                "its diagonal, or J.T @ (J @ v) for its product with a tree v"
             )
+        self.T._check_weights(c)
         return self.T.weighted_sum(c)
 
     def __rmatmul__(self, v: Any) -> PyTree:

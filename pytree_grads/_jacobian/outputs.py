@@ -7,8 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._jax.compat import is_reference
 from .._trees.algebra import carried_reals, floating
-from .._trees.checks import PyTree, describe, is_array, located
+from .._trees.checks import (
+    PyTree,
+    describe,
+    describe_node,
+    is_array,
+    located,
+    structure_difference,
+)
 
 
 @dataclass(frozen=True)
@@ -29,16 +37,24 @@ class Outputs:
         return cls(treedef, tuple(tuple(leaf.shape) for leaf in leaves))
 
     @property
+    def is_array(self) -> bool:
+        """Whether an example has one array of outputs, and not a tree of them."""
+        return jax.tree_util.treedef_is_leaf(self.treedef)
+
+    @property
     def is_scalar(self) -> bool:
-        return jax.tree_util.treedef_is_leaf(self.treedef) and self.shapes == ((),)
+        return _is_scalar(self.treedef, self.shapes)
 
     @property
     def is_pair(self) -> bool:
-        """Whether this is a pair of a scalar and of several numbers: a loss and aux?"""
+        """Whether this is a pair of a scalar and of no scalar: a loss and aux?"""
         tree = jax.tree.unflatten(self.treedef, [0] * len(self.shapes))
         if type(tree) is not tuple or len(tree) != 2:
             return False
-        return tree[0] == 0 and self.shapes[0] == () and self.count > 2
+        first, second = self.treedef.children()
+        return _is_scalar(first, self.shapes[:1]) and not _is_scalar(
+            second, self.shapes[1:]
+        )
 
     @property
     def count(self) -> int:
@@ -65,31 +81,65 @@ class Outputs:
 
     def flatten(self, name: str, tree: PyTree, size: int, params: PyTree) -> jax.Array:
         """A user's tree of one real number per row as an array, as wide as the rows."""
-        leaves, treedef = jax.tree.flatten(tree)
-        if treedef != self.treedef:
-            hint = (
-                " (if its second item is auxiliary data: has_aux=True)"
-                if self.is_pair
-                else ""
-            )
-            raise ValueError(
-                f"argument {name} must be a tree like the function's output, "
-                f"{self.treedef}, "
-                f"got {treedef}{hint}"
-            )
+        self._check_structure(name, tree, size)
         flat, meets = [], carried_reals(params)
-        paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
-        for path, leaf, shape in zip(paths, leaves, self.shapes, strict=True):
-            where = located(name, path)
+        leaves = jax.tree.leaves_with_path(tree)
+        for (path, leaf), shape in zip(leaves, self.shapes, strict=True):
+            where, per_row = located(name, path), (size, *shape)
             if not is_array(leaf):
-                raise TypeError(f"{where} must be an array, got {describe(leaf)}")
+                raise TypeError(
+                    f"{where} must be an array of shape {per_row}, got {describe(leaf)}"
+                    f"{_filled(per_row, leaf)}"
+                )
             x = floating(where, leaf, meets, real=True)
-            if x.shape != (size, *shape):
+            if x.shape != per_row:
                 raise ValueError(
-                    f"{where} must have one number per row, shape {(size, *shape)}, "
-                    f"got {describe(x)}"
+                    f"{where} must have one number per row, shape {per_row}, "
+                    f"got {describe(x)}{_filled(per_row, x)}"
                 )
             flat.append(jnp.asarray(x).reshape(size, prod(shape)))
         return (
             flat[0].reshape(size) if self.is_scalar else jnp.concatenate(flat, axis=1)
         )
+
+    def _check_structure(self, name: str, tree: PyTree, size: int) -> None:
+        """Raise unless a user's tree has an array where the function returns one."""
+        if jax.tree.structure(tree) == self.treedef:
+            return
+        arrays = [jax.ShapeDtypeStruct((size, *k), jnp.float32) for k in self.shapes]
+        expected = jax.tree.unflatten(self.treedef, arrays)
+        try:
+            nodes = self.treedef.flatten_up_to(tree)
+        except ValueError:
+            path, clause = structure_difference(expected, tree)
+            hint = "; if its second item is auxiliary data: has_aux=True"
+            raise ValueError(
+                f"argument {name} must be a tree like the function's output, but "
+                f"{name}{jax.tree_util.keystr(path)} is not: {clause}"
+                f"{hint * self.is_pair}"
+            ) from None
+        for (path, array), node in zip(
+            jax.tree.leaves_with_path(expected), nodes, strict=True
+        ):
+            if jax.tree_util.all_leaves([node]) and node is not None:
+                continue
+            where = located(name, path)
+            mend = f": jnp.asarray({where.removeprefix('argument ')})"
+            raise ValueError(
+                f"{where} must be an array of shape {array.shape}, got "
+                f"{describe_node(node)}{mend * isinstance(node, list | tuple)}"
+            )
+
+
+def _is_scalar(treedef: Any, shapes: tuple[tuple[int, ...], ...]) -> bool:
+    return jax.tree_util.treedef_is_leaf(treedef) and shapes == ((),)
+
+
+def _filled(shape: tuple[int, ...], number: Any) -> str:
+    """What to write for a reference, or for one number for every row."""
+    if is_reference(number):
+        return ": pass ref[...]"
+    if is_array(number) and not number.shape:
+        return f": jnp.full({shape}, number)"
+    is_number = isinstance(number, int | float) and not is_array(number)
+    return f": jnp.full({shape}, {float(number)})" if is_number else ""

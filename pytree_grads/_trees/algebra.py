@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._jax.compat import is_reference
 from .checks import (
     PyTree,
     check_matching,
     check_tree_of_numbers,
     describe,
+    factors_error,
     is_array,
     is_float0,
     is_inexact,
@@ -100,7 +102,9 @@ def floating(
         jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer)
     ):
         kind = "hold real numbers" if array.ndim else "be a real number"
-        raise TypeError(f"{name} must {kind}, got {describe(what)}")
+        is_mask = array.ndim and array.dtype == bool
+        mend = ": give mask.astype(jnp.float32)" if is_mask else ""
+        raise TypeError(f"{name} must {kind}, got {describe(what)}{mend}")
     check_numbers(name, array, what)
     dtypes = meets or {jnp.zeros(()).dtype}
     dtype = np.result_type(*dtypes)
@@ -286,12 +290,17 @@ def norm(tree: PyTree) -> jax.Array:
 
 def summing_error(name: str, tree: PyTree) -> TypeError | None:
     """The error for the first leaf of a tree that cannot be summed, or None."""
+    factors = factors_error(name, tree)
+    if factors is not None:
+        return factors
     for path, leaf in jax.tree.leaves_with_path(tree):
         if is_inexact(leaf) or is_float0(leaf):
             continue
         mend = (
             "leave it out of the tree (eqx.filter, eqx.partition, or a dict without it)"
         )
+        if is_reference(leaf):
+            mend = "pass ref[...]"
         dtype = leaf.dtype if is_array(leaf) else type(leaf)
         if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             kind = "an array of PRNG keys"

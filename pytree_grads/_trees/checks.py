@@ -10,13 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._jax.compat import is_reference
+
 PyTree = Any
 KeyPath = tuple[Any, ...]
+
+
+class NotATree:
+    """A pytree whose leaves are factors of gradients: no tree to add or to scale."""
 
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is a JAX or NumPy array or scalar, or a tracer."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys, or likely one raw key (uint32)."""
+    if not is_array(leaf):
+        return False
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return True
+    return leaf.dtype == np.uint32 and leaf.shape in ((2,), (4,))
 
 
 def is_float0(leaf: Any) -> bool:
@@ -41,6 +56,8 @@ def describe(value: Any) -> str:
         return "None"
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         return f"a value of type {type(value).__name__}"
+    if is_reference(value):
+        return "a reference (jax.new_ref)"
     name = (
         "float0" if is_float0(value) else getattr(value.dtype, "name", str(value.dtype))
     )
@@ -76,6 +93,29 @@ def check_callable(fun: Any, name: str) -> None:
     """Raise a TypeError unless ``fun`` can be called."""
     if not callable(fun):
         raise TypeError(f"argument {name} must be a function, got {describe(fun)}")
+
+
+def factors_error(name: str, tree: PyTree) -> TypeError | None:
+    """The error for the first node of a tree that holds factors, or None."""
+    is_factored = functools.partial(_is_a, NotATree)
+    for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_factored):
+        if is_factored(node):
+            return TypeError(
+                f"{located(name, path)} is a Jacobian, and a Jacobian holds factors, "
+                "not gradients: pass J.sum(), J.mean() or J.to_rows()"
+            )
+    return None
+
+
+def check_no_factors(name: str, tree: PyTree) -> None:
+    """Raise a TypeError if a Jacobian stands where a tree of arrays is meant."""
+    error = factors_error(name, tree)
+    if error is not None:
+        raise error
+
+
+def _is_a(kind: type, node: Any) -> bool:
+    return isinstance(node, kind)
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
@@ -117,31 +157,39 @@ def positive_int(name: str, number: int) -> int:
     return found
 
 
+def given_argnums(argnums: int | Sequence[int], mend: str = "") -> tuple[int, ...]:
+    """``argnums`` as a tuple, or a TypeError that ends in what to write instead."""
+    try:
+        if isinstance(argnums, Sequence):
+            return tuple(operator.index(i) for i in argnums)
+        return (operator.index(argnums),)
+    except TypeError:
+        raise TypeError(
+            "argument argnums must be an int or a tuple of ints, got "
+            f"{describe_node(argnums)}{mend}"
+        ) from None
+
+
 def normalize_argnums(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
     """``argnums`` as distinct positions, 0 or more, among ``count`` arguments.
 
     >>> normalize_argnums((0, -1), 3)
     (0, 2)
     """
-    try:
-        if isinstance(argnums, Sequence):
-            given = tuple(operator.index(i) for i in argnums)
-        else:
-            given = (operator.index(argnums),)
-    except TypeError:
-        raise TypeError(
-            f"argument argnums must be an int or a tuple of ints, got {argnums!r}"
-        ) from None
+    given = given_argnums(argnums)
     if not given:
         raise ValueError(
             "argument argnums is empty: name at least one argument to differentiate"
         )
     for i in given:
         if not -count <= i < count:
+            came = f"{count} came"
+            if not count:
+                came = "the call passed no positional arguments"
             raise ValueError(
                 f"argument argnums={argnums!r} needs a positional argument {i}, but "
-                f"{count} came "
-                "(an argument that is differentiated cannot be passed by keyword)"
+                f"{came} (an argument that is differentiated cannot be passed by "
+                "keyword)"
             )
     positions = tuple(i % count for i in given)
     if len(set(positions)) < len(positions):
@@ -234,7 +282,7 @@ def check_matching(
         complex.
     """
     if not _same_structure(expected, got):
-        path, clause = _difference(expected, got, _same_structure)
+        path, clause = structure_difference(expected, got)
         raise ValueError(
             f"{located(got_name, path)} does not match {expected_name}"
             f"{jax.tree_util.keystr(path)}: {clause}"
@@ -255,6 +303,11 @@ def check_matching(
             f"{jax.tree_util.keystr(path)}: expected {describe(want)}, "
             f"got {describe(have)} ({mend})"
         )
+
+
+def structure_difference(expected: PyTree, got: PyTree) -> tuple[KeyPath, str]:
+    """The key path where two trees do not branch alike, and how they differ there."""
+    return _difference(expected, got, _same_structure)
 
 
 def prefix_difference(prefix: PyTree, tree: PyTree) -> tuple[KeyPath, str]:

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import algebra
-from .checks import PyTree, check_matching, describe, is_array, is_float0
+from .checks import (
+    NotATree,
+    PyTree,
+    check_matching,
+    check_no_factors,
+    describe,
+    is_array,
+    is_float0,
+)
 
 
 @functools.partial(
@@ -136,7 +144,8 @@ class Vector:
 
     Args:
       tree: a pytree of real or complex floating-point arrays of any shapes. ``float0``
-        leaves pass through. The first operator checks the leaves.
+        leaves pass through. The first operator checks the leaves. A ``Jacobian`` is no
+        such tree.
 
     Raises:
       TypeError: by an operator, if an operand is neither a Vector nor a scalar, or if a
@@ -154,6 +163,8 @@ class Vector:
     __array_ufunc__ = None  # so that a NumPy scalar leaves the operator to Vector
 
     def __init__(self, tree: PyTree):
+        if isinstance(tree, NotATree):
+            check_no_factors("tree", tree)
         self._carried = _Carried(tree)
 
     @classmethod
