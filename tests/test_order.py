@@ -155,7 +155,7 @@ def test_norms_that_come_with_a_clip(model, mode, x64):
     fun, params, x = MODELS[model]
     params = jax.tree.map(lambda p: p.astype(float) / 3, params)
     if model != "embedding":
-        x = jnp.sin(jnp.cumsum(x.astype(float), 0))
+        x = 1 + jnp.sin(jnp.cumsum(x.astype(float), 0)) / 2
     bounds = jax.tree.map(lambda _: 0.3, params)
     weights = jnp.arange(1.0, N + 1)
 
