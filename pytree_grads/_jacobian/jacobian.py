@@ -13,8 +13,9 @@ from .._engine.matrix import Matrix
 from .._trees import algebra
 from .._trees.checks import PyTree, check_key, check_matching, describe, positive_int
 from .._trees.vector import Vector
+from . import check as _check
 from . import clip as _clip
-from . import report as _report
+from . import explain as _explain
 from . import sketch as _sketch
 from .gram import gram
 from .outputs import Outputs
@@ -305,7 +306,7 @@ class Jacobian(NotAnArray):
         materialised, the primitive at which the search for factors ended.
         """
         self._rows.require_one()
-        return _report.explain(self)
+        return _explain.explain(self)
 
     def check(self, rows: int = 4) -> None:
         """Compare the first rows, and the products of them, with plain ``jax.grad``.
@@ -323,7 +324,7 @@ class Jacobian(NotAnArray):
             allowed in float32, a quarter in bfloat16 (the message names the leaf). Or ``rows`` is
             not positive.
         """
-        _report.check(self, positive_int("rows", rows))
+        _check.check(self, positive_int("rows", rows))
 
 
 def _real(dtype: Any) -> Any:
