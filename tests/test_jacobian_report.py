@@ -57,7 +57,7 @@ class TestExplain:
         assert re.search(r"31x31 +outer 31x31 .*squares", lines["['v']"])
         assert re.search(r"40x31 +scatter 1 of 40 lines", lines["['table']"])
         assert "shared by all rows" in lines["['shared']"]
-        assert re.search(r"3x31x31 +windows 3 of 31x31 +windows", lines["['conv']"])
+        assert re.search(r"3x31x31 +patches 3 of 31x31 +patches", lines["['conv']"])
         assert re.search(r"31 +dense", lines["['b']"])
         assert all(len(line) < 160 for line in J.explain().splitlines())
 

@@ -10,7 +10,7 @@ import jax
 from . import thresholds
 from .graph import Equation
 from .layout import Frame
-from .patches import Windows
+from .terms import Patches
 from .views import Reshape, Shape, Tail, Transpose, arranged
 
 
@@ -29,9 +29,9 @@ class WindowLayout:
     dilation: Shape
     precision: Any
 
-    def __call__(self, operands: Sequence[jax.Array], frames: Sequence[Frame]) -> Windows:
+    def __call__(self, operands: Sequence[jax.Array], frames: Sequence[Frame]) -> Patches:
         left, right = operands
-        return Windows(
+        return Patches(
             self._arranged(left, self.left, frames[0]),
             self._arranged(right, self.right, frames[1]),
             self.padding,

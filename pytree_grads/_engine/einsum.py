@@ -25,7 +25,9 @@ def dot(
         return [left.index(c) for c in letters], [right.index(c) for c in letters]
 
     numbers = places(summed), places(batch)
-    product = lax.dot_general(x, y, numbers, precision=precision, preferred_element_type=dtype)
+    product = lax.dot_general(
+        x, y, numbers, precision=precision, preferred_element_type=dtype
+    )
     found = [*batch, *(c for c in left + right if c not in batch and c not in summed)]
     order = [found.index(c) for c in result]
     return product if order == sorted(order) else lax.transpose(product, order)

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._jax.sharding import take as neighbours
+from .._jax import sharding
 from .._trees.algebra import common_dtype
-from . import gram as _gramians
-from . import sums as _products
-from .leaf import Leaf, Piece, take, weighted, widened
-from .norms import leaf_norms
-from .scaling import Norms
+from .leaf import Leaf, Summand, take, weighted, widened
+from .products import gram as _gram
+from .products import sums as _sums
+from .products.norms import leaf_norms
+from .products.scaled_norms import Norms
 
 
 @partial(
@@ -33,7 +33,9 @@ class Matrix:
     leaves: tuple[Leaf, ...]
     weights: tuple[jax.Array, ...] | None = None
     valid: jax.Array | None = None
-    summands: tuple[Leaf, ...] | None = None  # the leaves for sums, where nothing else needs rows
+    summands: tuple[Leaf, ...] | None = (
+        None  # the leaves for sums, where nothing else needs rows
+    )
 
     @property
     def dtype(self) -> Any:
@@ -43,7 +45,9 @@ class Matrix:
     def scaled(self, factors: Sequence[jax.Array]) -> "Matrix":
         """The rows times numbers of their own, for each leaf."""
         if self.weights is not None:
-            factors = [product(f, w) for f, w in zip(factors, self.weights, strict=True)]
+            factors = [
+                product(f, w) for f, w in zip(factors, self.weights, strict=True)
+            ]
         return replace(self, weights=tuple(factors))
 
     def only(self, valid: jax.Array) -> "Matrix":
@@ -56,12 +60,18 @@ class Matrix:
             return self
         leaves = tuple(_select(leaf, self.valid) for leaf in self.leaves)
         ones = [jnp.ones(self.valid.shape, leaf.real) for leaf in leaves]
-        weights = [jnp.where(self.valid, w, jnp.zeros_like(w)) for w in self.weights or ones]
+        weights = [
+            jnp.where(self.valid, w, jnp.zeros_like(w)) for w in self.weights or ones
+        ]
         return Matrix(leaves, tuple(weights))
 
     def weight(self, i: int, extra: jax.Array | None = None) -> jax.Array | None:
         """The weights of the rows of leaf i, times some others."""
-        own = None if self.weights is None else self.weights[i].astype(self.leaves[i].real)
+        own = (
+            None
+            if self.weights is None
+            else self.weights[i].astype(self.leaves[i].real)
+        )
         if extra is None:
             return own
         extra = extra.astype(self.leaves[i].real)
@@ -78,7 +88,8 @@ class Matrix:
         rows = self.selected()
         leaves = self.summands or rows.leaves
         return [
-            _products.weighted_sum(leaf, rows.weight(i, weights)) for i, leaf in enumerate(leaves)
+            _sums.weighted_sum(leaf, rows.weight(i, weights))
+            for i, leaf in enumerate(leaves)
         ]
 
     def square_sum(self, weights: jax.Array | None) -> list[jax.Array]:
@@ -89,34 +100,40 @@ class Matrix:
             if weights is not None:
                 extra = weights.astype(leaf.real)
                 scale = extra if scale is None else scale * extra
-            sums.append(_products.square_sum(leaf, scale))
+            sums.append(_sums.square_sum(leaf, scale))
         return sums
 
     def apply(self, vectors: Sequence[jax.Array]) -> jax.Array:
         rows = self.selected()
         total = jnp.zeros(rows.leaves[0].rows, self.dtype)
         for i, (leaf, v) in enumerate(zip(rows.leaves, vectors, strict=True)):
-            product, weight = _products.applied(leaf, v), rows.weight(i)
-            total += (product if weight is None else product * weight).astype(self.dtype)
+            product, weight = _sums.applied(leaf, v), rows.weight(i)
+            total += (product if weight is None else product * weight).astype(
+                self.dtype
+            )
         return total
 
     def gram(self, other: "Matrix") -> jax.Array:
         """Shape (*rows, *other rows)."""
         total, rows = None, self.selected()
         others = rows if other is self else other.selected()
-        for i, (leaf, theirs) in enumerate(zip(rows.leaves, others.leaves, strict=True)):
+        for i, (leaf, theirs) in enumerate(
+            zip(rows.leaves, others.leaves, strict=True)
+        ):
             wider = common_dtype(leaf.carried, theirs.carried)
             mine, left = weighted(widened(leaf, wider), rows.weight(i))
             yours, right = mine, left
             if theirs is not leaf or others.weights is not rows.weights:
                 yours, right = weighted(widened(theirs, wider), others.weight(i))
-            product = _gramians.gram(mine, yours)
+            product = _gram.gram(mine, yours)
             if left is not None:
                 left = left.reshape(*leaf.rows, *[1] * len(theirs.rows))
                 product = product * left.astype(product.dtype)
             if right is not None:
                 product = product * _leading(right, product.ndim).astype(product.dtype)
-            dtype = common_dtype(product.dtype, *([] if total is None else [total.dtype]))
+            dtype = common_dtype(
+                product.dtype, *([] if total is None else [total.dtype])
+            )
             product = product.astype(dtype)
             total = product if total is None else total.astype(dtype) + product
         assert total is not None
@@ -127,7 +144,7 @@ class Matrix:
         stacks, rows = [], self.selected()
         for i, leaf in enumerate(rows.leaves):
             weight = rows.weight(i)
-            stacked = _products.rows(leaf, carried=weight is not None)
+            stacked = _sums.rows(leaf, carried=weight is not None)
             if weight is not None:
                 factors = weight.reshape(*leaf.rows, *[1] * len(leaf.shape))
                 stacked = (stacked * factors.astype(stacked.dtype)).astype(leaf.dtype)
@@ -136,10 +153,12 @@ class Matrix:
 
     def taken(self, start: Any, size: int) -> "Matrix":
         """The rows of `size` examples from `start` on."""
-        cut = partial(neighbours, start=start, size=size)
+        cut = partial(sharding.take, start=start, size=size)
         weights = None if self.weights is None else tuple(map(cut, self.weights))
         valid = None if self.valid is None else cut(self.valid)
-        return Matrix(tuple(take(leaf, start, size) for leaf in self.leaves), weights, valid)
+        return Matrix(
+            tuple(take(leaf, start, size) for leaf in self.leaves), weights, valid
+        )
 
 
 def product(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -158,14 +177,14 @@ def _select(leaf: Leaf, valid: jax.Array) -> Leaf:
     if leaf.outputs is not None:
         masks[1] = jnp.any(valid, axis=1)
 
-    def of(piece: Piece) -> Piece:
-        arrays, treedef = jax.tree.flatten(piece.term)
+    def of(summand: Summand) -> Summand:
+        arrays, treedef = jax.tree.flatten(summand.term)
         kept = []
-        for x, level in zip(arrays, piece.levels, strict=True):
-            mask, before = masks[level], piece.axis if level else 0
+        for x, count in zip(arrays, summand.row_axes, strict=True):
+            mask, before = masks[count], summand.axis if count else 0
             after = x.ndim - mask.ndim - before
             mask = mask.reshape((1,) * before + mask.shape + (1,) * after)
             kept.append(jnp.where(mask, x, jnp.zeros_like(x)))
-        return replace(piece, term=jax.tree.unflatten(treedef, kept))
+        return replace(summand, term=jax.tree.unflatten(treedef, kept))
 
-    return replace(leaf, pieces=tuple(map(of, leaf.pieces)))
+    return replace(leaf, summands=tuple(map(of, leaf.summands)))

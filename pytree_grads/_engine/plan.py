@@ -179,11 +179,12 @@ def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> LeafPlan:
     )
     terms, sites = pieces, [piece.site for piece in pieces]
     own = [site for site in sites if not (isinstance(site, AtValue) and site.value not in varying)]
-    kept = sum(site.size * (thresholds.DEARER if _is_convolution(site) else 1) for site in own)
+    dearer = thresholds.current().dearer
+    kept = sum(site.size * (dearer if _is_convolution(site) else 1) for site in own)
     is_larger = thresholds.exceeds(kept, max(1, prod(leaf.aval.shape)) - 1)
     if route != "factored" and is_larger:
-        stops = dict.fromkeys(piece.reason for piece in pieces)
-        reason = ", ".join(stops) if all(stops) else "factors are larger than the row"
+        stops = dict.fromkeys(x.reason for x in pieces if x.reason and x.site in own)
+        reason = ", ".join(stops) or "factors are larger than the row"
         if all(_is_convolution(site) for site in sites):
             pieces = tuple(replace(q, site=_row_at(q.site), reason=reason) for q in pieces)
         else:

@@ -18,10 +18,8 @@ from .._trees.checks import check_arrays, describe, split_aux
 from . import evaluate as _execute
 from . import graph as _graph
 from . import plan as _plan
-from . import terms as _terms
-from . import thresholds
-from .leaf import Leaf, Piece
-from .terms import Scatter, Term
+from .leaf import Leaf, Summand
+from .terms import Term
 
 PyTree = Any
 
@@ -134,13 +132,13 @@ def _leaf(
     outputs: int | None,
 ) -> Leaf:
     found = tuple(
-        Piece(
+        Summand(
             term=term(piece.site)[0],
             shape=piece.site.shape,
             axis=_execute.rows_axis(piece.site),
             tail=piece.tail,
             factor=piece.factor,
-            levels=term(piece.site)[1],
+            row_axes=term(piece.site)[1],
             reason=piece.reason,
         )
         for piece in pieces
@@ -151,16 +149,18 @@ def _leaf(
 
 def _joined(leaf: Leaf) -> Leaf:
     """The same with many pieces of one form as one: a weight that is used in an unrolled loop."""
-    forms: dict[Any, list[Piece]] = {}
-    for i, x in enumerate(leaf.pieces):
-        alike = _terms.form(x.term) or i
-        forms.setdefault((x.shape, x.tail, x.factor, x.levels, alike), []).append(x)
-    found: list[Piece] = []
+    forms: dict[Any, list[Summand]] = {}
+    for i, x in enumerate(leaf.summands):
+        alike = x.term.form or i
+        forms.setdefault((x.shape, x.tail, x.factor, x.row_axes, alike), []).append(x)
+    found: list[Summand] = []
     for group in forms.values():
-        terms = [x.term for x in group]
-        apart = 1 if isinstance(terms[0], Scatter) else thresholds.APART  # lines of one index meet
-        found += [replace(group[0], term=_terms.joined(terms))] if len(group) > apart else group
-    return replace(leaf, pieces=tuple(found))
+        first, *others = (x.term for x in group)
+        if len(group) > first.most_apart:
+            found.append(replace(group[0], term=first.joined(others)))
+        else:
+            found += group
+    return replace(leaf, summands=tuple(found))
 
 
 def _trace(

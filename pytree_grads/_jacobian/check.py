@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from .._batches.batch import Batch
 from .._engine.matrix import Matrix
-from .._engine.scaling import combined
+from .._engine.products.scaled_norms import combined
 from .._jax.compat import all_equations
 from .._trees.algebra import carried_dtype, common_dtype
 from .._trees.checks import PyTree, located
@@ -46,10 +46,14 @@ def check(jacobian: "Jacobian", rows: int) -> None:
     signed = [np.tensordot(weights, x, len(axes)) for x in plain]
     # Where the parts of a row nearly cancel: what that adds to a norm, and leaves in an entry.
     excess = [_largest(_wide(x)) for x in excess]
-    left = [16 * float(jnp.finfo(x.dtype).eps) ** 0.5 * y for x, y in zip(got, excess, strict=True)]
+    left = [
+        16 * float(jnp.finfo(x.dtype).eps) ** 0.5 * y
+        for x, y in zip(got, excess, strict=True)
+    ]
     in_sums = [np.sum(np.abs(weights)) * x for x in left]
     in_squares = [
-        weights.size * x * (2 * _largest(y) + x) for x, y in zip(left, plain, strict=True)
+        weights.size * x * (2 * _largest(y) + x)
+        for x, y in zip(left, plain, strict=True)
     ]
     compare = partial(_compare, few, rounding)
     compare("to_rows", got, plain, plain, left)
@@ -68,16 +72,24 @@ def _products(rows: "Rows", c: jax.Array) -> tuple[Any, ...]:
         norms = matrix.leaf_norms()
         both = norms, [x.excess for x in norms]
         leaves = range(len(matrix.leaves))
-        return tuple(matrix.rows()), tuple(tuple(combined(x, [i]) for i in leaves) for x in both)
+        return tuple(matrix.rows()), tuple(
+            tuple(combined(x, [i]) for i in leaves) for x in both
+        )
 
     stacked, norms = rows.map(of_rows)
     sums = tuple(jax.tree.leaves(rows.sum(c)))
     # Of rows that are made for nothing but this.
-    alone = tuple(jax.tree.leaves(replace(rows, leaves=None).sum(c))) if rows.leaves else sums
+    alone = (
+        tuple(jax.tree.leaves(replace(rows, leaves=None).sum(c)))
+        if rows.leaves
+        else sums
+    )
     # A custom rule that clips cotangents shows itself where weights are large. A power of two
     # changes no digit of a backward pass that is linear.
     large = tuple(x / _LARGE for x in jax.tree.leaves(rows.sum(_LARGE * c)))
-    squares = rows.fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
+    squares = rows.fold(
+        lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype
+    )
     return stacked, norms, sums, alone, large, squares
 
 
@@ -106,9 +118,13 @@ def _compare(
     """
     scales = list(map(_largest, summands))
     params = jax.tree.leaves_with_path(jacobian._rows.params)
-    for (path, leaf), x, y, scale, own in zip(params, found, right, scales, left, strict=True):
+    for (path, leaf), x, y, scale, own in zip(
+        params, found, right, scales, left, strict=True
+    ):
         eps = max(rounding, float(jnp.finfo(leaf.dtype).eps))
-        allowed = min(8 * eps**0.5, 1 / 4) * scale + min(64 * eps, 1 / 16) * max(scales) + own
+        allowed = (
+            min(8 * eps**0.5, 1 / 4) * scale + min(64 * eps, 1 / 16) * max(scales) + own
+        )
         allowed += 64 * float(jnp.finfo(x.dtype).tiny)
         both = np.isfinite(x) & np.isfinite(y)
         error = np.max(np.abs(_wide(x) - y), where=both, initial=0.0)
@@ -127,7 +143,9 @@ def _plain_rows(jacobian: "Jacobian") -> tuple[list[jax.Array], float]:
     """
     source = jacobian._rows.source
     row = partial(_plain_row, is_scalar=jacobian._outputs.is_scalar)
-    examples = [replace(source, batch=source.batch.chunk(i, 1)) for i in range(len(jacobian))]
+    examples = [
+        replace(source, batch=source.batch.chunk(i, 1)) for i in range(len(jacobian))
+    ]
     with source.note:
         equations = all_equations(jax.make_jaxpr(row)(examples[0]))
     made = [v.aval for equation in equations for v in equation.outvars]

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from .._engine.leaf import Leaf
 from .._engine.matrix import Matrix, product
 from .._engine.plan import Route
-from .._engine.scaling import Norms, as_numbers, combined
+from .._engine.products.scaled_norms import Norms, as_numbers, combined
 from .._jax.compat import trace_state
 from .._jax.sharding import AxisName, device_count, in_auto, layout, sum_over, without, zeros
 from .._trees.algebra import carried_dtype

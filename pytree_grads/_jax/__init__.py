@@ -4,6 +4,7 @@
 ``compat``       what depends on the release of JAX: reading jaxprs, evaluating one equation
 ``effects``      what a function does besides returning values: made pure, or refused by name
 ``sharding``     where values live on a mesh, as their types say it
+``xla``          ways around habits of XLA, each with its gain and what shows that it may go
 ``convolutions`` convolutions inside loops, in the order of axes that XLA for CPU knows fast
 ===============  ===================================================================================
 """
