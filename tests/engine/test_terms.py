@@ -39,7 +39,7 @@ class Diagonal(ByRow):
         return self.numbers.dtype
 
     def materialize(self):
-        return self.numbers[..., None] * jnp.eye(M, dtype=self.dtype)
+        return jax.vmap(jnp.diag)(self.numbers)
 
 
 class LinearDiagonal(Diagonal):

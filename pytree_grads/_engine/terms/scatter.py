@@ -176,8 +176,15 @@ class Scatter(ByRow):
     def joined(self, others: Sequence["Scatter"]) -> "Scatter":
         terms = [self, *others]
         index = jnp.concatenate([x.index for x in terms], -1)
-        right = jnp.concatenate([x.right for x in terms], -2)
+        right = jnp.concatenate([x._right_of_each for x in terms], -2)
         return Scatter(index, right, self.length)
+
+
+    @property
+    def _right_of_each(self) -> jax.Array:
+        """The vectors of all look-ups, also if they have one in common."""
+        *lead, _, n = self.right.shape
+        return jnp.broadcast_to(self.right, (*lead, self.pair_count, n))
 
 
 # ------------------------------------------------------------------------------------
