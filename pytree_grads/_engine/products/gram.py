@@ -86,7 +86,9 @@ def _gram_of_tiles(leaf: Leaf, other: Leaf, tiles: Tiles) -> jax.Array:
 def _gram_of_rows(leaf: Leaf, other: Leaf) -> jax.Array:
     """The Gramian from rows as arrays, some rows of either leaf at a time."""
     size = prod(leaf.shape)
-    are_many = thresholds.exceeds(prod(other.rows) * size, thresholds.current().entries_at_once)
+    are_many = thresholds.exceeds(
+        prod(other.rows) * size, thresholds.current().entries_at_once
+    )
 
     def against(block: Leaf) -> jax.Array:  # (*block.rows, *other.rows)
         mine = rows(block, carried=True).reshape(-1, size).conj()

@@ -49,7 +49,9 @@ def leaf_norms(leaves: Sequence[Leaf]) -> list[Norms]:
         groups.setdefault(form, []).append(i)
     norms = []
     for group in groups.values():
-        stacks = [group] if len(group) >= thresholds.current().many else [[i] for i in group]
+        stacks = (
+            [group] if len(group) >= thresholds.current().many else [[i] for i in group]
+        )
         for stack in stacks:
             own = [leaves[i] for i in stack]
             if vectors[stack[0]]:
@@ -63,7 +65,9 @@ def leaf_norms(leaves: Sequence[Leaf]) -> list[Norms]:
 def _are_small(vectors: Sequence[Vectors]) -> bool:
     if not vectors:
         return False
-    return not any(thresholds.exceeds(x.value.size, thresholds.current().small) for x in vectors)
+    return not any(
+        thresholds.exceeds(x.value.size, thresholds.current().small) for x in vectors
+    )
 
 
 def _norms_of_leaf(leaf: Leaf, route: Route) -> Norms:

@@ -65,7 +65,9 @@ class Tiles:
     def of(cls, *leaves: Leaf) -> "Tiles | None":
         """How to cut rows of these leaves; None if they are small or cannot be cut."""
         sizes = [prod(leaf.rows) * prod(leaf.shape) for leaf in leaves]
-        if not any(thresholds.exceeds(n, thresholds.current().entries_at_once) for n in sizes):
+        if not any(
+            thresholds.exceeds(n, thresholds.current().entries_at_once) for n in sizes
+        ):
             return None
         summands = [x for leaf in leaves for x in leaf.summands]
         terms = [x.of_one_row for x in summands]
@@ -78,7 +80,9 @@ class Tiles:
         offsets = prod(own)
         blocks, lines, n = terms[0].shape
         m = lines // offsets
-        most = thresholds.current().entries_at_once // max(n * prod(x.rows) for x in leaves)
+        most = thresholds.current().entries_at_once // max(
+            n * prod(x.rows) for x in leaves
+        )
         # A tile with as many lines as there are pairs is no larger than the right
         # factor.
         most = max(1, most, *(x.pair_count for x in terms))

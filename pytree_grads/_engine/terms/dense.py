@@ -122,7 +122,9 @@ class Dense:
 
     @property
     def sum_cost(self) -> int:
-        return self.value.size
+        # A sum of arrays with several axes is a product; see `weighted_total`.
+        is_product = sum(n != 1 for n in self.shape) > 1
+        return self.value.size * (2 if is_product else 1)
 
     # ------------------------------------------------------------------------------
 

@@ -244,4 +244,6 @@ def _is_narrow(left: jax.Array, right: jax.Array) -> bool:
     is_long = not thresholds.exceeds(n, most) and thresholds.exceeds(
         z // thresholds.current().fewer, n - 1
     )
-    return is_long and thresholds.exceeds(z * m * n, thresholds.current().large_narrow - 1)
+    return is_long and thresholds.exceeds(
+        z * m * n, thresholds.current().large_narrow - 1
+    )

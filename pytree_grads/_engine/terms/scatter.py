@@ -179,7 +179,6 @@ class Scatter(ByRow):
         right = jnp.concatenate([x._right_of_each for x in terms], -2)
         return Scatter(index, right, self.length)
 
-
     @property
     def _right_of_each(self) -> jax.Array:
         """The vectors of all look-ups, also if they have one in common."""
