@@ -1,4 +1,4 @@
-"""The rows of all leaves together, each row with a weight of its own: diag(weights) J."""
+"""The rows of all leaves together, with a weight for each row: diag(weights) J."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +24,12 @@ from .products.scaled_norms import Norms
 )
 @dataclass(frozen=True)
 class Matrix:
-    """Arrays of one number per row have shape (N,), or (N, K) if an example has K outputs.
+    """Rows of all leaves with weights.
 
-    `weights` has such an array for each leaf (a clip per group differs between leaves); a row that
-    is not `valid` counts as zero, whatever it holds. None stands for ones, and for True.
+    Arrays of one number per row have shape (N,), or (N, K) if an example has K outputs.
+    `weights` has such an array for each leaf, since a clip per group differs between
+    leaves. A row that is not `valid` counts as zero, whatever it holds. None means ones
+    for `weights`, and True for `valid`.
     """
 
     leaves: tuple[Leaf, ...]
@@ -39,11 +41,11 @@ class Matrix:
 
     @property
     def dtype(self) -> Any:
-        """The real dtype that carries numbers of all leaves."""
+        """The accumulation dtype of numbers of all leaves, real."""
         return common_dtype(*(leaf.real for leaf in self.leaves))
 
     def scaled(self, factors: Sequence[jax.Array]) -> "Matrix":
-        """The rows times numbers of their own, for each leaf."""
+        """The rows times numbers for each row and leaf."""
         if self.weights is not None:
             factors = [
                 product(f, w) for f, w in zip(factors, self.weights, strict=True)
@@ -55,7 +57,7 @@ class Matrix:
         return replace(self, valid=valid if self.valid is None else valid & self.valid)
 
     def selected(self) -> "Matrix":
-        """The same without `valid`: the other rows have zeros for entries, and weight 0."""
+        """Without `valid`: rows that are not have zeros for entries, and weight 0."""
         if self.valid is None:
             return self
         leaves = tuple(_select(leaf, self.valid) for leaf in self.leaves)
@@ -84,7 +86,7 @@ class Matrix:
         return [x.scaled([rows.weight(i) for i in x.leaves]) for x in norms]
 
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
-        """One array per leaf, in its carried dtype."""
+        """One array per leaf, in its accumulation dtype."""
         rows = self.selected()
         leaves = self.summands or rows.leaves
         return [
@@ -162,7 +164,7 @@ class Matrix:
 
 
 def product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The product of two numbers for each row, carried."""
+    """The product of two numbers for each row, in the accumulation dtype."""
     dtype = common_dtype(x.dtype, y.dtype)
     return x.astype(dtype) * y.astype(dtype)
 

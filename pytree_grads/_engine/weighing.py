@@ -1,4 +1,4 @@
-"""Arrays with an axis of rows, times weights, and their weighted sums over that axis."""
+"""Arrays with an axis of rows: times weights, and summed over that axis."""
 
 import jax
 import jax.numpy as jnp

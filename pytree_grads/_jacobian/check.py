@@ -1,4 +1,4 @@
-"""Whether the rows of a Jacobian are right: they are compared with those of plain `jax.grad`."""
+"""`J.check()`: compare the rows with those of plain `jax.grad`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,7 +44,8 @@ def check(jacobian: "Jacobian", rows: int) -> None:
     lengths = [np.linalg.norm(x, axis=-1) for x in flat]
     totals = [np.sum(np.abs(x) ** 2, axis=axes) for x in plain]
     signed = [np.tensordot(weights, x, len(axes)) for x in plain]
-    # Where the parts of a row nearly cancel: what that adds to a norm, and leaves in an entry.
+    # If the parts of a row nearly cancel: what that adds to a norm, and leaves in an
+    # entry.
     excess = [_largest(_wide(x)) for x in excess]
     left = [
         16 * float(jnp.finfo(x.dtype).eps) ** 0.5 * y
@@ -84,7 +85,7 @@ def _products(rows: "Rows", c: jax.Array) -> tuple[Any, ...]:
         if rows.leaves
         else sums
     )
-    # A custom rule that clips cotangents shows itself where weights are large. A power of two
+    # A custom rule that clips cotangents shows if weights are large. A power of two
     # changes no digit of a backward pass that is linear.
     large = tuple(x / _LARGE for x in jax.tree.leaves(rows.sum(_LARGE * c)))
     squares = rows.fold(
@@ -110,11 +111,12 @@ def _compare(
     summands: Sequence[np.ndarray],
     left: Sequence[float],
 ) -> None:
-    """Raise if a leaf is off by more than rounding of its summands, or of the other leaves.
+    """Raise if a leaf is off by more than rounding of its summands or of other leaves.
 
-    `rounding` is the eps of the narrowest numbers in the function. What parts that cancel have
-    `left` of their own rounding is allowed beside, and what XLA takes for zero. A leaf may have no
-    gradient but the rounding of others (a bias that is subtracted again).
+    `rounding` is the eps of the narrowest numbers in the function. Also allowed are
+    `left`, the rounding that is left when the parts of a row cancel, and what XLA
+    flushes to zero. A leaf may have no gradient but the rounding of others (a bias that
+    is subtracted again).
     """
     scales = list(map(_largest, summands))
     params = jax.tree.leaves_with_path(jacobian._rows.params)
@@ -130,16 +132,16 @@ def _compare(
         error = np.max(np.abs(_wide(x) - y), where=both, initial=0.0)
         if error > allowed or not np.array_equal(np.isfinite(x), np.isfinite(y)):
             raise ValueError(
-                f"{located('params', path)}: {product} differs from plain jax.grad by {error:.3g}, "
-                f"where the largest entry is {scale:.3g}: please report the function, with "
-                "J.explain()"
+                f"{located('params', path)}: {product} differs from plain jax.grad by "
+                f"{error:.3g}, where the largest entry is {scale:.3g}: please report the "
+                "function, with J.explain()"
             )
 
 
 def _plain_rows(jacobian: "Jacobian") -> tuple[list[jax.Array], float]:
-    """The rows of each leaf by `jax.grad` or `jax.jacrev` of one example after the other.
+    """The rows of each leaf by `jax.grad` or `jax.jacrev`, one example at a time.
 
-    The second result is the largest eps of the floats that these make anywhere, or 0.
+    The second result is the largest eps of all floats that are computed, or 0.
     """
     source = jacobian._rows.source
     row = partial(_plain_row, is_scalar=jacobian._outputs.is_scalar)

@@ -1,4 +1,4 @@
-"""How the rows of a Jacobian are kept and what its products cost: the table of `J.explain()`."""
+"""The table of `J.explain()`: how rows are kept, and what products cost."""
 
 from math import prod
 from typing import TYPE_CHECKING, Any

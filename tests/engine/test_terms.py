@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from routes import few_at_once
 
+from pytree_grads import jacobian
 from pytree_grads._engine.leaf import Leaf, Summand
 from pytree_grads._engine.matrix import Matrix
 from pytree_grads._engine.products.gram import gram
@@ -182,3 +183,18 @@ def test_one_row_of_every_kind(kind):
         assert_close(term.merged().squared().materialize(), row**2)
     assert_close(term.joined([term]).materialize(), 2 * row)
     assert min(term.row_cost, term.sum_cost, term.apply_cost, term.norm_cost.flops) >= 0
+
+
+def test_a_single_row_whose_kernel_skips_pixels():
+    """One position, one example: pixels between those of the kernel do not count."""
+
+    def fun(p, x):
+        numbers = ("NHC", "HIO", "NHC")
+        y = jax.lax.conv_general_dilated(
+            x[None], p, (1,), "VALID", rhs_dilation=(2,), dimension_numbers=numbers
+        )
+        return jnp.sum(jnp.sin(y))
+
+    p, x = normal(3, 32, 32), normal(1, 5, 32)
+    rows = jax.vmap(jax.grad(fun), (None, 0))(p, x)
+    assert_close(jacobian(fun)(p, x).norms(), np.linalg.norm(rows.reshape(1, -1), axis=1))

@@ -1,4 +1,4 @@
-"""The products of one leaf that are linear in its rows, its rows, and sums of squares."""
+"""Sums over the rows of one leaf and over their squares, J v, and the rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,10 @@ from .tiles import over_blocks
 
 
 def rows(leaf: Leaf, *, carried: bool = False) -> jax.Array:
-    """All rows, stacked: (N, *leaf) or (N, K, *leaf), as the leaf or in accumulation."""
+    """All rows, stacked: (N, *leaf) or (N, K, *leaf).
+
+    Their dtype is the leaf's, or its accumulation dtype.
+    """
     dtype = leaf.carried if carried else leaf.dtype
     return over_rows(lambda terms: row(leaf, terms).astype(dtype), leaf)
 

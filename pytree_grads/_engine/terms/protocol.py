@@ -130,7 +130,7 @@ class Term(Protocol):
 
     @property
     def has_squares(self) -> bool:
-        """Whether the squares of the entries are a term that is cheaper than the row."""
+        """Whether the squares of the entries are a term, cheaper than the row."""
         ...
 
     @property

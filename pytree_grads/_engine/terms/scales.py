@@ -49,7 +49,7 @@ def scale_of_largest(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def largest(x: jax.Array) -> jax.Array:
-    """The largest absolute value over the last axis; real, in the accumulation dtype."""
+    """The largest absolute value over the last axis, in the accumulation dtype."""
     dtype = jnp.finfo(carried_dtype(x.dtype)).dtype
     x = lax.convert_element_type(lax.abs(lax.stop_gradient(x)), dtype)
     return lax.reduce(x, jnp.zeros((), dtype), lax.max, (x.ndim - 1,))
