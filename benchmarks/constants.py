@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from _figures import log_progress
 from _images import conv
@@ -83,18 +82,6 @@ def layer(n: int, m: int, k: int) -> Problem:
         return jnp.sum(jnp.tanh(dense(p, x)))
 
     return Problem(fun, draw.dense(m, k), (draw(n, m),))
-
-
-def stacked_layers(n: int, tokens: int, d: int, layers: int = 8) -> Problem:
-    """The same in a scan over layers, on sequences."""
-    draw = Draw("stacked layers")
-
-    def fun(p, x):
-        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p)
-        return jnp.sum(x**2)
-
-    weights = jnp.stack([draw.weight(d, d) for _ in range(layers)])
-    return Problem(fun, weights, (draw(n, tokens, d),))
 
 
 def many_layers(n: int, layers: int, d: int) -> Problem:

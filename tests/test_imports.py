@@ -82,9 +82,8 @@ def test_the_map_of_a_room_names_its_modules(name):
     for module in MODULES:
         if module.startswith(f"{name}."):
             part = module.removeprefix(f"{name}.").split(".")[0]
-            assert part == "__init__" or f"``{part}``" in docstring, (
-                f"the map of {name} lacks {part}"
-            )
+            is_named = part == "__init__" or f"``{part}``" in docstring
+            assert is_named, f"the map of {name} lacks {part}"
 
 
 def test_public_names_are_documented():

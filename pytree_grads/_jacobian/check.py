@@ -132,9 +132,9 @@ def _compare(
         error = np.max(np.abs(_wide(x) - y), where=both, initial=0.0)
         if error > allowed or not np.array_equal(np.isfinite(x), np.isfinite(y)):
             raise ValueError(
-                f"{located('params', path)}: {product} differs from plain jax.grad by "
-                f"{error:.3g}, where the largest entry is {scale:.3g}: please report the "
-                "function, with J.explain()"
+                f"{located('params', path)}: {product} differs from plain "
+                f"jax.grad by {error:.3g}, where the largest entry is {scale:.3g}: "
+                "please report the function, with J.explain()"
             )
 
 

@@ -55,6 +55,17 @@ def total_by_product(weights: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     return lax.dot_general(weights, x, numbers, precision=lax.Precision.HIGHEST)
 
 
+def sum_of_squares(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The plain sum of squares over some axes, from which a scale comes.
+
+    Habit: a maximum over an axis takes twice as long as a sum of squares, so scales
+    come from these where their overflow does no harm. `benchmarks/per_example.py
+    --products clipped` (MLPs) shows whether largest entries may take their place.
+    """
+    x = lax.abs(x) if jnp.iscomplexobj(x) else x
+    return lax.reduce_sum(lax.square(x), axes)
+
+
 def sum_of_products(x: jax.Array, y: jax.Array) -> jax.Array:
     """The sum of x * y over all axes, entry by entry.
 

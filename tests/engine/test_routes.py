@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Literal
 from jax.extend.core import primitives as p
 from models import MODELS
 from routes import factors_kept, leaves_of
@@ -16,7 +16,7 @@ from pytree_grads import jacobian
 from pytree_grads._engine.products.routes import norm_route, sum_flops
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from _flops import _bodies, _count_equation  # noqa: E402
+from _flops import _bodies, _count_equation
 
 
 def count(jaxpr):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..._jax import xla
 from ..._trees.algebra import carried_dtype
 from ..einsum import times_rows_twice
 from ..leaf import Leaf
@@ -53,8 +54,7 @@ class Vectors:
         """The sum of squares of each row, which may overflow."""
         rows = range(self.first, self.first + self.row_axes)
         others = [i for i in range(self.value.ndim) if i not in rows]
-        x = lax.abs(self.value) if jnp.iscomplexobj(self.value) else self.value
-        return lax.reduce_sum(lax.square(x), others)
+        return xla.sum_of_squares(self.value, others)
 
     @cached_property
     def square_and_scale(self) -> tuple[jax.Array, jax.Array]:
@@ -64,11 +64,7 @@ class Vectors:
 
 @jax.jit
 def _square_and_scale(vectors: Vectors) -> tuple[jax.Array, jax.Array]:
-    """Scales come from plain squares.
-
-    These are read twice as fast as largest entries by XLA for CPUs (jax 0.10.2), which
-    vectorises the sum but not the maximum.
-    """
+    """Scales come from plain squares, which are cheaper than largest entries."""
     scale = root_of(lax.stop_gradient(vectors.plain_square))
     value = times_rows_twice(vectors.value, scale, vectors.first)
     return replace(vectors, value=value).plain_square, scale

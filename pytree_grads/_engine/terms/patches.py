@@ -159,7 +159,7 @@ class Patches(ByRow):
     # ------------------------------------------------------------------------------
 
     def _over_offsets(self, fun: Callable[[jax.Array], Any]) -> Any:
-        """`fun(lines)` for each offset, stacked; lines (B, m, n) of one exist at a time."""
+        """`fun(lines)` for each offset, stacked; lines of one (B, m, n) at a time."""
         image, right = self._image(), self._right()
 
         def at(start: jax.Array) -> Any:
