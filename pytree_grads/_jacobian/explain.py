@@ -52,7 +52,7 @@ def explain(jacobian: "Jacobian") -> str:
     )
     lines.append(
         f"{jacobian!r}: {mode}; {_number(kept)}B per row, {_number(dense)}B if it were "
-        "materialised. FLOPs and bytes are per row; what all rows share is not counted."
+        "materialised. FLOPs and bytes are per row."
     )
     return "\n".join(lines)
 
