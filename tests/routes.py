@@ -6,8 +6,8 @@ from math import prod
 import jax
 
 from pytree_grads._engine import plan as _plan
+from pytree_grads._engine import thresholds
 from pytree_grads._engine.leaf import Leaf
-from pytree_grads._engine.terms import Dense
 
 
 @contextlib.contextmanager
@@ -25,6 +25,15 @@ def factors_kept():
         _plan.plan_leaf = plan_leaf
 
 
+# `with with_thresholds(narrow=1):` replaces numbers by which the engine chooses ways.
+with_thresholds = thresholds.changed
+
+
+def few_at_once(entries):
+    """Where rows are materialised, those of so many entries are at a time."""
+    return with_thresholds(entries_at_once=entries, squares_at_once=entries)
+
+
 def leaves_of(J):
     """The engine's leaves of a Jacobian, in the order of the parameters."""
     nodes = jax.tree.leaves(J, is_leaf=lambda x: isinstance(x, Leaf))
@@ -33,8 +42,8 @@ def leaves_of(J):
 
 def is_dense(leaf):
     """Whether a term that differs between rows has the leaf's own size."""
-    own = [x for x in leaf.pieces if isinstance(x.term, Dense) and any(x.levels)]
-    return any(prod(piece.shape) == prod(leaf.shape) for piece in own)
+    own = [x for x in leaf.summands if x.term.is_dense and not x.is_shared]
+    return any(prod(x.shape) == prod(leaf.shape) for x in own)
 
 
 def is_matrix(leaf):

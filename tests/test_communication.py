@@ -11,7 +11,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pytree_grads import chain_rule_grad, jacobian
-from pytree_grads._engine import thresholds
 
 WIDTHS = [24, 32, 16]
 SHAPES = list(itertools.pairwise(WIDTHS))
@@ -106,14 +105,6 @@ def test_numbers_per_row_send_nothing(kind, settings, positions):
         return J.clip(0.5).norms(), J @ params
 
     assert sent(call, kind, positions=positions) == []
-
-
-@both_kinds
-def test_norms_of_large_factors_send_whether_their_squares_are_in_range(kind, monkeypatch):
-    monkeypatch.setattr(thresholds, "LARGE_FACTOR", 1)
-    found = sent(lambda p, x: jacobian(mlp)(p, x).norms(), kind)
-    assert {size for _, size in found} == {1}
-    assert len(found) <= 2 * len(SHAPES)  # both factors of each leaf
 
 
 @both_kinds

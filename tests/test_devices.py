@@ -10,10 +10,14 @@ from helpers import tree_allclose
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from layouts import CALLS, LAYOUTS, one_device, sketch
-from routes import factors_kept
+from routes import factors_kept, few_at_once
 
-from pytree_grads import Accumulator, chain_rule_value_and_grad, jacobian, per_example_grad
-from pytree_grads._engine import thresholds
+from pytree_grads import (
+    Accumulator,
+    chain_rule_value_and_grad,
+    jacobian,
+    per_example_grad,
+)
 
 
 @functools.cache
@@ -58,10 +62,8 @@ def test_sketches_are_the_same_on_many_devices(layout):
         assert tree_allclose(numbers, one_device(sketch)[0], rtol=1e-11)
 
 
-def test_rows_some_at_a_time_inside_shard_map(monkeypatch):
+def test_rows_some_at_a_time_inside_shard_map():
     """What loops over rows add to varies over the devices from the start, as its checks ask."""
-    monkeypatch.setattr(thresholds, "ENTRIES_AT_ONCE", 60)
-    monkeypatch.setattr(thresholds, "SQUARES_AT_ONCE", 60)
     params = {"w": jnp.sin(jnp.arange(35.0)).reshape(7, 5)}
     x = jnp.cos(jnp.arange(16.0 * 9 * 7)).reshape(16, 9, 7)
 
@@ -76,7 +78,7 @@ def test_rows_some_at_a_time_inside_shard_map(monkeypatch):
         in_specs=(P(), P("data")),
         out_specs=(P("data"), P(), P()),
     )
-    with factors_kept():
+    with factors_kept(), few_at_once(60):
         grams, *sums = jax.jit(on_all)(params, x)
         want, *want_sums = products(params, x)
     assert tree_allclose(sums, want_sums, rtol=1e-5)

@@ -167,7 +167,9 @@ class TestCallsOutOfTheProgram:
         assert tree_allclose(jacobian(fun, **mode)(P, X).sum(), jacobian(bare)(P, X).sum())
 
     def test_an_effect_that_nobody_knows_is_refused_by_name(self):
-        from jax._src.lax.lax import NoDCEEffect  # any effect of JAX; a subclass has another name
+        from jax._src.lax.lax import (
+            NoDCEEffect,  # any effect of JAX; a subclass has another name
+        )
 
         class Surprise(NoDCEEffect):
             pass

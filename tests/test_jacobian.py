@@ -7,12 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import MODELS, N
-from routes import factors_kept, is_dense, is_matrix, leaves_of
+from routes import (
+    factors_kept,
+    few_at_once,
+    is_dense,
+    is_matrix,
+    leaves_of,
+    with_thresholds,
+)
 from rows import CORE, PRODUCTS, Given, Rows, assert_close, expected, products
 
 from pytree_grads import jacobian
-from pytree_grads._engine import gram as _gramians
-from pytree_grads._engine import thresholds
+from pytree_grads._engine.products.routes import gram_prefers_rows
 
 DOUBLE, SINGLE = 1e-12, 1e-5
 # JAX's own attention rounds to float32 on the way, also in float64.
@@ -106,19 +112,17 @@ def test_products_of_recomputed_rows(name, factored, x64):
 
 @pytest.mark.any_release
 @pytest.mark.parametrize("name", LOOPED)
-def test_all_products_in_blocks_of_rows(name, factored, x64, monkeypatch):
+def test_all_products_in_blocks_of_rows(name, factored, x64):
     """Where rows are materialised, few are at a time: here no more than two or three."""
-    monkeypatch.setattr(thresholds, "ENTRIES_AT_ONCE", 60)
-    monkeypatch.setattr(thresholds, "SQUARES_AT_ONCE", 60)
-    compare(MODELS[name], tuple(PRODUCTS))
+    with few_at_once(60):
+        compare(MODELS[name], tuple(PRODUCTS))
 
 
 @pytest.fixture
-def all_is_large(monkeypatch):
-    """What is done one block or one loop at a time where it is large is always done so."""
-    monkeypatch.setattr(thresholds, "FEW_PARTS", 0)
-    for name in ("LARGE_BLOCK", "LARGE_FACTOR", "LARGE_PRODUCT", "LARGE_NARROW"):
-        monkeypatch.setattr(thresholds, name, 1)
+def all_is_large():
+    """What is done for large sizes alone is done for all."""
+    with with_thresholds(large_product=1, large_narrow=1):
+        yield
 
 
 @pytest.mark.any_release
@@ -186,4 +190,4 @@ def test_a_gramian_counts_the_work_of_one_row():
     tokens = jnp.zeros((64, 2), int).at[:, 1].set(jnp.arange(64) % 4)
     for few in (tokens[:8], tokens):
         (leaf,) = jacobian(f)(jnp.ones((4, 3)), few)._rows.leaves
-        assert _gramians._prefers_rows(leaf, leaf)
+        assert gram_prefers_rows(leaf, leaf)

@@ -166,8 +166,8 @@ def test_outputs_share_the_forward_factors():
     params, x = problem()
     J = jax.eval_shape(jacobian(array_out), params, x)
     nodes = jax.tree.leaves(J, is_leaf=lambda node: isinstance(node, Leaf))
-    leaves = [node for node in nodes if isinstance(node, Leaf) and node.pieces]
-    arrays = [a for leaf in leaves for a in jax.tree.leaves(leaf.pieces)]
+    leaves = [node for node in nodes if isinstance(node, Leaf) and node.summands]
+    arrays = [a for leaf in leaves for a in jax.tree.leaves(leaf.summands)]
     hidden = [a for a in arrays if set(a.shape) & {7} and K not in a.shape]
     assert hidden, "an activation is kept once for all outputs"
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import clips_cotangent, tree_allclose
+from helpers import tree_allclose
 from models import MODELS
 
 from pytree_grads import jacobian, value_and_jacobian
@@ -57,7 +57,7 @@ class TestExplain:
         assert re.search(r"31x31 +outer 31x31 .*squares", lines["['v']"])
         assert re.search(r"40x31 +scatter 1 of 40 lines", lines["['table']"])
         assert "shared by all rows" in lines["['shared']"]
-        assert re.search(r"3x31x31 +windows 3 of 31x31 +windows", lines["['conv']"])
+        assert re.search(r"3x31x31 +patches 3 of 31x31 +patches", lines["['conv']"])
         assert re.search(r"31 +dense", lines["['b']"])
         assert all(len(line) < 160 for line in J.explain().splitlines())
 
@@ -91,6 +91,21 @@ class TestExplain:
         *_, flops_of_norm, flops_of_sum, bytes_kept = self.lines(J)["['w']"].split()
         assert (flops_of_norm, flops_of_sum, bytes_kept) == ("600", "40k", "1.2k")
         assert "80kB if it were" in J.explain()
+
+    def test_a_weight_that_is_used_twice_and_one_with_decay(self):
+        """Four inner products of pairs; the row, since a dense term meets a factored one."""
+
+        def twice(p, x):
+            return jnp.sum(jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"].T))
+
+        def decayed(p, x):
+            return jnp.sum(jnp.tanh(x @ p["w"])) + jnp.sum(p["w"] ** 2)
+
+        def line(fun):
+            return self.lines(jacobian(fun)({"w": jnp.ones((64, 48))}, jnp.ones((N, 64))))["['w']"]
+
+        assert re.search(r"inner products +1.34k +12.3k", line(twice))
+        assert re.search(r"shared by all rows +inner products +25k", line(decayed))
 
     def test_a_parameter_without_a_path_and_one_without_effect(self):
         J = jacobian(lambda p, x: p[0] * x)((jnp.ones(()), jnp.ones((2, 2))), jnp.ones(N))

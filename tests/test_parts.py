@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from routes import factors_kept, leaves_of
+from routes import factors_kept, few_at_once, leaves_of, with_thresholds
 
 from pytree_grads import jacobian
-from pytree_grads._engine import thresholds
-from pytree_grads._engine.tiles import Parts
+from pytree_grads._engine.products.tiles import Tiles
 
 N, T = 6, 9
 
@@ -83,9 +82,9 @@ def assert_close(got, want):
 
 
 @pytest.fixture(params=[1, 60])  # few lines in a part, of which some were in the part before
-def few_entries(request, monkeypatch):
-    monkeypatch.setattr(thresholds, "ENTRIES_AT_ONCE", request.param)
-    monkeypatch.setattr(thresholds, "SQUARES_AT_ONCE", request.param)
+def few_entries(request):
+    with few_at_once(request.param):
+        yield
 
 
 def test_gramians_by_parts(case, few_entries):
@@ -95,8 +94,8 @@ def test_gramians_by_parts(case, few_entries):
     def grams(p, x, y):
         J, other = jacobian(fun)(p, x), jacobian(fun)(p, y)
         (leaf,), (theirs,) = leaves_of(J), leaves_of(other)
-        parts = Parts.of(leaf, theirs)
-        assert (parts.offsets, parts.blocks, parts.m) == layout
+        tiles = Tiles.of(leaf, theirs)
+        assert (tiles.offsets, tiles.blocks, tiles.m) == layout
         return J.gram(), J.gram(other)
 
     with factors_kept():
@@ -133,7 +132,7 @@ def test_gramians_with_no_rows(few_entries):
 def test_rows_that_fit_or_differ_in_kind_are_not_cut(case):
     fun, p, x, _, _ = case
     (leaf,) = leaves_of(jacobian(fun)(p, x))
-    assert Parts.of(leaf) is None
+    assert Tiles.of(leaf) is None
 
 
 def test_each_entry_is_made_once():
@@ -141,11 +140,8 @@ def test_each_entry_is_made_once():
     p, x = jnp.ones((64, 32)), jnp.ones((N, 16, 64))
 
     def products(entries):
-        before, thresholds.ENTRIES_AT_ONCE = thresholds.ENTRIES_AT_ONCE, entries
-        try:
+        with with_thresholds(entries_at_once=entries):
             compiled = jax.jit(lambda p, x: jacobian(dense)(p, x).gram()).lower(p, x).compile()
-        finally:
-            thresholds.ENTRIES_AT_ONCE = before
         return len([line for line in compiled.as_text().splitlines() if " dot(" in line])
 
     assert products(N * 32 * 16) == products(1 << 22)
@@ -164,8 +160,7 @@ def test_rows_that_share_no_word_have_no_inner_product_however_large_they_are():
 
 @pytest.mark.parametrize("entries", [50, 1 << 22])
 @pytest.mark.parametrize("sizes", [(2, 7), (7, 2), (7, 7), (1, 7), (7, 1)])
-def test_gramians_by_counts_of_the_fewer_rows(sizes, entries, x64, monkeypatch):
-    monkeypatch.setattr(thresholds, "ENTRIES_AT_ONCE", entries)
+def test_gramians_by_counts_of_the_fewer_rows(sizes, entries, x64):
     keys = jax.random.split(jax.random.key(0), 4)
     p = jax.random.normal(keys[0], (40, 3))
     batches = [
@@ -175,4 +170,6 @@ def test_gramians_by_counts_of_the_fewer_rows(sizes, entries, x64, monkeypatch):
     mine, theirs = (jacobian(mean_of_words)(p, *batch) for batch in batches)
     rows = [jax.vmap(jax.grad(mean_of_words), (None, 0, 0))(p, *batch) for batch in batches]
     want = np.einsum("imn,jmn->ij", *rows)
-    np.testing.assert_allclose(mine.gram(theirs), want, rtol=0, atol=1e-12 * np.max(np.abs(want)))
+    with with_thresholds(entries_at_once=entries):
+        got = mine.gram(theirs)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * np.max(np.abs(want)))
