@@ -13,7 +13,7 @@ import pytree_grads
 
 pytestmark = pytest.mark.any_release
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 INDEX = (ROOT / "docs" / "api.md").read_text()
 
 # The top, and the submodules for uses; those that begin with `_` are private.

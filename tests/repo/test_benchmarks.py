@@ -13,7 +13,7 @@ import pytest
 
 from pytree_grads._engine import thresholds
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.md"))
 
 

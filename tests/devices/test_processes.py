@@ -16,7 +16,7 @@ from helpers import tree_allclose
 
 pytestmark = pytest.mark.any_release
 
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = Path(__file__).resolve().parents[1] / "support" / "worker.py"
 STARTING = 150  # seconds that two processes may take to start and compile on a busy machine
 ENDING = 90  # seconds after which a process that lost its peer has ended; its heartbeat takes 10
 
@@ -31,7 +31,7 @@ class Run:
         self.directory = directory
         directory.mkdir(exist_ok=True)
         self.started, self.stack = [], ExitStack()
-        paths = [str(WORKER.parent.parent), os.environ.get("PYTHONPATH", "")]
+        paths = [str(WORKER.parents[2]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         environment.pop("XLA_FLAGS", None)
         for own in range(processes):

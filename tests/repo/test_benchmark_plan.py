@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def devices(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     import devices
 
     yield devices
