@@ -1,6 +1,6 @@
 """Time both sides of each number in `pytree_grads/_engine/thresholds.py`, on the device at hand.
 
-    python benchmarks/constants.py [--only APART NARROW ...] [--seconds 2] [--save [NAME]]
+    python benchmarks/constants.py [--only apart narrow ...] [--seconds 2] [--save [NAME]]
 
 A row of the table is a small model in which one number decides between two ways. `below` is what is
 done where the size is less than the number, `above` what is done otherwise; quotients are those of
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from _figures import log_progress
 from _images import conv
@@ -34,12 +32,12 @@ from _ways import ours
 
 from pytree_grads._engine import thresholds
 
-HUGE = 1 << 60
+HUGE = thresholds.NEVER
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model in which a number of `thresholds` decides, of a size that is compared with it."""
+    """A model in which a threshold decides, of a size that is compared with it."""
 
     name: str
     size: int
@@ -51,37 +49,25 @@ class Case:
     @property
     def is_above(self) -> bool:
         """Which way the package takes."""
-        limit = getattr(thresholds, self.name)
+        limit = getattr(thresholds.current(), self.name)
         return self.size > limit if self.name in LAST else self.size >= limit
 
 
 # The last sizes below; all others are the first above.
 LAST = (
-    "DEARER",
-    "ENTRIES_AT_ONCE",
-    "SQUARES_AT_ONCE",
-    "FEW_PARTS",
-    "SMALL",
-    "APART",
-    "NARROW",
-    "SHARED",
-    "PAIRS",
+    "dearer",
+    "entries_at_once",
+    "squares_at_once",
+    "small",
+    "apart",
+    "narrow",
+    "shared",
+    "pairs",
 )
 
 
-@contextmanager
-def changed(name: str, value: int) -> Iterator[None]:
-    """Use another number in place of one of `thresholds`."""
-    own = getattr(thresholds, name)
-    setattr(thresholds, name, value)
-    try:
-        yield
-    finally:
-        setattr(thresholds, name, own)
-
-
 def compiled(case: Case, value: int) -> Program:
-    with changed(case.name, value):
+    with thresholds.changed(**{case.name: value}):
         return compile_program(ours(case.problem, case.product), *case.problem.args, repeats=3)
 
 
@@ -97,18 +83,6 @@ def layer(n: int, m: int, k: int) -> Problem:
         return jnp.sum(jnp.tanh(dense(p, x)))
 
     return Problem(fun, draw.dense(m, k), (draw(n, m),))
-
-
-def stacked_layers(n: int, tokens: int, d: int, layers: int = 8) -> Problem:
-    """The same in a scan over layers, on sequences."""
-    draw = Draw("stacked layers")
-
-    def fun(p, x):
-        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p)
-        return jnp.sum(x**2)
-
-    weights = jnp.stack([draw.weight(d, d) for _ in range(layers)])
-    return Problem(fun, weights, (draw(n, tokens, d),))
 
 
 def many_layers(n: int, layers: int, d: int) -> Problem:
@@ -163,27 +137,21 @@ def cases() -> Iterator[Case]:
     """From a quarter of the number, or less, to four times it, or more."""
     for pixels, channels in ((16, 16), (8, 32), (8, 64), (4, 64), (2, 64)):
         problem = convolution(16, pixels, channels)
-        yield Case("DEARER", 9 * channels // (2 * pixels**2), problem, "clipped")
+        yield Case("dearer", 9 * channels // (2 * pixels**2), problem, "clipped")
     for n in (4, 32):
-        most = thresholds.ENTRIES_AT_ONCE
-        yield Case("ENTRIES_AT_ONCE", n * 512**2, uses(n, 3, 512), "gram", above=most)
+        most = thresholds.current().entries_at_once
+        yield Case("entries_at_once", n * 512**2, uses(n, 3, 512), "gram", above=most)
     for n in (1, 8, 32):
-        few = thresholds.SQUARES_AT_ONCE
-        yield Case("SQUARES_AT_ONCE", n * 512**2, uses(n, 3, 512), "square", above=few)
-    for layers in (4, 8, 16, 32):
-        yield Case("FEW_PARTS", 2 * layers, many_layers(64, layers, 64), "clipped")
+        few = thresholds.current().squares_at_once
+        yield Case("squares_at_once", n * 512**2, uses(n, 3, 512), "square", above=few)
     for layers in (2, 4, 8, 16):
-        yield Case("MANY", layers, many_layers(32, layers, 8), "clipped")
+        yield Case("many", layers, many_layers(32, layers, 8), "clipped")
     for d in (8, 32, 128):
-        yield Case("SMALL", 32 * d, many_layers(32, 12, d), "clipped", above=-1)
+        yield Case("small", 32 * d, many_layers(32, 12, d), "clipped", above=-1)
     for times in (2, 4, 8, 16):
-        yield Case("APART", times, uses(64, times, 128), "clipped")
-    for tokens, d in ((8, 32), (32, 64), (64, 128), (128, 256), (256, 512)):
-        yield Case("LARGE_BLOCK", 2 * tokens * d, stacked_layers(16, tokens, d), "clipped")
-    for columns in (1 << 13, 1 << 15, 1 << 17):
-        yield Case("LARGE_FACTOR", 64 * columns, layer(64, 64, columns), "clipped")
+        yield Case("apart", times, uses(64, times, 128), "clipped")
     for d in (1 << 10, 1 << 13, 1 << 16):
-        yield Case("LARGE_PRODUCT", 128 * d, scales(128, d), "weighted")
+        yield Case("large_product", 128 * d, scales(128, d), "weighted")
     for count, words, d in (
         (8, 1000, 16),
         (32, 8000, 64),
@@ -191,15 +159,15 @@ def cases() -> Iterator[Case]:
         (64, 4000, 256),
         (256, 4000, 8),
     ):
-        yield Case("PAIRS", count**2 * (16 + d) // words, look_ups(32, count, words, d), "clipped")
+        yield Case("pairs", count**2 * (16 + d) // words, look_ups(32, count, words, d), "clipped")
     for columns in (8, 32, 64, 128, 192, 256):
-        yield Case("NARROW", columns, layer(512, 1024, columns), "weighted")
+        yield Case("narrow", columns, layer(512, 1024, columns), "weighted")
     for n in (8, 32, 128):
-        yield Case("LARGE_NARROW", n * 1024 * 8, layer(n, 1024, 8), "weighted")
+        yield Case("large_narrow", n * 1024 * 8, layer(n, 1024, 8), "weighted")
     for n in (64, 128, 256, 1024):
-        yield Case("FEWER", n // 64, layer(n, 1024, 64), "weighted", above=1)
+        yield Case("fewer", n // 64, layer(n, 1024, 64), "weighted", above=1)
     for columns in (256, 1024, 2048, 4096):
-        yield Case("SHARED", columns // 256, layer(1024, 256, columns), "weighted")
+        yield Case("shared", columns // 256, layer(1024, 256, columns), "weighted")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,7 +184,7 @@ def row(case: Case, seconds: float) -> list[str]:
     ]
     return [
         case.name,
-        f"{getattr(thresholds, case.name):,}",
+        f"{getattr(thresholds.current(), case.name):,}",
         f"{case.size:,}",
         "above" if case.is_above else "below",
         human_seconds(timing["below"].median),

@@ -20,15 +20,13 @@ From a function to its factors:
 From factors to products:
 
 ===============  ===================================================================================
-``terms``        what one row is made of: outer products, scattered lines, arrays
-``patches``      the same for convolutions
+``terms``        what one row is made of: a class for each kind of term
+``products``     sums, squares, norms and Gramians of the rows of leaves
 ``leaf``         all rows of one leaf, and how functions map over them
-``sums``         weighted sums, sums of squares, directional derivatives, rows
-``gram``         inner products of rows
-``norms``        norms of rows; ``scaled_norms`` of one row; ``scaling`` has their arithmetic
-``tiles``        rows cut into parts that are small enough
 ``matrix``       the rows of all leaves together, each with a weight
-``thresholds``   the numbers on which choices rest
-``einsum``       products of arrays, carried in float32 or wider
+``thresholds``   the numbers on which choices rest, for each platform
+``scaling``      powers of two that keep squares in range, from the bits of floats
+``weighing``     arrays with an axis of rows, times weights, and their sums
+``einsum``       products of arrays, accumulated in float32 or wider
 ===============  ===================================================================================
 """

@@ -1,4 +1,4 @@
-"""Products of arrays that are carried in float32 or wider, and take little time to trace."""
+"""Products of arrays, accumulated in float32 or wider, that are quick to trace."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .._trees.algebra import common_dtype
 def dot(
     spec: str, x: jax.Array, y: jax.Array, *, precision: Any = lax.Precision.HIGHEST
 ) -> jax.Array:
-    """An einsum of two arrays: letters that both have and the result has not are summed over."""
+    """An einsum of two arrays; letters that the result lacks are summed over."""
     dtype = common_dtype(x.dtype, y.dtype)
     if x.dtype != y.dtype:  # else products of narrow floats are exact as they are
         x, y = (lax.convert_element_type(operand, dtype) for operand in (x, y))
@@ -25,7 +25,9 @@ def dot(
         return [left.index(c) for c in letters], [right.index(c) for c in letters]
 
     numbers = places(summed), places(batch)
-    product = lax.dot_general(x, y, numbers, precision=precision, preferred_element_type=dtype)
+    product = lax.dot_general(
+        x, y, numbers, precision=precision, preferred_element_type=dtype
+    )
     found = [*batch, *(c for c in left + right if c not in batch and c not in summed)]
     order = [found.index(c) for c in result]
     return product if order == sorted(order) else lax.transpose(product, order)
@@ -37,13 +39,13 @@ def times_rows(x: jax.Array, numbers: jax.Array, first: int) -> jax.Array:
 
 
 def times_rows_twice(x: jax.Array, scale: jax.Array, first: int) -> jax.Array:
-    """The same, times the square of each number, which may be no normal number itself."""
+    """`times_rows` with the square of each number, which may overflow or underflow."""
     factors = _of_rows(lax.convert_element_type(scale, x.dtype), x, first)
     return lax.mul(lax.mul(x, factors), factors)
 
 
 def times_counts(counts: jax.Array, products: jax.Array) -> jax.Array:
-    """Inner products of lines times how often these meet: nothing, not NaN, where they do not."""
+    """Inner products of lines times how often they meet: 0, not NaN, if they do not."""
     zeros = jnp.zeros_like(products)
     return jnp.where(counts == 0, zeros, counts.astype(products.dtype) * products)
 

@@ -17,9 +17,9 @@ from .._jax.sharding import in_auto
 from .._trees.algebra import common_dtype
 from .graph import Atom, Equation, Graph, Known, Value
 from .layout import Frame
-from .norms import norm
+from .products.norms import norm
 from .sites import AtNorm, AtRow, AtScan, AtTerm, Site, is_dense
-from .terms import Dense, Term, materialize
+from .terms import Dense, Term
 
 
 @dataclass(frozen=True)
@@ -197,10 +197,11 @@ def _run(
             case Known(value):
                 return jnp.asarray(value)
             case Norm(site) | Row(site):
-                of_term = norm if isinstance(key, Norm) else materialize
+                is_norm = isinstance(key, Norm)
 
                 def made(arrays: list[jax.Array]) -> jax.Array:
-                    return of_term(assemble(site, arrays, [0] * len(arrays))[0])
+                    term, _ = assemble(site, arrays, [0] * len(arrays))
+                    return norm(term) if is_norm else term.materialize()
 
                 return in_auto(made, PartitionSpec())([read(x) for x in keys_of(site)])
         return env[key if atom is None else atom]

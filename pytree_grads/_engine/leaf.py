@@ -1,4 +1,4 @@
-"""Leaves in factored form: all rows of one gradient leaf, and how functions map over them."""
+"""Leaves in factored form: all rows of one gradient leaf, and maps over these rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,77 +9,100 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._jax import sharding
 from .._jax.compat import varying_zeros
-from .._jax.sharding import take as neighbours
 from .._trees.algebra import carried_dtype
-from . import terms as _terms
 from . import thresholds
 from .einsum import times_rows
-from .patches import Windows
 from .scaling import inverse, power
-from .terms import Dense, Term
+from .terms import pairs
+from .terms.protocol import Term
 from .views import Shape, View, apply, disjoint, isometric, transposed
+from .weighing import times
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["term"],
-    meta_fields=["shape", "axis", "tail", "factor", "levels", "reason"],
+    meta_fields=["shape", "axis", "view", "factor", "row_axes", "reason"],
 )
 @dataclass(frozen=True)
-class Piece:
-    """`factor * tail(term)` for every row.
+class Summand:
+    """`factor * view(term)` for every row.
 
-    The arrays of the term have up to two axes of rows, N examples and K outputs of each, which
-    begin at `axis`. `levels` says which, for each array in flattening order: 2 for both, 1 for N
-    alone (the outputs share it), 0 for none (all rows share it).
+    The arrays of the term have up to two axes of rows, N examples and K outputs of
+    each, which begin at `axis`. `row_axes` says how many, for each array in
+    flattening order: 2 for both, 1 for N alone (the outputs share it), 0 for none
+    (all rows share it).
     """
 
     term: Term
     shape: Shape  # of one row of the term
     axis: int
-    tail: View
+    view: View
     factor: float
-    levels: tuple[int, ...]
-    reason: str  # why the term is dense, where it is
+    row_axes: tuple[int, ...]
+    reason: str  # why the term is dense, if it is
 
     @property
     def of_one_row(self) -> Term:
-        """The term of one row, abstract: what `_terms` speaks of."""
+        """The term of one row, abstract."""
         arrays, treedef = jax.tree.flatten(self.term)
         own = [
-            jax.ShapeDtypeStruct(x.shape[: self.axis] + x.shape[self.axis + level :], x.dtype)
-            for x, level in zip(arrays, self.levels, strict=True)
+            jax.ShapeDtypeStruct(
+                x.shape[: self.axis] + x.shape[self.axis + count :], x.dtype
+            )
+            for x, count in zip(arrays, self.row_axes, strict=True)
         ]
         return jax.tree.unflatten(treedef, own)
 
-    def in_axes(self, level: int) -> Any:
-        """The `in_axes` of the term for `jax.vmap` over N (level 1) or K (level 2)."""
+    def in_axes(self, count: int) -> Any:
+        """The `in_axes` of the term for `jax.vmap` over N (1) or K (2)."""
         treedef = jax.tree.structure(self.term)
-        return jax.tree.unflatten(treedef, [self.axis if x >= level else None for x in self.levels])
+        axes = [self.axis if own >= count else None for own in self.row_axes]
+        return jax.tree.unflatten(treedef, axes)
+
+    @property
+    def factor_positions(self) -> list[int]:
+        """Where the term's factors stand among its arrays in flattening order."""
+        factors = self.term.factors
+        arrays = enumerate(jax.tree.leaves(self.term))
+        return [i for i, x in arrays if any(x is factor for factor in factors)]
+
+    @property
+    def factor_row_axes(self) -> list[int]:
+        """How many axes of rows each factor has."""
+        return [self.row_axes[i] for i in self.factor_positions]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all rows share the term."""
+        return not any(self.row_axes)
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["pieces"],
+    data_fields=["summands"],
     meta_fields=["shape", "dtype", "size", "outputs"],
 )
 @dataclass(frozen=True)
 class Leaf:
-    """One gradient leaf of all rows: the sum of its pieces."""
+    """One gradient leaf of all rows: the sum of its summands."""
 
-    pieces: tuple[Piece, ...]
+    summands: tuple[Summand, ...]
     shape: Shape
     dtype: Any
     size: int  # N
-    outputs: int | None  # K, or None for a function with scalar output: no axis then
+    outputs: int | None  # K, or None for a scalar function: there is no axis then
 
     @property
     def carried(self) -> Any:
+        """The accumulation dtype."""
         return carried_dtype(self.dtype)
 
     @property
     def real(self) -> Any:
+        """The accumulation dtype of norms."""
         return jnp.finfo(self.carried).dtype
 
     @property
@@ -89,79 +112,84 @@ class Leaf:
 
     @property
     def terms(self) -> list[Term]:
-        return [piece.term for piece in self.pieces]
+        return [summand.term for summand in self.summands]
 
 
 def zeros_of(shape: Shape, dtype: Any, *leaves: Leaf) -> jax.Array:
-    """Zeros to add rows of some leaves to, which inside `jax.shard_map` vary as these do."""
+    """Zeros to add rows of some leaves to.
+
+    Inside `jax.shard_map` they vary over the same devices as the leaves.
+    """
     return varying_zeros(shape, dtype, *jax.tree.leaves(leaves))
 
 
 def take(leaf: Leaf, start: Any, size: int) -> Leaf:
     """The rows of `size` examples from `start` on, which may be traced."""
 
-    def of(piece: Piece) -> Piece:
-        arrays, treedef = jax.tree.flatten(piece.term)
+    def of(summand: Summand) -> Summand:
+        arrays, treedef = jax.tree.flatten(summand.term)
         cut = [
-            neighbours(x, start, size, piece.axis) if level else x
-            for x, level in zip(arrays, piece.levels, strict=True)
+            sharding.take(x, start, size, summand.axis) if count else x
+            for x, count in zip(arrays, summand.row_axes, strict=True)
         ]
-        return replace(piece, term=jax.tree.unflatten(treedef, cut))
+        return replace(summand, term=jax.tree.unflatten(treedef, cut))
 
-    return replace(leaf, pieces=tuple(map(of, leaf.pieces)), size=size)
-
-
-def squeezed(x: jax.Array, axis: int, level: int = 1) -> tuple[jax.Array, int]:
-    """An array without its axes of size 1, but those of rows, and where these begin.
-
-    What a weight and a bias have in common has one form then, and is worked on once.
-    """
-    idle = [i for i, n in enumerate(x.shape) if n == 1 and not axis <= i < axis + level]
-    return jax.lax.squeeze(x, idle), axis - sum(i < axis for i in idle)
+    return replace(leaf, summands=tuple(map(of, leaf.summands)), size=size)
 
 
 def widened(leaf: Leaf, dtype: Any) -> Leaf:
-    """The same rows, kept and carried in a wider dtype."""
+    """The same rows, kept and accumulated in a wider dtype."""
     if leaf.carried == dtype:
         return leaf
 
     def wide(x: jax.Array) -> jax.Array:
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
-    return replace(leaf, pieces=jax.tree.map(wide, leaf.pieces), dtype=dtype)
+    return replace(leaf, summands=jax.tree.map(wide, leaf.summands), dtype=dtype)
 
 
 def weighted(leaf: Leaf, weights: jax.Array | None) -> tuple[Leaf, jax.Array | None]:
-    """The rows times numbers of their own, and the numbers that remain, where rows share factors.
+    """Multiply rows by weights in their factors, if every row has factors of its own.
 
-    Each vector of a pair takes about their root, so that its square is near that of its row.
+    Each vector of a pair takes about the root of the weight, so that its square stays
+    near that of its row.
+
+    Returns:
+      The leaf, and the weights that remain: None, or all if rows share factors.
     """
-    own = [_unshared(piece, len(leaf.rows)) for piece in leaf.pieces]
+    own = [_factors_of_each_row(x, len(leaf.rows)) for x in leaf.summands]
     if weights is None or not all(own):
         return leaf, weights
     weights = weights.astype(leaf.real)
     root = power(jax.lax.stop_gradient(abs(weights)))
-    pieces = []
-    for piece, places in zip(leaf.pieces, own, strict=True):
-        arrays, treedef = jax.tree.flatten(piece.term)
-        shares = [weights] if len(places) == 1 else [inverse(root), weights * root]
-        for i, share in zip(places, shares, strict=True):
+    summands = []
+    for summand, positions in zip(leaf.summands, own, strict=True):
+        arrays, treedef = jax.tree.flatten(summand.term)
+        one = len(positions) == 1
+        shares = [weights] if one else [inverse(root), weights * root]
+        for i, share in zip(positions, shares, strict=False):
             x = arrays[i].astype(carried_dtype(arrays[i].dtype))
-            arrays[i] = times_rows(x, share.astype(x.dtype), piece.axis)
-        pieces.append(replace(piece, term=jax.tree.unflatten(treedef, arrays)))
-    return replace(leaf, pieces=tuple(pieces)), None
+            arrays[i] = times_rows(x, share.astype(x.dtype), summand.axis)
+        term = jax.tree.unflatten(treedef, arrays)
+        summands.append(replace(summand, term=term))
+    return replace(leaf, summands=tuple(summands)), None
 
 
-def _unshared(piece: Piece, depth: int) -> list[int]:
+def _factors_of_each_row(summand: Summand, depth: int) -> list[int]:
     """Which arrays of a term are factors that differ from row to row."""
-    first = len(piece.levels) - len(piece.term.factors)  # an index stands before them
-    return [i for i, level in enumerate(piece.levels) if i >= first and level == depth]
+    return [i for i in summand.factor_positions if summand.row_axes[i] == depth]
+
+
+# ------------------------------------------------------------------------------------
+# Maps over rows
 
 
 def at_once(leaf: Leaf, entries: int) -> int:
-    """Of how many examples the rows have so many entries; 1 where those of one have more."""
+    """How many examples have rows of so many entries together; at least 1."""
     per_example = prod(leaf.shape) * (leaf.outputs or 1)
-    return max(1, entries // per_example) if thresholds.exceeds(per_example, 0) else entries
+    if not thresholds.exceeds(per_example, 0):
+        return entries
+    return max(1, entries // per_example)
 
 
 def over_rows(
@@ -169,15 +197,16 @@ def over_rows(
 ) -> Any:
     """`fun(terms of one row, *numbers of it)` for each row.
 
-    Trees of numbers have arrays of shape (N, K), (N,) or (), for rows, for examples or for all.
-    Where `fun` materialises rows, only some examples are done at a time.
+    Trees of numbers have arrays of shape (N, K), (N,) or (), for rows, for examples
+    or for all. If `fun` materializes rows, it runs for only some examples at a time.
     """
-    for level in (2, 1)[leaf.outputs is None :]:
-        own = jax.tree.map(lambda x, level=level: 0 if x.ndim >= level else None, numbers)
-        axes = [piece.in_axes(level) for piece in leaf.pieces], *own
-        size = leaf.size if level == 1 else leaf.outputs
-        if level == 1 and materializes:
-            fun = _some_at_once(fun, axes, leaf.size, at_once(leaf, thresholds.ENTRIES_AT_ONCE))
+    for count in (2, 1)[leaf.outputs is None :]:
+        own = jax.tree.map(lambda x, n=count: 0 if x.ndim >= n else None, numbers)
+        axes = [summand.in_axes(count) for summand in leaf.summands], *own
+        size = leaf.size if count == 1 else leaf.outputs
+        if count == 1 and materializes:
+            most = at_once(leaf, thresholds.current().entries_at_once)
+            fun = _some_at_once(fun, axes, leaf.size, most)
         else:
             fun = jax.vmap(fun, in_axes=axes, axis_size=size)
     return fun(leaf.terms, *numbers)
@@ -186,14 +215,14 @@ def over_rows(
 def _some_at_once(
     fun: Callable[..., Any], in_axes: Any, size: int, at_once: int
 ) -> Callable[..., Any]:
-    shared = all(axis is None for axis in jax.tree.leaves(in_axes, is_leaf=lambda x: x is None))
-    if shared or not thresholds.exceeds(size, at_once):
+    """`jax.vmap` of a function, for so many examples at a time."""
+    flat_axes = jax.tree.leaves(in_axes, is_leaf=lambda x: x is None)
+    mapped_at = [i for i, axis in enumerate(flat_axes) if axis is not None]
+    if not mapped_at or not thresholds.exceeds(size, at_once):
         return jax.vmap(fun, in_axes=in_axes, axis_size=size)
 
     def mapped(*args: Any) -> Any:
         leaves, treedef = jax.tree.flatten(args)
-        axes = jax.tree.leaves(in_axes, is_leaf=lambda x: x is None)
-        mapped_at = [i for i, axis in enumerate(axes) if axis is not None]
 
         def one(xs: list[jax.Array]) -> Any:
             values = list(leaves)
@@ -201,71 +230,82 @@ def _some_at_once(
                 values[i] = x
             return fun(*jax.tree.unflatten(treedef, values))
 
-        rows_first = [jnp.moveaxis(leaves[i], axes[i], 0) for i in mapped_at]
+        rows_first = [jnp.moveaxis(leaves[i], flat_axes[i], 0) for i in mapped_at]
         return jax.lax.map(one, rows_first, batch_size=at_once)
 
     return mapped
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------
 # One row
 
 
 def row(leaf: Leaf, terms: Sequence[Term]) -> jax.Array:
-    """One row of a leaf as an array, in its carried dtype."""
+    """One row of a leaf as an array, in its accumulation dtype."""
     total = jnp.zeros(leaf.shape, leaf.carried)
-    for piece, term in zip(leaf.pieces, terms, strict=True):
-        block = apply(piece.tail, _terms.materialize(term)).astype(leaf.carried)
-        total += times(block, piece.factor)
+    for summand, term in zip(leaf.summands, terms, strict=True):
+        total += times(_block(summand, term).astype(leaf.carried), summand.factor)
     return total
-
-
-def times(x: jax.Array, factor: float) -> jax.Array:
-    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 def inner(one: Leaf, xs: Sequence[Term], other: Leaf, ys: Sequence[Term]) -> jax.Array:
     """The inner product of two rows; the left one is conjugated."""
     total = jnp.zeros((), one.carried)
-    for a, x in zip(one.pieces, xs, strict=True):
-        for b, y in zip(other.pieces, ys, strict=True):
-            product = _pair(a, x, b, y).astype(one.carried)
+    for a, x in zip(one.summands, xs, strict=True):
+        for b, y in zip(other.summands, ys, strict=True):
+            product = _inner_of_summands(a, x, b, y).astype(one.carried)
             total += times(product, a.factor * b.factor)
     return total
 
 
-def _pair(a: Piece, x: Term, b: Piece, y: Term) -> jax.Array:
-    if disjoint(a.tail, b.tail):
-        return jnp.zeros((), _terms.dtype_of(x))
+def _inner_of_summands(a: Summand, x: Term, b: Summand, y: Term) -> jax.Array:
+    """<x, y> through the tails of two summands, without their factors."""
+    if disjoint(a.view, b.view):
+        return jnp.zeros((), x.dtype)
     if are_alike(a, b):
-        return _terms.inner(x, y)
-    if isinstance(x, Dense):
-        return _terms.apply_own(y, _pulled(b, y, _block(a, x).conj()))
-    if isinstance(y, Dense):
-        return _terms.apply_own(x, _pulled(a, x, _block(b, y).conj())).conj()
+        return pairs.inner(x, y)
+    if x.is_dense:
+        return y.apply_own(_pulled(b, y, _block(a, x).conj()))
+    if y.is_dense:
+        return x.apply_own(_pulled(a, x, _block(b, y).conj())).conj()
     return jnp.sum(_block(a, x).conj() * _block(b, y))
 
 
-def are_alike(x: Piece, y: Piece) -> bool:
-    """Whether inner products of two pieces can be taken before their tails."""
-    return x.shape == y.shape and x.tail == y.tail and isometric(x.tail)
+def inner_cost(a: Summand, b: Summand) -> int:
+    """Multiplications and additions of the inner product of two summands."""
+    x, y = a.of_one_row, b.of_one_row
+    if disjoint(a.view, b.view):
+        return 0
+    if are_alike(a, b):
+        return pairs.inner_cost(x, y)
+    if x.is_dense:
+        return y.apply_cost
+    if y.is_dense:
+        return x.apply_cost
+    return x.row_cost + y.row_cost + 2 * prod(x.shape)
 
 
-def _block(piece: Piece, term: Term) -> jax.Array:
-    return apply(piece.tail, _terms.materialize(term))
+def are_alike(x: Summand, y: Summand) -> bool:
+    """Whether inner products of two summands can be taken before their tails."""
+    return x.shape == y.shape and x.view == y.view and isometric(x.view)
 
 
-def _pulled(piece: Piece, term: Term, v: jax.Array) -> jax.Array:
-    return transposed(piece.tail, piece.shape, v.astype(_terms.dtype_of(term)))
-
-
-def materializes(one: Leaf, other: Leaf) -> bool:
+def needs_rows(one: Leaf, other: Leaf) -> bool:
     """Whether inner products of rows of two leaves need rows as arrays."""
 
-    def free(a: Piece, b: Piece) -> bool:
-        if isinstance(a.term, Dense) or isinstance(b.term, Dense) or disjoint(a.tail, b.tail):
-            return True
-        windows = isinstance(a.term, Windows) or isinstance(b.term, Windows)
-        return are_alike(a, b) and not windows
+    def needs(a: Summand, b: Summand) -> bool:
+        if a.term.is_dense or b.term.is_dense or disjoint(a.view, b.view):
+            return False
+        return not are_alike(a, b) or pairs.needs_rows(a.term, b.term)
 
-    return not all(free(a, b) for a in one.pieces for b in other.pieces)
+    return any(needs(a, b) for a in one.summands for b in other.summands)
+
+
+def _block(summand: Summand, term: Term) -> jax.Array:
+    """The term as an array, behind its view."""
+    return apply(summand.view, term.materialize())
+
+
+def _pulled(summand: Summand, term: Term, v: jax.Array) -> jax.Array:
+    """An array behind the view of a summand, pulled back to before it."""
+    return transposed(summand.view, summand.shape, v.astype(term.dtype))

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._jax.sharding import take as neighbours
+from .._jax import sharding
 from .._trees.algebra import common_dtype
-from . import gram as _gramians
-from . import sums as _products
-from .leaf import Leaf, Piece, take, weighted, widened
-from .norms import leaf_norms
-from .scaling import Norms
+from .leaf import Leaf, Summand, take, weighted, widened
+from .products import gram as _gram
+from .products import sums as _sums
+from .products.norms import leaf_norms
+from .products.scaled_norms import Norms
 
 
 @partial(
@@ -24,13 +24,12 @@ from .scaling import Norms
 )
 @dataclass(frozen=True)
 class Matrix:
-    """The rows of all leaves, diag(weights) J.
+    """Rows of all leaves with weights.
 
-    Arrays of one number per row have shape (N,), or (N, K) for K outputs of an example.
-
-    `weights` has such an array for each leaf (a clip per group differs between leaves);
-    a row that is not `valid` counts as zero, whatever it holds. None stands for ones,
-    and for True.
+    Arrays of one number per row have shape (N,), or (N, K) if an example has K outputs.
+    `weights` has such an array for each leaf, since a clip per group differs between
+    leaves. A row that is not `valid` counts as zero, whatever it holds. None means ones
+    for `weights`, and True for `valid`.
     """
 
     leaves: tuple[Leaf, ...]
@@ -39,11 +38,11 @@ class Matrix:
 
     @property
     def dtype(self) -> Any:
-        """The real dtype that carries numbers of all leaves."""
+        """The accumulation dtype of numbers of all leaves, real."""
         return common_dtype(*(leaf.real for leaf in self.leaves))
 
     def scaled(self, factors: Sequence[jax.Array]) -> "Matrix":
-        """The rows times numbers of their own, for each leaf."""
+        """The rows times numbers for each row and leaf."""
         if self.weights is not None:
             factors = [
                 product(f, w) for f, w in zip(factors, self.weights, strict=True)
@@ -84,10 +83,10 @@ class Matrix:
         return [x.scaled([rows.weight(i) for i in x.leaves]) for x in norms]
 
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
-        """One array per leaf, in its carried dtype."""
+        """One array per leaf, in its accumulation dtype."""
         rows = self.selected()
         return [
-            _products.weighted_sum(leaf, rows.weight(i, weights))
+            _sums.weighted_sum(leaf, rows.weight(i, weights))
             for i, leaf in enumerate(rows.leaves)
         ]
 
@@ -99,14 +98,14 @@ class Matrix:
             if weights is not None:
                 extra = weights.astype(leaf.real)
                 scale = extra if scale is None else scale * extra
-            sums.append(_products.square_sum(leaf, scale))
+            sums.append(_sums.square_sum(leaf, scale))
         return sums
 
     def apply(self, vectors: Sequence[jax.Array]) -> jax.Array:
         rows = self.selected()
         total = jnp.zeros(rows.leaves[0].rows, self.dtype)
         for i, (leaf, v) in enumerate(zip(rows.leaves, vectors, strict=True)):
-            product, weight = _products.applied(leaf, v), rows.weight(i)
+            product, weight = _sums.applied(leaf, v), rows.weight(i)
             total += (product if weight is None else product * weight).astype(
                 self.dtype
             )
@@ -124,7 +123,7 @@ class Matrix:
             yours, right = mine, left
             if theirs is not leaf or others.weights is not rows.weights:
                 yours, right = weighted(widened(theirs, wider), others.weight(i))
-            product = _gramians.gram(mine, yours)
+            product = _gram.gram(mine, yours)
             if left is not None:
                 left = left.reshape(*leaf.rows, *[1] * len(theirs.rows))
                 product = product * left.astype(product.dtype)
@@ -143,7 +142,7 @@ class Matrix:
         stacks, rows = [], self.selected()
         for i, leaf in enumerate(rows.leaves):
             weight = rows.weight(i)
-            stacked = _products.rows(leaf, carried=weight is not None)
+            stacked = _sums.rows(leaf, carried=weight is not None)
             if weight is not None:
                 factors = weight.reshape(*leaf.rows, *[1] * len(leaf.shape))
                 stacked = (stacked * factors.astype(stacked.dtype)).astype(leaf.dtype)
@@ -152,7 +151,7 @@ class Matrix:
 
     def taken(self, start: Any, size: int) -> "Matrix":
         """The rows of `size` examples from `start` on."""
-        cut = partial(neighbours, start=start, size=size)
+        cut = partial(sharding.take, start=start, size=size)
         weights = None if self.weights is None else tuple(map(cut, self.weights))
         valid = None if self.valid is None else cut(self.valid)
         return Matrix(
@@ -161,7 +160,7 @@ class Matrix:
 
 
 def product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The product of two numbers for each row, carried."""
+    """The product of two numbers for each row, in the accumulation dtype."""
     dtype = common_dtype(x.dtype, y.dtype)
     return x.astype(dtype) * y.astype(dtype)
 
@@ -176,14 +175,14 @@ def _select(leaf: Leaf, valid: jax.Array) -> Leaf:
     if leaf.outputs is not None:
         masks[1] = jnp.any(valid, axis=1)
 
-    def of(piece: Piece) -> Piece:
-        arrays, treedef = jax.tree.flatten(piece.term)
+    def of(summand: Summand) -> Summand:
+        arrays, treedef = jax.tree.flatten(summand.term)
         kept = []
-        for x, level in zip(arrays, piece.levels, strict=True):
-            mask, before = masks[level], piece.axis if level else 0
+        for x, count in zip(arrays, summand.row_axes, strict=True):
+            mask, before = masks[count], summand.axis if count else 0
             after = x.ndim - mask.ndim - before
             mask = mask.reshape((1,) * before + mask.shape + (1,) * after)
             kept.append(jnp.where(mask, x, jnp.zeros_like(x)))
-        return replace(piece, term=jax.tree.unflatten(treedef, kept))
+        return replace(summand, term=jax.tree.unflatten(treedef, kept))
 
-    return replace(leaf, pieces=tuple(map(of, leaf.pieces)))
+    return replace(leaf, summands=tuple(map(of, leaf.summands)))

@@ -109,7 +109,7 @@ Site: TypeAlias = AtValue | AtTerm | AtScan | AtNorm | AtRow
 
 
 @dataclass(frozen=True)
-class Summand:
+class Cut:
     """`factor * view(term)`: what one site adds to a value."""
 
     site: Site

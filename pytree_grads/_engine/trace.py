@@ -19,10 +19,8 @@ from .._trees.checks import check_arrays, describe
 from . import evaluate as _execute
 from . import graph as _graph
 from . import plan as _plan
-from . import terms as _terms
-from . import thresholds
-from .leaf import Leaf, Piece
-from .terms import Scatter, Term
+from .leaf import Leaf, Summand
+from .terms import Term
 
 PyTree = Any
 # A route, or the form of the leaves that one sum of rows alone costs least from.
@@ -220,13 +218,13 @@ def factor(
     varying = trace.graph.downstream(trace.of_one_example)
     route = "auto" if form == "sum" else form
     plans = [_plan.plan_leaf(leaf, varying, route) for leaf in trace.leaves]
-    pieces = [own.for_sums if form == "sum" else own.for_rows for own in plans]
+    cuts = [own.for_sums if form == "sum" else own.for_rows for own in plans]
     others = [own.for_sums for own in plans]
     with_sum = with_sum and any(isinstance(x, Tracer) for x in batch.leaves)
-    with_sum = with_sum and any(x is not y for x, y in zip(pieces, others, strict=True))
-    asked = [*pieces, *others] if with_sum else pieces
+    with_sum = with_sum and any(x is not y for x, y in zip(cuts, others, strict=True))
+    asked = [*cuts, *others] if with_sum else cuts
 
-    sites = list(dict.fromkeys(piece.site for own in asked for piece in own))
+    sites = list(dict.fromkeys(cut.site for own in asked for cut in own))
     places = _places(trace, sites)
     arrays, results = _run(trace, batch, places)
     outputs, aux = jax.tree.unflatten(trace.result_tree, results)
@@ -241,7 +239,7 @@ def factor(
     primals = jax.tree.leaves(batch.primals)
     leaves = tuple(
         _leaf(primal, own, term, batch.size, count)
-        for primal, own in zip(primals, pieces, strict=True)
+        for primal, own in zip(primals, cuts, strict=True)
     )
     joined = tuple(
         leaf if form == "sum" and own.for_sums is not own.for_rows else _joined(leaf)
@@ -252,7 +250,7 @@ def factor(
         return tuple(
             leaf if mine is alone else _leaf(primal, alone, term, batch.size, count)
             for leaf, primal, mine, alone in zip(
-                joined, primals, pieces, others, strict=True
+                joined, primals, cuts, others, strict=True
             )
         )
 
@@ -310,45 +308,42 @@ def _run(
 
 def _leaf(
     primal: jax.Array,
-    pieces: Sequence[_plan.Summand],
+    cuts: Sequence[_plan.Cut],
     term: Callable[[_plan.Site], tuple[Term, tuple[int, ...]]],
     size: int,
     outputs: int | None,
 ) -> Leaf:
-    found = tuple(
-        Piece(
-            term=term(piece.site)[0],
-            shape=piece.site.shape,
-            axis=_execute.rows_axis(piece.site),
-            tail=piece.view,
-            factor=piece.factor,
-            levels=term(piece.site)[1],
-            reason=piece.reason,
+    """The rows of one leaf, from the terms at its cuts."""
+    summands = tuple(
+        Summand(
+            term=term(cut.site)[0],
+            shape=cut.site.shape,
+            axis=_execute.rows_axis(cut.site),
+            view=cut.view,
+            factor=cut.factor,
+            row_axes=term(cut.site)[1],
+            reason=cut.reason,
         )
-        for piece in pieces
+        for cut in cuts
     )
-    shape = _plan.shape_of(pieces, primal.shape)
-    return Leaf(found, shape, primal.dtype, size, outputs)
+    shape = _plan.shape_of(cuts, primal.shape)
+    return Leaf(summands, shape, primal.dtype, size, outputs)
 
 
 def _joined(leaf: Leaf) -> Leaf:
-    """A leaf whose pieces of one form are one piece, if there are many of them.
+    """A leaf whose summands of one form are one summand, if there are many of them.
 
-    A weight that is used in an unrolled loop has such pieces.
+    A weight that is used in an unrolled loop has such summands.
     """
-    forms: dict[Any, list[Piece]] = {}
-    for i, x in enumerate(leaf.pieces):
-        alike = _terms.form(x.term) or i
-        forms.setdefault((x.shape, x.tail, x.factor, x.levels, alike), []).append(x)
-    found: list[Piece] = []
+    forms: dict[Any, list[Summand]] = {}
+    for i, x in enumerate(leaf.summands):
+        alike = x.term.form or i
+        forms.setdefault((x.shape, x.view, x.factor, x.row_axes, alike), []).append(x)
+    found: list[Summand] = []
     for group in forms.values():
-        terms = [x.term for x in group]
-        apart = (
-            1 if isinstance(terms[0], Scatter) else thresholds.APART
-        )  # lines of one index meet
-        found += (
-            [replace(group[0], term=_terms.joined(terms))]
-            if len(group) > apart
-            else group
-        )
-    return replace(leaf, pieces=tuple(found))
+        first, *others = (x.term for x in group)
+        if len(group) > first.most_apart:
+            found.append(replace(group[0], term=first.joined(others)))
+        else:
+            found += group
+    return replace(leaf, summands=tuple(found))

@@ -13,6 +13,7 @@
 ``gram``         inner products of the rows of two Jacobians
 ``sketch``       random projections
 ``compiled``     products outside ``jit``, compiled once for their shapes
-``report``       ``explain`` and ``check``
+``explain``      the table of ``J.explain()``
+``check``        compares the rows with those of plain ``jax.grad``
 ===============  =======================================================================
 """

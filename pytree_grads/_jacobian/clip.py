@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from .._engine.matrix import Matrix
-from .._engine.scaling import Norms, combined
+from .._engine.products.scaled_norms import Norms, combined
 from .._trees.algebra import carried_reals, common_dtype, floating
 from .._trees.checks import PyTree, describe, located, prefix_difference
 

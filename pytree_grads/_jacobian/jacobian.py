@@ -14,8 +14,9 @@ from .._engine.matrix import Matrix
 from .._trees import algebra
 from .._trees.checks import PyTree, check_key, check_matching, describe, positive_int
 from .._trees.vector import Vector
+from . import check as _check
 from . import clip as _clip
-from . import report as _report
+from . import explain as _explain
 from . import rows as _rows
 from . import sketch as _sketch
 from .gram import gram
@@ -33,20 +34,19 @@ from .refused import NotAnArray, check_slice
 class Jacobian(NotAnArray):
     """J: a row for each example, or for each output of each example.
 
-    J is no tree of rows. Its leaves as a pytree are factors of rows, so
-    ``jax.tree.map`` of J gives nonsense of the right shape: ``J.scale(s)`` multiplies
-    rows by numbers, ``J.to_rows()`` gives the rows themselves.
+    J is no tree of rows. Its leaves as a pytree are factors of rows, so ``jax.tree.map`` of J
+    gives nonsense of the right shape: ``J.scale(s)`` multiplies rows by numbers, and
+    ``J.to_rows()`` gives the rows themselves.
 
-    Made by ``jacobian`` and ``value_and_jacobian``. N is the number of examples, P the
-    number of parameters. Where the function returns a scalar, "a number per row" is an
-    array of shape (N,); otherwise it is a tree like the function's output, with leaves
-    of shape (N, *k).
+    ``jacobian`` and ``value_and_jacobian`` make it. N is the number of examples, P the number
+    of parameters. If the function returns a scalar, "a number per row" is an array of shape
+    (N,). Otherwise it is a tree like the function's output, with leaves of shape (N, *k).
 
-    Rows are kept as factors, from which every product is computed without the rows; or
-    nothing is kept, and each product makes what it needs (``recompute=True``,
-    ``chunk_size=k``). A Jacobian is a pytree: it may leave ``jit``, and enter ``vmap``,
-    ``scan`` and ``grad``. Where nothing is kept, it takes its function along, which
-    must hold no traced values if it leaves ``jit``.
+    Rows are kept as factors, from which every product is computed; or they are recomputed for
+    each product, and nothing is kept (``recompute=True``, ``chunk_size=k``). A Jacobian is a
+    pytree: it may leave ``jit``, and enter ``vmap``, ``scan`` and ``grad``. If its rows are
+    recomputed, it takes its function along, which must hold no traced values when it leaves
+    ``jit``.
 
     ===========================  =======================================================
     case                         result
@@ -54,17 +54,23 @@ class Jacobian(NotAnArray):
     N = 0                        sums are zero, ``mean()`` is NaN, a number per row has
                                  shape (0,)
     a row of zeros               norm 0, with derivative 0; ``clip`` leaves it
-    a row with a NaN or infinity its norm is NaN or infinite, and it poisons every sum,
-                                 unless ``clip(..., nan_safe=True)`` has made it zero
-    a norm that overflows        is infinite or NaN; ``clip`` takes its row for one with
-                                 an infinity
-    a norm that is 9e37 times    its row is zero once clipped, for no normal float
-                                 scales it so
-    its bound, in float32
-    complex parameters           rows follow ``jax.grad``'s convention (step along the
-                                 conjugate); ``gram`` conjugates the left row, ``J @ v``
-                                 is real
+    a row with a NaN or inf      its norm is NaN or infinite, and so is every sum, unless
+                                 ``clip(..., nan_safe=True)`` has made the row zero
+    a norm that overflows        is infinite or NaN; ``clip`` treats the row as infinite
+    a norm of 9e37 times its     the row is zero once clipped, since no normal float32
+    bound, in float32            scales it so
+    complex parameters           rows follow ``jax.grad`` (step along the conjugate);
+                                 ``gram`` conjugates the left row, ``J @ v`` is real
     ===========================  =======================================================
+
+    >>> import jax.numpy as jnp
+    >>> from pytree_grads import jacobian
+    >>> f = lambda p, x: jnp.dot(p["w"], x)
+    >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+    >>> J
+    Jacobian(shape=(2, 2), leaves=1, rows kept)
+    >>> print(J.norms(), J.clip(5.0).sum()["w"])
+    [ 5. 10.] [6. 8.]
     """
 
     _rows: _rows.Rows
@@ -229,49 +235,106 @@ class Jacobian(NotAnArray):
         return self._rows.origin.rounded(self._rows.sum(self._per_row("c", c)))
 
     def sum(self) -> PyTree:
-        """The sum of all rows: a tree like the parameters, zero if there are none."""
+        """The sum of all rows, Jᵀ 1.
+
+        Returns:
+          A tree like the parameters, in their dtypes; zero if there are no rows. The sum is
+          carried in float32 or wider.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> J.sum()
+        {'w': Array([ 9., 12.], dtype=float32)}
+        """
         return self._rows.origin.rounded(self._rows.sum(None))
 
     def mean(self) -> PyTree:
-        """The sum of all rows divided by their number; NaN where there are none."""
+        """The sum of all rows divided by their number.
+
+        Returns:
+          A tree like the parameters, in their dtypes; NaN if there are no rows. It is divided
+          before it is rounded.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> J.mean()
+        {'w': Array([4.5, 6. ], dtype=float32)}
+        """
         rows = self._rows
         return rows.origin.rounded(rows.sum(None), rows.origin.count)
 
     def norms(self) -> PyTree:
-        """The Euclidean norms of the rows: a real number per row, float32 or wider.
+        """The Euclidean norms of the rows, ‖Jᵢ‖.
 
-        There is no overflow or underflow on the way to a norm that is itself
-        representable, also where the factors of a row share its size in different ways:
-        layers of a scan whose inputs grow as their cotangents shrink, say.
+        Squaring neither overflows nor underflows when the norm itself is representable, even if
+        the factors of a row share its size unevenly, as when the inputs of the layers of a scan
+        grow while their cotangents shrink.
 
-        Accuracy: norms of single outer products, of biases and of materialised rows are
-        sums of squares, right to rounding. Where a row adds up T > 1 outer products of
-        aₜ and bₜ, its squared norm comes from inner products of those, and is off by
-        about eps·(Σₜ‖aₜ‖‖bₜ‖)², of no weight unless the parts of a row nearly cancel.
-        Where it has weight (a thousandth of the squared norm), that error is added: a
-        norm may then be too large, but not too small.
+        Accuracy: norms of single outer products, of biases and of materialised rows are sums of
+        squares, right to rounding. If a row adds up T > 1 outer products of aₜ and bₜ, its
+        squared norm comes from inner products of those, and is off by about eps·(Σₜ‖aₜ‖‖bₜ‖)².
+        That is significant only if the parts of a row nearly cancel. If it exceeds a thousandth
+        of the squared norm, the error is added: such a norm may be too large, never too small.
+
+        Returns:
+          A real number per row, in float32 or wider.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> print(J.norms())
+        [ 5. 10.]
         """
         return self._outputs.expand(self._rows.norms())
 
     def squared_norms(self) -> PyTree:
-        """The squared norms of the rows; they overflow where the square itself does."""
+        """The squared norms of the rows, ‖Jᵢ‖².
+
+        Returns:
+          A real number per row, in float32 or wider; infinite if the square overflows.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> print(J.squared_norms())
+        [ 25. 100.]
+        """
         return jax.tree.map(jnp.square, self.norms())
 
     def gram(self, other: "Jacobian | None" = None) -> PyTree:
-        """Inner products of rows, J J′ᵀ, where J′ is J by default.
+        """Inner products of rows, J J′ᵀ; J′ is J itself by default.
+
+        Of the network's output, and not of a loss, it is the empirical neural tangent kernel.
+        Rows of complex leaves are conjugated on the left. Unlike those of norms, the factors are
+        not scaled: products beyond 1e±19 in float32 may be NaN or zero.
+
+        Args:
+          other: a Jacobian of N′ rows by parameters of the same structure and shapes, or None
+            for J itself. Its dtypes may differ.
 
         Returns:
-          Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k,
-          the empirical neural tangent kernel; for trees of outputs, a tree like J's
-          output that holds trees like the other's. Carried in float32, or in the wider
-          dtype of the two Jacobians' leaves; rows of complex leaves are conjugated on
-          the left. Squares of factors are not scaled, as those of norms are: what is
-          beyond 1e±19 in float32 may make them NaN or zero.
+          Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k and k′; for
+          trees of outputs, a tree like the output of J that holds trees like that of the other.
+          In float32, or in the wider dtype of the two if that is wider.
 
         Raises:
           TypeError: ``other`` is not a Jacobian.
-          ValueError: its parameters have another structure or other shapes, or are
-            complex where J's are real, or real where they are complex.
+          ValueError: its parameters have another structure or other shapes, or one of a pair of
+            leaves is complex and the other real.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> print(J.gram())
+        [[ 25.  50.]
+         [ 50. 100.]]
         """
         other = self if other is None else other
         if not isinstance(other, Jacobian):
@@ -288,15 +351,26 @@ class Jacobian(NotAnArray):
     def square_sum(self, c: PyTree = None) -> PyTree:
         """The weighted sum of the squares of rows, entry by entry: Σᵢ cᵢ Jᵢ∘Jᵢ.
 
-        For a loss per example, and ``c=None`` (all ones), N times the diagonal of the
-        empirical Fisher matrix. Complex entries count their squared absolute value.
+        For a loss per example and c of ones, it is N times the diagonal of the empirical Fisher
+        matrix. A complex entry counts with its squared absolute value. As in ``gram``, factors
+        are not scaled.
 
         Args:
-          c: a real number per row, or None.
+          c: a real number per row, traced; None for ones.
 
         Returns:
-          A tree like the parameters, real, in their precision; of factors beyond 1e±19
-          in float32, as for ``gram``.
+          A tree like the parameters, of real leaves in the precision of theirs.
+
+        Raises:
+          TypeError: ``c`` does not hold real numbers.
+          ValueError: ``c`` does not have one number per row.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> J.square_sum()
+        {'w': Array([45., 80.], dtype=float32)}
         """
         weights = None if c is None else self._per_row("c", c)
         sums = self._rows.fold(Matrix.square_sum, weights, _real)
@@ -305,7 +379,25 @@ class Jacobian(NotAnArray):
         return self._rows.origin.like_params(narrow)
 
     def scale(self, s: PyTree) -> "Jacobian":
-        """diag(s) J: every row times a real number of its own."""
+        """Every row times a real number of its own, diag(s) J.
+
+        Args:
+          s: a real number per row, traced.
+
+        Returns:
+          A ``Jacobian`` of the same shape.
+
+        Raises:
+          TypeError: ``s`` does not hold real numbers.
+          ValueError: ``s`` does not have one number per row.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> print(J.scale(jnp.array([2.0, 0.5])).norms())
+        [10.  5.]
+        """
         return replace(self, _rows=self._rows.scaled(self._per_row("s", s)))
 
     @overload
@@ -325,41 +417,42 @@ class Jacobian(NotAnArray):
     def clip(
         self, max_norm: PyTree, *, nan_safe: bool = False, with_norms: bool = False
     ) -> "Jacobian | tuple[Jacobian, PyTree]":
-        """Every row scaled down to its bound: Jᵢ · min(1, max_norm/‖Jᵢ‖).
+        """Every row scaled down to a norm of at most ``max_norm``: Jᵢ · min(1, max_norm/‖Jᵢ‖).
 
-        Guarantee: no clipped row's norm exceeds its bound by more than rounding. A row
-        whose parts nearly cancel may come out too short, for its norm may be
-        overestimated (see ``norms``).
+        Guarantee: no clipped row's norm exceeds its bound by more than rounding. A row whose
+        parts nearly cancel may come out too short, because its norm may be overestimated (see
+        ``norms``).
+
+        With ``chunk_size=k``, a clip waits for the product that follows, and ``clip(...).sum()``
+        is one pass over the chunks. Norms that are returned take a pass of their own;
+        ``clipped_sum`` has both from one pass.
 
         Args:
-          max_norm: a non-negative bound for the whole row, or a prefix tree of the
-            parameters that holds a bound for each of its parts (a layer, say), which
-            are then clipped one by one.
-          nan_safe: whether a row that holds a NaN or an infinity counts as zero.
-            Otherwise it poisons every sum, as it would without clipping. (XLA itself
-            spreads a NaN over all examples where it convolves each with a kernel of its
-            own, derived from a parameter, in groups, as in ``jax.vmap(jax.grad(f))``:
-            all rows count as zero then.)
-          with_norms: whether to return the norms that the bounds were compared with,
-            too.
+          max_norm: a non-negative scalar for the whole row; or a prefix tree of the parameters
+            with a scalar for each part (a layer, say), which are then clipped separately.
+          nan_safe: whether a row that holds a NaN or an infinity counts as zero. Otherwise it
+            spoils every sum, as it would without clipping. (XLA itself spreads a NaN over all
+            examples if it convolves each with a kernel of its own, derived from a parameter, in
+            groups, as in ``jax.vmap(jax.grad(f))``. All rows count as zero then.)
+          with_norms: whether to return the norms before the clip as well.
 
         Returns:
-          The clipped Jacobian, or with ``with_norms`` the pair of it and the norms
-          before the clip: a number per row in the place of each bound of ``max_norm``.
-          For one bound, these are ``J.norms()``.
+          A ``Jacobian`` of the same shape. With ``with_norms``, the pair of it and the norms that
+          the bounds were compared with: a number per row in place of each bound of ``max_norm``.
 
         Raises:
           TypeError: a bound is not a real number.
-          ValueError: a bound is negative or NaN (one that is traced makes the rows NaN
-            instead), or not one number; ``max_norm`` is no prefix of the parameters.
+          ValueError: a bound is negative or NaN (if it is traced, the rows become NaN instead),
+            or not a scalar; or ``max_norm`` is no prefix of the parameters.
 
-        With ``chunk_size=k``, a clip waits for the product that follows:
-        ``clip(...).sum()`` is one pass over the chunks. Norms that are returned take a
-        pass of their own, which products of the clipped J do not repeat;
-        ``clipped_sum`` has both from one pass.
+        Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, Algorithm 1.
 
-        Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, Algorithm
-        1.
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> print(J.clip(5.0).norms())
+        [5. 5.]
         """
         clip = _clip.read(max_norm, self._rows.origin.params, nan_safe)
         if not with_norms:
@@ -407,24 +500,34 @@ class Jacobian(NotAnArray):
         return jax.tree.unflatten(treedef, [self._outputs.expand(x) for x in numbers])
 
     def sketch(self, key: jax.Array, dim: int) -> PyTree:
-        """A random projection J R of every row that keeps inner products.
+        """A random projection of every row to ``dim`` real numbers, J R.
 
-        Each row becomes ``dim`` real numbers. R has independent entries ±1/√dim, which
-        are made from ``key`` and never stored: the same key gives the same R for
-        another batch, so that sketches of different batches compare. The expected inner
-        product of two sketches is that of the rows, with a standard deviation of at
-        most √(2/dim) times the product of their norms. Of complex inner products it is
-        the real part that is kept.
+        R has independent entries ±1/√dim, which are made from ``key`` and never stored. The same
+        key gives the same R for every batch, so sketches of different batches can be compared.
+        The expected inner product of two sketches is that of the rows, with a standard deviation
+        of at most √(2/dim) times the product of their norms; for complex rows it is the real part
+        of the inner product.
+
+        Args:
+          key: one PRNG key.
+          dim: the number of entries of a sketch, a positive int; static.
 
         Returns:
-          A number per row as described for the class, with a last axis of length
-          ``dim``.
+          A number per row with a last axis of length ``dim``: (N, dim) for scalar functions.
 
         Raises:
           TypeError: ``key`` is not one PRNG key, or ``dim`` not an int.
           ValueError: ``dim`` is not positive.
 
         Source: Achlioptas, "Database-friendly random projections", 2003.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> import jax
+        >>> J.sketch(jax.random.key(0), 16).shape
+        (2, 16)
         """
         check_key(key)
         dim = positive_int("dim", dim)
@@ -432,11 +535,20 @@ class Jacobian(NotAnArray):
         return self._outputs.expand(projected)
 
     def to_rows(self) -> PyTree:
-        """The rows, stacked, as ``per_example_grad`` returns them: N times the memory.
+        """The rows, stacked, as ``per_example_grad`` gives them.
 
-        For outputs that are not scalar the result is as from ``jax.jacrev``: a tree
-        like the output that holds trees like the parameters, with leaves of shape (N,
-        *k, *leaf).
+        Returns:
+          A tree like the parameters, with leaves of shape (N, *leaf). If outputs are not scalar,
+          a tree like the output that holds such trees, with leaves of shape (N, *k, *leaf), as
+          from ``jax.jacrev``. It takes N times the memory of the parameters.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> J.to_rows()
+        {'w': Array([[3., 4.],
+                     [6., 8.]], dtype=float32)}
         """
         stacked = _rows.stacked(self._rows)
         if self._outputs.is_scalar:
@@ -451,28 +563,47 @@ class Jacobian(NotAnArray):
     def explain(self) -> str:
         """A table of the leaves: how their rows are kept, what that costs, and why.
 
-        Print it. A row per leaf with its key path, its terms, the route of its norm,
-        FLOPs per example of norm and weighted sum, bytes kept per example, and, for a
+        Print it. Each leaf has a line with its key path, its terms, the way its norm is computed,
+        FLOPs of norm and weighted sum, the bytes of what is kept, each per example, and, for a
         leaf that is materialised, the primitive at which the search for factors ended.
-        """
-        self._rows.origin.require_one()
-        return _report.explain(self._rows, repr(self))
 
-    def check(self, rows: int = 4) -> None:
-        """Compare the first rows, and the products of them, with plain ``jax.grad``.
-
-        Runs outside ``jit`` only, since it looks at values.
-
-        Args:
-          rows: how many examples to recompute, if there are so many.
+        Returns:
+          The table, as a string of several lines.
 
         Raises:
-          TypeError: ``rows`` is not an integer, or J is traced.
-          ValueError: a product is wrong by more than rounding, which is taken for
-            8·√eps of what it adds up, at most a quarter, and 64·eps of the largest
-            leaf's, at most a sixteenth; eps is that of the narrowest floats that the
-            function makes anywhere, so that 0.003 is allowed in float32, a quarter in
-            bfloat16 (the message names the leaf). Or ``rows`` is not positive.
+          TypeError: J is a stack of Jacobians, as ``jax.vmap`` returns it.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> "['w']" in J.explain()
+        True
+        """
+        self._rows.origin.require_one()
+        return _explain.explain(self._rows, repr(self))
+
+    def check(self, rows: int = 4) -> None:
+        """Compare the first rows, and their products, with plain ``jax.grad``.
+
+        It looks at values, so it runs outside ``jit`` only.
+
+        Args:
+          rows: how many examples to compare, a positive int, at most N.
+
+        Raises:
+          TypeError: ``rows`` is not an int, or J is traced.
+          ValueError: ``rows`` is not positive; or a product is wrong by more than rounding, and
+            the message names the leaf. Rounding is taken for 8·√eps of what the product adds up,
+            at most a quarter, and 64·eps of the largest leaf's, at most a sixteenth. eps is that
+            of the narrowest floats anywhere in the function, so 0.003 is allowed in float32, and
+            a quarter in bfloat16.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> J.check()
         """
         count = positive_int("rows", rows)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(self)):
@@ -481,7 +612,7 @@ class Jacobian(NotAnArray):
             )
         few = self[:count]
         if len(few):
-            _report.check(few._rows.bare(), self._outputs)
+            _check.check(few._rows.bare(), self._outputs)
 
 
 def _has_shapes(tree: PyTree, structure: Any, shapes: Sequence[Any]) -> bool:

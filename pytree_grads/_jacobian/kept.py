@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from .._engine.leaf import Leaf, take
 from .._engine.matrix import Matrix
-from .._engine.scaling import Norms, combined
+from .._engine.products.scaled_norms import Norms, combined
 from .._jax.compat import trace_state
 from .._jax.sharding import in_auto, layout, sum_over
 from .._trees.checks import PyTree

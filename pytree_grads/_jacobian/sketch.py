@@ -19,7 +19,7 @@ class Projection:
 
     def __call__(self, matrix: Matrix, key: jax.Array) -> jax.Array:
         entries = sum(prod(leaf.shape) for leaf in matrix.leaves)
-        at_once = max(1, thresholds.ENTRIES_AT_ONCE // max(1, entries))
+        at_once = max(1, thresholds.current().entries_at_once // max(1, entries))
         scale = jnp.asarray(self.dim, matrix.dtype) ** -0.5
 
         def column(j: jax.Array) -> jax.Array:

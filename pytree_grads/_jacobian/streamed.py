@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .._engine.leaf import Leaf
 from .._engine.matrix import Matrix, product
-from .._engine.scaling import Norms, combined
+from .._engine.products.scaled_norms import Norms, combined
 from .._engine.trace import Form, Trace
 from .._jax.sharding import in_auto, layout, sum_over, zeros
 from .._trees.algebra import carried_dtype

@@ -219,6 +219,6 @@ def test_a_new_primitive_is_one_function(monkeypatch, x64):
     flip = RULES[p.rev_p]
     monkeypatch.delitem(RULES, p.rev_p)
     assert is_dense(leaf())
-    assert leaf().pieces[0].reason == "stopped at rev"
+    assert leaf().summands[0].reason == "stopped at rev"
     rule(p.rev_p)(flip)
     assert not is_dense(leaf())

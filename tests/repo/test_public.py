@@ -13,7 +13,7 @@ import pytree_grads
 
 pytestmark = pytest.mark.any_release
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 INDEX = (ROOT / "docs" / "api.md").read_text()
 
 # The top, and the submodules for uses; those that begin with `_` are private.
@@ -48,25 +48,8 @@ METHODS = {
 SECTION = re.compile(r"^ *(Args|Returns|Raises|Attributes):$", re.MULTILINE)
 
 
-# Docstrings of these lack parts.
-UNFINISHED: set[str] = {
-    "Jacobian",
-    *(f"Jacobian.{name}" for name in (
-        "check", "clip", "explain", "gram", "mean", "norms", "scale", "sketch",
-        "square_sum", "squared_norms", "sum", "to_rows",
-    )),
-}  # fmt: skip
-
-
 def each(table):
     return pytest.mark.parametrize("name", table)
-
-
-def finished(table):
-    """Each name, with those that are not finished expected to fail."""
-    lacking = pytest.mark.xfail(reason="the docstring lacks parts", strict=False)
-    marked = [pytest.param(n, marks=[lacking] * (n in UNFINISHED)) for n in table]
-    return pytest.mark.parametrize("name", marked)
 
 
 def sections(value):
@@ -107,17 +90,17 @@ def test_a_function_says_what_it_takes_returns_and_raises(name):
     assert not raises, f"{name} lacks {sorted(raises)}"
 
 
-@finished([*FUNCTIONS, *METHODS])
+@each([*FUNCTIONS, *METHODS])
 def test_it_has_a_doctest(name):
     assert has_doctest((FUNCTIONS | METHODS)[name]), name
 
 
-@finished(CLASSES)
+@each(CLASSES)
 def test_a_class_has_a_doctest(name):
     assert has_doctest(CLASSES[name]), name
 
 
-@finished(METHODS)
+@each(METHODS)
 def test_a_method_says_what_it_takes_and_returns(name):
     value = METHODS[name]
     doc = sections(value)

@@ -1,7 +1,7 @@
-"""One table of rules: for each primitive, which summands make up its output.
+"""One table of rules: for each primitive, which cuts make up its output.
 
 `decompose` walks back from a gradient leaf and asks the table at every equation. A rule
-answers with summands: operands from which the walk goes on, and terms at which it ends.
+answers with cuts: operands from which the walk goes on, and terms at which it ends.
 What has no rule becomes a dense term: slower, never wrong. A new primitive is one
 function in one of these files, and one row in `tests/engine/test_rules.py`.
 

@@ -12,8 +12,8 @@ from ..._jax.xla import arranged
 from .. import thresholds
 from ..graph import Equation, Value
 from ..layout import Frame
-from ..patches import Windows
-from ..sites import AtTerm, Summand
+from ..sites import AtTerm, Cut
+from ..terms import Patches
 from ..views import Reshape, Shape, Transpose, View
 from .table import rule
 
@@ -21,12 +21,12 @@ from .table import rule
 @rule(p.conv_general_dilated_p)
 def convolution(
     equation: Equation, value: Value, view: View
-) -> Sequence[Summand] | None:
+) -> Sequence[Cut] | None:
     layout = patches_layout(equation)
     if layout is None:
         return None
     site = AtTerm(equation, layout, tuple(equation.inputs))
-    return [Summand(site, _to_output(equation, layout) + view)]
+    return [Cut(site, _to_output(equation, layout) + view)]
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class PatchesLayout:
 
     def __call__(
         self, operands: Sequence[jax.Array], frames: Sequence[Frame]
-    ) -> Windows:
+    ) -> Patches:
         left, right = operands
-        return Windows(
+        return Patches(
             self._arranged(left, self.left, frames[0]),
             self._arranged(right, self.right, frames[1]),
             self.padding,

@@ -16,16 +16,16 @@ from jax.extend.core import primitives as p
 from ..facts import same_along
 from ..graph import Atom, Equation, Value
 from ..layout import Frame, Side
-from ..sites import AtTerm, Summand
+from ..sites import AtTerm, Cut
 from ..terms import Outer
 from ..views import Reshape, Shape, Slice, Transpose, View, slice_length
 from .table import rule
 
 
 @rule(p.dot_general_p)
-def dot(equation: Equation, value: Value, view: View) -> Sequence[Summand]:
+def dot(equation: Equation, value: Value, view: View) -> Sequence[Cut]:
     layout, view = dot_layout(equation, view)
-    return [Summand(AtTerm(equation, layout, tuple(equation.inputs)), view)]
+    return [Cut(AtTerm(equation, layout, tuple(equation.inputs)), view)]
 
 
 @dataclass(frozen=True)

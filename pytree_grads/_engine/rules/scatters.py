@@ -14,7 +14,7 @@ from .. import thresholds
 from ..facts import is_zero, same_along
 from ..graph import Equation, Value
 from ..layout import Frame, Side, whole_side
-from ..sites import AtTerm, Summand
+from ..sites import AtTerm, Cut
 from ..terms import Scatter
 from ..views import Reshape, Shape, Transpose, View
 from .table import rule, through
@@ -23,7 +23,7 @@ from .table import rule, through
 @rule(p.scatter_add_p)
 def scatter_add(
     equation: Equation, value: Value, view: View
-) -> Sequence[Summand] | None:
+) -> Sequence[Cut] | None:
     """The lines, scattered, and the array that they are added to."""
     layout = scatter_layout(equation)
     if layout is None:
@@ -31,14 +31,14 @@ def scatter_add(
     operand, *rest = equation.inputs
     numbers = equation.params["dimension_numbers"]
     lines_first = _from_lines(operand.aval.shape, numbers.scatter_dims_to_operand_dims)
-    scattered = Summand(AtTerm(equation, layout, tuple(rest)), lines_first + view)
+    scattered = Cut(AtTerm(equation, layout, tuple(rest)), lines_first + view)
     return [scattered, through(operand, view)]
 
 
 @rule(p.dynamic_update_slice_p)
 def dynamic_update_slice(
     equation: Equation, value: Value, view: View
-) -> Sequence[Summand] | None:
+) -> Sequence[Cut] | None:
     """One line, scattered, if it is put into zeros."""
     operand, update, *starts = equation.inputs
     shape = tuple(operand.aval.shape)
@@ -57,7 +57,7 @@ def dynamic_update_slice(
     )
     operands = (*(starts[i] for i in axes), update)
     site = AtTerm(equation, layout, operands)
-    return [Summand(site, _from_lines(shape, axes) + view)]
+    return [Cut(site, _from_lines(shape, axes) + view)]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jax.extend.core import primitives as p
 
 from ..facts import concrete_scalar, is_zero
 from ..graph import Equation, Value
-from ..sites import Summand
+from ..sites import Cut
 from ..views import Pad, Reshape, Reverse, Shape, Slice, Transpose, View, part_of
 from .table import rule, steps_rule, through
 
@@ -118,24 +118,24 @@ def pad(equation: Equation, value: Value) -> View | None:
 
 
 @rule(p.concatenate_p)
-def concatenate(equation: Equation, value: Value, view: View) -> Sequence[Summand]:
+def concatenate(equation: Equation, value: Value, view: View) -> Sequence[Cut]:
     axis = equation.params["dimension"]
     sizes = [operand.aval.shape[axis] for operand in equation.inputs]
     return _side_by_side(equation, value, view, axis, sizes)
 
 
 @rule(lax.stack_p)
-def stack(equation: Equation, value: Value, view: View) -> Sequence[Summand]:
+def stack(equation: Equation, value: Value, view: View) -> Sequence[Cut]:
     sizes = [1] * len(equation.inputs)
     return _side_by_side(equation, value, view, equation.params["axis"], sizes)
 
 
 def _side_by_side(
     equation: Equation, value: Value, view: View, axis: int, sizes: Sequence[int]
-) -> list[Summand]:
+) -> list[Cut]:
     """Each operand, with zeros where the others are."""
     shape = _shape(value)
-    found: list[Summand] = []
+    found: list[Cut] = []
     start = 0
     for operand, size in zip(equation.inputs, sizes, strict=True):
         box = part_of(shape, axis, start, size)
@@ -151,18 +151,18 @@ def _side_by_side(
 
 
 @rule(p.add_p, p.add_jaxvals_p)
-def add(equation: Equation, value: Value, view: View) -> Sequence[Summand] | None:
+def add(equation: Equation, value: Value, view: View) -> Sequence[Cut] | None:
     return _sum(equation, value, view, (1, 1))
 
 
 @rule(p.sub_p)
-def sub(equation: Equation, value: Value, view: View) -> Sequence[Summand] | None:
+def sub(equation: Equation, value: Value, view: View) -> Sequence[Cut] | None:
     return _sum(equation, value, view, (1, -1))
 
 
 def _sum(
     equation: Equation, value: Value, view: View, signs: Sequence[int]
-) -> list[Summand] | None:
+) -> list[Cut] | None:
     shape = value.aval.shape
     if any(operand.aval.shape != shape for operand in equation.inputs):
         return None  # a scalar operand is broadcast
@@ -171,12 +171,12 @@ def _sum(
 
 
 @rule(p.neg_p)
-def neg(equation: Equation, value: Value, view: View) -> Sequence[Summand]:
+def neg(equation: Equation, value: Value, view: View) -> Sequence[Cut]:
     return [through(equation.inputs[0], view, -1.0)]
 
 
 @rule(p.mul_p)
-def mul(equation: Equation, value: Value, view: View) -> Sequence[Summand] | None:
+def mul(equation: Equation, value: Value, view: View) -> Sequence[Cut] | None:
     left, right = equation.inputs
     for operand, other in ((left, right), (right, left)):
         factor = concrete_scalar(other)
@@ -186,7 +186,7 @@ def mul(equation: Equation, value: Value, view: View) -> Sequence[Summand] | Non
 
 
 @rule(p.div_p)
-def div(equation: Equation, value: Value, view: View) -> Sequence[Summand] | None:
+def div(equation: Equation, value: Value, view: View) -> Sequence[Cut] | None:
     operand, divisor = equation.inputs
     number = concrete_scalar(divisor)
     return [through(operand, view, 1 / number)] if number else None

@@ -1,9 +1,9 @@
 """The table of rules: for each primitive, what its equations add up.
 
 A rule is `fun(equation, value, view)`. The value is one of the equation's outputs, and
-the view leads from it to the leaf. The rule returns summands that add up to
+the view leads from it to the leaf. The rule returns cuts that add up to
 `view(value)`, each with its view to the leaf, or None if the equation tells nothing.
-`through(operand, view)` is a summand from which the walk goes on; a summand at any site
+`through(operand, view)` is a cut from which the walk goes on; a cut at any site
 but a value is a term, at which it ends.
 """
 
@@ -13,10 +13,10 @@ from typing import TypeAlias
 from jax.extend.core import Primitive
 
 from ..graph import Atom, Equation, Value
-from ..sites import AtValue, Summand
+from ..sites import AtValue, Cut
 from ..views import View
 
-Rule: TypeAlias = Callable[[Equation, Value, View], Sequence[Summand] | None]
+Rule: TypeAlias = Callable[[Equation, Value, View], Sequence[Cut] | None]
 Steps: TypeAlias = Callable[[Equation, Value], View | None]
 
 RULES: dict[Primitive, Rule] = {}
@@ -45,7 +45,7 @@ def steps_rule(*primitives: Primitive) -> Callable[[Steps], Steps]:
         @rule(*primitives)
         def as_rule(
             equation: Equation, value: Value, view: View
-        ) -> Sequence[Summand] | None:
+        ) -> Sequence[Cut] | None:
             steps = fun(equation, value)
             if steps is None:
                 return None
@@ -56,6 +56,6 @@ def steps_rule(*primitives: Primitive) -> Callable[[Steps], Steps]:
     return register
 
 
-def through(operand: Atom, view: View, factor: float = 1.0) -> Summand:
-    """The summand `factor * view(operand)`, from which the walk goes on."""
-    return Summand(AtValue(operand), view, factor)
+def through(operand: Atom, view: View, factor: float = 1.0) -> Cut:
+    """The cut `factor * view(operand)`, from which the walk goes on."""
+    return Cut(AtValue(operand), view, factor)

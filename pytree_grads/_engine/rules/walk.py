@@ -10,48 +10,48 @@ import jax.numpy as jnp
 from .. import thresholds
 from ..facts import is_zero
 from ..graph import Atom, Equation, Value
-from ..sites import AtNorm, AtRow, AtScan, AtTerm, AtValue, Site, Summand
+from ..sites import AtNorm, AtRow, AtScan, AtTerm, AtValue, Cut, Site
 from ..views import View, shape_after, simplified
 from .table import RULES
 
 
-def decompose(value: Atom) -> tuple[Summand, ...]:
-    """Summands that add up to a value: its terms, or itself if those are too many."""
-    todo: list[Summand] = [Summand(AtValue(value))]
-    found: list[Summand] = []
+def decompose(value: Atom) -> tuple[Cut, ...]:
+    """Cuts that add up to a value: its terms, or itself if those are too many."""
+    todo: list[Cut] = [Cut(AtValue(value))]
+    found: list[Cut] = []
     while todo and len(found) <= thresholds.MOST_SUMMANDS:
-        summand = todo.pop()
-        assert isinstance(summand.site, AtValue)
-        if is_zero(summand.site.value):
+        cut = todo.pop()
+        assert isinstance(cut.site, AtValue)
+        if is_zero(cut.site.value):
             continue
-        parts = _parts(summand, summand.site.value)
+        parts = _parts(cut, cut.site.value)
         if parts is None:
-            found.append(summand)
+            found.append(cut)
         else:
             found += [part for part in parts if not isinstance(part.site, AtValue)]
             todo += [part for part in parts if isinstance(part.site, AtValue)]
-    return (Summand(AtValue(value)),) if todo else _merged(found)
+    return (Cut(AtValue(value)),) if todo else _merged(found)
 
 
-def _parts(summand: Summand, value: Atom) -> list[Summand] | None:
-    """What adds up to a summand at a value, or None if no rule says anything of it."""
+def _parts(cut: Cut, value: Atom) -> list[Cut] | None:
+    """What adds up to a cut at a value, or None if no rule says anything of it."""
     equation = value.producer if isinstance(value, Value) else None
     if not isinstance(value, Value) or equation is None or equation.primitive is None:
         return None
     rule = RULES.get(equation.primitive)
-    parts = rule(equation, value, summand.view) if rule else None
-    if parts is None or not _are_sound(parts, summand, equation):
+    parts = rule(equation, value, cut.view) if rule else None
+    if parts is None or not _are_sound(parts, cut, equation):
         return None
-    return [replace(part, factor=part.factor * summand.factor) for part in parts]
+    return [replace(part, factor=part.factor * cut.factor) for part in parts]
 
 
-def _are_sound(parts: Sequence[Summand], summand: Summand, equation: Equation) -> bool:
+def _are_sound(parts: Sequence[Cut], cut: Cut, equation: Equation) -> bool:
     """Whether parts have the shape and the kind of dtype of what they add up to.
 
     If they have not, their rule has a bug. The value is then kept as a dense term, and
     a warning says so, which is an error in the tests.
     """
-    wanted = _shape_and_kind(summand)
+    wanted = _shape_and_kind(cut)
     for part in parts:
         got = _shape_and_kind(part)
         if got != wanted:
@@ -64,8 +64,8 @@ def _are_sound(parts: Sequence[Summand], summand: Summand, equation: Equation) -
     return True
 
 
-def _shape_and_kind(summand: Summand) -> tuple[tuple[int, ...], str]:
-    return shape_after(summand.view, summand.site.shape), _kind(summand.site)
+def _shape_and_kind(cut: Cut) -> tuple[tuple[int, ...], str]:
+    return shape_after(cut.view, cut.site.shape), _kind(cut.site)
 
 
 def _kind(site: Site) -> Literal["complex", "real", "other"]:
@@ -84,10 +84,10 @@ def _kind(site: Site) -> Literal["complex", "real", "other"]:
     return "other"
 
 
-def _merged(summands: Sequence[Summand]) -> tuple[Summand, ...]:
-    """Summands with simplified views; those of one site and view become one."""
+def _merged(cuts: Sequence[Cut]) -> tuple[Cut, ...]:
+    """Cuts with simplified views; those of one site and view become one."""
     factors: dict[tuple[Site, View], float] = {}
-    for summand in summands:
-        key = summand.site, simplified(summand.view, summand.site.shape)
-        factors[key] = factors.get(key, 0.0) + summand.factor
-    return tuple(Summand(*key, factor) for key, factor in factors.items())
+    for cut in cuts:
+        key = cut.site, simplified(cut.view, cut.site.shape)
+        factors[key] = factors.get(key, 0.0) + cut.factor
+    return tuple(Cut(*key, factor) for key, factor in factors.items())

@@ -1,0 +1,121 @@
+"""Gramians: inner products of all rows of two leaves, by factors, counts or rows."""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import thresholds
+from ..einsum import dot
+from ..leaf import Leaf, are_alike, inner, over_rows, row, zeros_of
+from ..terms.pairs import gram_of_counts
+from ..terms.protocol import Term
+from ..weighing import times
+from .routes import gram_prefers_rows
+from .sums import rows
+from .tiles import Tile, Tiles, over_blocks
+
+
+def gram(leaf: Leaf, other: Leaf) -> jax.Array:
+    """Inner products of all rows of two leaves: shape (*leaf.rows, *other.rows)."""
+    if not all(map(prod, (leaf.shape, leaf.rows, other.rows))):
+        return jnp.zeros((*leaf.rows, *other.rows), leaf.carried)
+    if (by_counts := _by_counts(leaf, other)) is not None:
+        return _gram_of_counts(leaf, other, by_counts)
+    if gram_prefers_rows(leaf, other):
+        tiles = Tiles.of(leaf, other)
+        if tiles is None:
+            return _gram_of_rows(leaf, other)
+        return _gram_of_tiles(leaf, other, tiles)
+
+    def against(terms: Sequence[Term]) -> jax.Array:
+        return over_rows(lambda others: inner(leaf, terms, other, others), other)
+
+    return over_rows(against, leaf)
+
+
+def _by_counts(leaf: Leaf, other: Leaf) -> Callable[[Any, Any], jax.Array] | None:
+    """A way to all inner products from counts, if rows add one vector to many lines."""
+    for own in (leaf, other):
+        if len(own.summands) != 1 or own.outputs is not None:
+            return None
+        if own.summands[0].row_axes != (1, 1):
+            return None
+    (one,), (two,) = leaf.summands, other.summands
+    return (
+        gram_of_counts(one.of_one_row, two.of_one_row) if are_alike(one, two) else None
+    )
+
+
+def _gram_of_counts(
+    leaf: Leaf, other: Leaf, by_counts: Callable[[Any, Any], jax.Array]
+) -> jax.Array:
+    """The Gramian from how often two rows have one line; counts are of fewer rows."""
+    if thresholds.exceeds(leaf.size, other.size):
+        return _gram_of_counts(other, leaf, by_counts).conj().T
+
+    def against(block: Leaf) -> jax.Array:
+        (one,), (two,) = block.summands, other.summands
+        products = by_counts(one.term, two.term).astype(block.carried)
+        return times(products, one.factor * two.factor)
+
+    # There are as many numbers of a row at once as it has lines, not entries.
+    most = thresholds.current().entries_at_once * leaf.summands[0].shape[2]
+    return _gram_of_blocks(against, leaf, other, most)
+
+
+def _gram_of_tiles(leaf: Leaf, other: Leaf, tiles: Tiles) -> jax.Array:
+    """The Gramian from some lines of all rows at a time."""
+
+    def add(total: jax.Array, tile: Tile) -> jax.Array:
+        mine = tile.new(tile.entries(leaf)).reshape(prod(leaf.rows), -1)
+        if other is leaf:
+            theirs = mine
+        else:
+            theirs = tile.entries(other).reshape(prod(other.rows), -1)
+        return total + dot("ip,jp->ij", mine.conj(), theirs)
+
+    shape = (prod(leaf.rows), prod(other.rows))
+    empty = zeros_of(shape, leaf.carried, leaf, other)
+    return tiles.fold(add, empty).reshape(*leaf.rows, *other.rows)
+
+
+def _gram_of_rows(leaf: Leaf, other: Leaf) -> jax.Array:
+    """The Gramian from rows as arrays, some rows of either leaf at a time."""
+    size = prod(leaf.shape)
+    are_many = thresholds.exceeds(
+        prod(other.rows) * size, thresholds.current().entries_at_once
+    )
+
+    def against(block: Leaf) -> jax.Array:  # (*block.rows, *other.rows)
+        mine = rows(block, carried=True).reshape(-1, size).conj()
+        if are_many:
+            products = over_rows(
+                lambda terms: dot("ip,p->i", mine, row(other, terms).reshape(size)),
+                other,
+                materializes=True,
+            )
+            products = jnp.moveaxis(products, -1, 0)
+        else:
+            theirs = rows(other, carried=True).reshape(-1, size)
+            products = dot("ip,jp->ij", mine, theirs)
+        return products.reshape(*block.rows, *other.rows)
+
+    return _gram_of_blocks(against, leaf, other, thresholds.current().entries_at_once)
+
+
+def _gram_of_blocks(
+    against: Callable[[Leaf], jax.Array], leaf: Leaf, other: Leaf, entries: int
+) -> jax.Array:
+    """A Gramian from those of blocks of the first leaf, of at most so many entries."""
+
+    def write(
+        result: jax.Array, block: Leaf, start: jax.Array, is_new: jax.Array
+    ) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(result, against(block), start, 0)
+
+    empty = zeros_of((*leaf.rows, *other.rows), leaf.carried, leaf, other)
+    return over_blocks(write, empty, leaf, entries)

@@ -1,0 +1,96 @@
+"""How norms, sums and Gramians of a leaf are taken, and what that costs.
+
+The products choose here, and `J.explain()` prints what they choose. Costs are
+multiplications and additions for one row more: what all rows share, such as the
+gradient of a penalty on the parameters, is computed once and costs nothing here.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, TypeAlias
+
+from .. import thresholds
+from ..leaf import Leaf, Summand, inner_cost, needs_rows
+from ..views import isometric
+
+Kind: TypeAlias = Literal["zero", "vectors", "term", "summands", "rows"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the norm of a row is taken."""
+
+    kind: Kind
+    way: str  # in words for users
+    flops: int
+
+
+def norm_route(leaf: Leaf) -> Route:
+    """The route to the norms of the rows of a leaf.
+
+    - zero: no summand depends on the parameter.
+    - vectors: the norm is the product of the norms of the factors.
+    - term: the only summand takes its own norm.
+    - summands: inner products of all pairs of summands.
+    - rows: each row is materialised.
+    """
+    if not leaf.summands:
+        return Route("zero", "zero", 0)
+    if len(leaf.summands) == 1 and isometric(leaf.summands[0].view):
+        return _route_of_one(leaf.summands[0])
+    if needs_rows(leaf, leaf):
+        made = sum(x.of_one_row.row_cost for x in leaf.summands if not x.is_shared)
+        return Route("rows", "rows", made + 2 * prod(leaf.shape))
+    pairs = [(x, y) for x in leaf.summands for y in leaf.summands]
+    products = sum(inner_cost(x, y) for x, y in pairs if not _are_shared(x, y))
+    masses = sum(2 * sum(_own_sizes(x)) for x in leaf.summands)
+    return Route("summands", "inner products", products + masses)
+
+
+def _route_of_one(summand: Summand) -> Route:
+    term = summand.of_one_row
+    if term.norm_is_product:
+        return Route("vectors", "squares", 2 * sum(_own_sizes(summand)))
+    way, flops = term.norm_cost
+    return Route("term", way, 0 if summand.is_shared else flops)
+
+
+def _are_shared(*summands: Summand) -> bool:
+    return all(x.is_shared for x in summands)
+
+
+def _own_sizes(summand: Summand) -> list[int]:
+    """The sizes of the factors that a row does not share with all others."""
+    factors = summand.of_one_row.factors
+    pairs = zip(factors, summand.factor_row_axes, strict=True)
+    return [x.size for x, row_axes in pairs if row_axes]
+
+
+def sum_flops(leaf: Leaf) -> int:
+    """What a row more costs in a weighted sum."""
+    return sum(map(_sum_flops, leaf.summands))
+
+
+def _sum_flops(summand: Summand) -> int:
+    if summand.is_shared:
+        return 0
+    own = [i for i, count in enumerate(summand.row_axes) if count]
+    if len(own) < len(summand.row_axes) and set(own) <= set(summand.factor_positions):
+        return sum(_own_sizes(summand))  # one factor is added up
+    return summand.of_one_row.sum_cost
+
+
+def gram_prefers_rows(leaf: Leaf, other: Leaf) -> bool:
+    """Whether a Gramian is cheaper from materialised rows than from factors."""
+    if needs_rows(leaf, other):
+        return True
+    pairs = prod(leaf.rows) * prod(other.rows)
+    by_factors = pairs * sum(
+        inner_cost(x, y) for x in leaf.summands for y in other.summands
+    )
+    made = sum(
+        prod(each.rows) * x.of_one_row.row_cost
+        for each in (leaf, other)
+        for x in each.summands
+    )
+    return thresholds.exceeds(by_factors, made + 2 * pairs * prod(leaf.shape) - 1)

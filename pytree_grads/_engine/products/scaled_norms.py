@@ -1,0 +1,181 @@
+"""Norms of rows as scaled squares, which are combined over all leaves at the end.
+
+A loop over one number for each row takes more time to compile than to run. So squares
+and scales of a leaf stay apart until norms are asked for.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..._trees.algebra import common_dtype
+from ..einsum import times_rows_twice
+from ..scaling import not_too_small, power, safe_sqrt
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["squares", "scales", "absolute", "weights"],
+    meta_fields=["leaves", "factors", "errors"],
+)
+@dataclass(frozen=True)
+class Norms:
+    """The norms of the rows of L leaves, in arrays of shape (*rows, L).
+
+    A norm is sqrt(prod(squares)) / prod(scales)**2 * factor * prod(weights).
+
+    Inner products of T > 1 pairs subtract, so a row whose parts nearly cancel loses its
+    digits. The error of the squared norm is about eps times the sum of the `absolute`
+    values of what it adds up, plus tiny for each. If that error exceeds a thousandth of
+    the squared norm, it is added to it: a norm may then be too large, never too small.
+    """
+
+    squares: tuple[jax.Array, ...] = ()
+    scales: tuple[jax.Array, ...] = ()
+    absolute: tuple[jax.Array, ...] = ()  # one array, or none
+    weights: tuple[jax.Array, ...] = ()
+    leaves: tuple[int, ...] = (0,)  # which leaves these are
+    factors: tuple[float, ...] = (1.0,)  # of each leaf
+    # Of each leaf: the error relative to `absolute`, and the least error.
+    errors: tuple[tuple[float, float], ...] = ((0.0, 0.0),)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the norms; scales may have a wider one."""
+        return (*self.squares, *self.weights)[0].dtype
+
+    def scaled(self, weights: Sequence[jax.Array | None]) -> "Norms":
+        """The norms of weighted rows; there are weights for all leaves, or for none."""
+        own = [jnp.abs(x) for x in weights if x is not None]
+        if not own:
+            return self
+        return replace(self, weights=(*self.weights, jnp.stack(own, -1)))
+
+    def of(self, leaves: Collection[int]) -> "Norms":
+        """The norms of some of the leaves."""
+        at = [k for k, leaf in enumerate(self.leaves) if leaf in leaves]
+        if len(at) == len(self.leaves):
+            return self
+
+        def columns(x: jax.Array) -> jax.Array:
+            return jnp.concatenate([x[..., k : k + 1] for k in at], -1)
+
+        return replace(
+            jax.tree.map(columns, self),
+            leaves=tuple(self.leaves[k] for k in at),
+            factors=tuple(self.factors[k] for k in at),
+            errors=tuple(self.errors[k] for k in at),
+        )
+
+    @property
+    def excess(self) -> "Norms":
+        """How much too large the norms may be if the parts of a row nearly cancel."""
+        if not self.absolute:
+            nothing = jnp.zeros_like((*self.squares, *self.weights)[0])
+            return replace(self, squares=(), scales=(), weights=(nothing,))
+        # Twice: the error itself, and what is added for it.
+        square = 2 * self._rounding(self.absolute[0])
+        return replace(self, squares=(square, *self.squares[1:]), absolute=())
+
+    def _rounding(self, absolute: jax.Array) -> jax.Array:
+        """About the error of the squared norms, before scales."""
+        columns = zip(*self.errors, strict=True)
+        relative, least = (_for_each_leaf(x, absolute) for x in columns)
+        return lax.add(lax.mul(absolute, relative), least)
+
+    def value(self, dtype: Any) -> jax.Array:
+        """The norms."""
+        arrays = jax.tree.leaves(self)
+        last = arrays[0].ndim - 1
+        if arrays[0].shape[last] == 1:
+            # Without the axis of leaves: less to compile, and XLA for GPUs failed to
+            # compile some fusions with it.
+            one = jax.tree.map(lambda x: lax.squeeze(x, (x.ndim - 1,)), self)
+            return lax.expand_dims(one._value(dtype), (last,))
+        return self._value(dtype)
+
+    def _value(self, dtype: Any) -> jax.Array:
+        cast = partial(lax.convert_element_type, new_dtype=dtype)
+        scales = [lax.integer_pow(cast(x), -1) for x in self.scales]
+        numbers = [reduce(lax.mul, scales)] if scales else []
+        if self.squares:
+            square, *others = map(cast, self.squares)
+            for absolute in map(cast, self.absolute):
+                square = not_too_small(square, self._rounding(absolute))
+            # The roots stand between the two factors 1 / scale: the square of this
+            # factor may be out of range, and so may the product of the squares.
+            roots = map(safe_sqrt, [square, *others])
+            numbers = [*numbers, *roots, *numbers]
+        value = reduce(lax.mul, [*numbers, *map(cast, self.weights)])
+        if any(x != 1 for x in self.factors):
+            value = lax.mul(value, _for_each_leaf(self.factors, value))
+        return value
+
+
+def combined(
+    norms: Sequence[Norms], leaves: Collection[int] | None = None
+) -> jax.Array:
+    """The norms of rows from the norms of all leaves, or of some leaves."""
+    if leaves is not None:
+        norms = [x.of(leaves) for x in norms if not set(x.leaves).isdisjoint(leaves)]
+    dtype = common_dtype(*(x.dtype for x in jax.tree.leaves(norms)))
+    found = common_dtype(*(x.dtype for x in norms))
+    lengths = [_over_leaves(x.value(dtype)) for x in norms]
+    if len(lengths) > 1:
+        scale = _scale(reduce(lax.max, lengths))
+        squares = [lax.square(times_rows_twice(x, scale, 0)) for x in lengths]
+        lengths = [_unscaled(reduce(lax.add, squares), scale)]
+    return lax.convert_element_type(lengths[0], found)
+
+
+def as_numbers(norms: Sequence[Norms]) -> Norms:
+    """The norms as one number for each row and leaf, however many rows there are."""
+    dtype = common_dtype(*(x.dtype for x in jax.tree.leaves(norms)))
+    found = common_dtype(*(x.dtype for x in norms))
+    values = [x.value(dtype) for x in norms]
+    leaves = [i for x in norms for i in x.leaves]
+    columns = lax.concatenate(values, values[0].ndim - 1)[..., np.argsort(leaves)]
+    return Norms(
+        weights=(lax.convert_element_type(columns, found),),
+        leaves=tuple(sorted(leaves)),
+        factors=(1.0,) * len(leaves),
+        errors=((0.0, 0.0),) * len(leaves),
+    )
+
+
+def _over_leaves(lengths: jax.Array) -> jax.Array:
+    """The root of the sum of squares over the last axis."""
+    last = lengths.ndim - 1
+    if lengths.shape[last] == 1:
+        return lax.squeeze(lengths, (last,))
+    scale = _scale(lax.reduce_max(lengths, (last,)))
+    squares = lax.square(times_rows_twice(lengths, scale, 0))
+    return _unscaled(lax.reduce_sum(squares, (last,)), scale)
+
+
+def _scale(largest: jax.Array) -> jax.Array:
+    """A scale for lengths, from the largest.
+
+    Lengths are not divided by the largest: XLA turns that into a product with its
+    inverse, which may underflow.
+    """
+    largest = lax.stop_gradient(largest)
+    tiny = lax.full_like(largest, float(jnp.finfo(largest.dtype).tiny))
+    return power(lax.max(largest, tiny))
+
+
+def _unscaled(square: jax.Array, scale: jax.Array) -> jax.Array:
+    return lax.div(lax.div(safe_sqrt(square), scale), scale)
+
+
+def _for_each_leaf(numbers: Sequence[float], like: jax.Array) -> jax.Array:
+    """One number for each leaf, the same for all rows."""
+    if len(numbers) == 1:
+        return lax.full_like(like, numbers[0])
+    return jnp.broadcast_to(jnp.asarray(numbers, like.dtype), like.shape)

@@ -1,0 +1,154 @@
+"""What takes two terms: the inner products of rows, and what these cost.
+
+A pair of kinds whose rows never need to exist has a rule in a table. Without one,
+both rows are materialised: a new kind needs no entry here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..einsum import dot, times_counts
+from .outer import Outer, left_products, outer_cost, right_products
+from .protocol import Term
+from .scatter import (
+    Scatter,
+    adds_one,
+    columns_at,
+    counts,
+    lines_at,
+    same_index,
+)
+
+
+def inner(x: Term, y: Term) -> jax.Array:
+    """<x, y> of two rows of one shape; the left one is conjugated."""
+    if x.is_dense:
+        return y.apply_own(x.materialize().conj())
+    if y.is_dense:
+        return x.apply_own(y.materialize().conj()).conj()
+    rule = _RULES.get((type(x), type(y)))
+    if rule is not None:
+        return rule.inner(x, y)
+    return jnp.sum(x.materialize().conj() * y.materialize())
+
+
+def inner_cost(x: Term, y: Term) -> int:
+    """Multiplications and additions of one inner product."""
+    if x.is_dense:
+        return y.apply_cost
+    if y.is_dense:
+        return x.apply_cost
+    rule = _RULES.get((type(x), type(y)))
+    if rule is not None:
+        return rule.cost(x, y)
+    return x.row_cost + y.row_cost + 2 * prod(x.shape)
+
+
+def needs_rows(x: Term, y: Term) -> bool:
+    """Whether the inner product needs a row as an array that did not exist before."""
+    if x.is_dense or y.is_dense:
+        return False
+    return (type(x), type(y)) not in _RULES
+
+
+# ------------------------------------------------------------------------------------
+# Pairs of kinds: the inner products of their vectors, from which those of rows follow
+
+
+@dataclass(frozen=True)
+class _Rule:
+    inner: Callable[[Any, Any], jax.Array]
+    cost: Callable[[Any, Any], int]
+
+
+def _outer_outer(x: Outer, y: Outer) -> jax.Array:
+    return jnp.sum(left_products(x, y) * right_products(x, y))
+
+
+def _outer_scatter(x: Outer, y: Scatter) -> jax.Array:
+    return jnp.sum(columns_at(x.left, y.index).conj() * right_products(x, y))
+
+
+def _scatter_outer(x: Scatter, y: Outer) -> jax.Array:
+    lefts = jnp.swapaxes(columns_at(y.left, x.index), 1, 2)
+    return jnp.sum(lefts * right_products(x, y))
+
+
+def _scatter_scatter(x: Scatter, y: Scatter) -> jax.Array:
+    if adds_one(x) and adds_one(y):
+        rights = dot("bn,bn->b", x.right[:, 0].conj(), y.right[:, 0])
+        found = lines_at(counts(x, x.dtype), y.index)  # (B, S, 1)
+        return jnp.sum(times_counts(jnp.sum(found, axis=(1, 2)), rights))
+    return jnp.sum(jnp.where(same_index(x, y), right_products(x, y), 0))
+
+
+def _scatter_cost(x: Scatter, y: Scatter) -> int:
+    if adds_one(x) and adds_one(y):
+        blocks, _, n = x.shape
+        return 2 * blocks * (y.pair_count + n)
+    return _mixed_cost(x, y)
+
+
+def _mixed_cost(x: Term, y: Term) -> int:
+    """Of pairs whose left products take no multiplications."""
+    blocks, _, n = x.shape
+    return 2 * blocks * x.pair_count * y.pair_count * (1 + n)
+
+
+_RULES: dict[tuple[type, type], _Rule] = {
+    (Outer, Outer): _Rule(_outer_outer, outer_cost),
+    (Outer, Scatter): _Rule(_outer_scatter, _mixed_cost),
+    (Scatter, Outer): _Rule(_scatter_outer, _mixed_cost),
+    (Scatter, Scatter): _Rule(_scatter_scatter, _scatter_cost),
+}
+
+
+# ------------------------------------------------------------------------------------
+# All rows of two terms at once
+
+
+def gram_of_counts(x: Term, y: Term) -> Callable[[Any, Any], jax.Array] | None:
+    """A way to all inner products of rows that add one vector to many lines.
+
+    Args:
+      x: one row of the left term.
+      y: one row of the right term.
+
+    Returns:
+      A function of both terms with their rows, (B, N, ...) and (B, N', ...), or None
+      if their rows are others.
+    """
+    if (
+        isinstance(x, Scatter)
+        and isinstance(y, Scatter)
+        and adds_one(x)
+        and adds_one(y)
+    ):
+        return _gram_of_counts
+    return None
+
+
+def _gram_of_counts(x: Scatter, y: Scatter) -> jax.Array:
+    """Inner products (N, N'), from how often each line is in each row of x."""
+    size, others = x.index.shape[1], y.index.shape[1]
+    blocks, rows = (lax.broadcasted_iota(jnp.int32, x.index.shape, i) for i in (0, 1))
+    dtype = jnp.finfo(x.dtype).dtype
+    found = jnp.zeros((x.index.shape[0], x.length, size), dtype)  # (B, m, N)
+    found = found.at[blocks, x.index, rows].add(1, mode="drop")
+
+    def common(index: jax.Array) -> jax.Array:
+        """How many look-ups of each row of x and of this one have one line: (B, N)."""
+        return jnp.sum(lines_at(found, index), axis=1)
+
+    index = jnp.moveaxis(y.index, 1, 0)
+    # What is looked up for some rows at a time takes little space next to the counts.
+    at_once = found.size // (4 * max(1, index[0].size * size))
+    pairs = lax.map(common, index, batch_size=max(1, min(others, at_once)))
+    rights = dot("bin,bjn->bij", x.right[:, :, 0].conj(), y.right[:, :, 0])
+    return jnp.sum(times_counts(jnp.moveaxis(pairs, 0, 2), rights), axis=0)

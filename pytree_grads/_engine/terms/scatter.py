@@ -1,0 +1,266 @@
+"""Scatter terms: lines that are added at an index, as embeddings have them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..._trees.algebra import carried_dtype
+from .. import thresholds
+from ..einsum import dot
+from ..weighing import times, times_weights
+from . import scales
+from .by_row import ByRow
+from .outer import has_many, repeated, vector_norms
+from .protocol import NormCost, Shape, Squared
+
+# Multiplications that take as long as one comparison of two look-ups.
+_COMPARISON = 16
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["index", "right"],
+    meta_fields=["length"],
+)
+@dataclass(frozen=True)
+class Scatter(ByRow):
+    """An outer term whose left vectors are one-hot: right[b, t] goes to a line.
+
+    The line is index[b, t], of `length` lines.
+    """
+
+    index: jax.Array  # (B, T), from 0 up to length, which is no line: nothing is added
+    right: jax.Array  # (B, T, n), or (B, 1, n) if one vector is added to all lines
+    length: int
+
+    factor_names: ClassVar = ("right",)
+
+    @property
+    def shape(self) -> Shape:
+        return (self.index.shape[0], self.length, self.right.shape[-1])
+
+    @property
+    def dtype(self) -> Any:
+        return carried_dtype(self.right.dtype)
+
+    @property
+    def pair_count(self) -> int:
+        return self.index.shape[-1]
+
+    def describe(self) -> str:
+        lines = f"scatter {self.pair_count} of {self.length} lines"
+        return repeated(self.index.shape[0]) + lines
+
+    # ------------------------------------------------------------------------------
+
+    def materialize(self) -> jax.Array:
+        empty = jnp.zeros(self.shape, self.dtype)
+        return add_lines(empty, self.index, self.right.astype(self.dtype))
+
+    @property
+    def row_cost(self) -> int:
+        return self.right.size
+
+    def apply(self, v: jax.Array) -> jax.Array:
+        return jnp.sum(lines_at(v, self.index) * self.right.astype(self.dtype))
+
+    def apply_own(self, v: jax.Array) -> jax.Array:
+        return self.apply(v)
+
+    @property
+    def apply_cost(self) -> int:
+        blocks, _, n = self.shape
+        return 2 * blocks * self.pair_count * n
+
+    # ------------------------------------------------------------------------------
+
+    @property
+    def norm_is_product(self) -> bool:
+        return self.index.shape[0] == 1 and not has_many(self.pair_count)
+
+    def squared_norm(self) -> Squared:
+        if self.right.shape[1] > 1:
+            return scales.squared_norm(self.merged().right)
+        # One vector goes to every line: count how often two of them are the same.
+        scale = scales.rough_scale(self.right)
+        unit = scales.times_twice(self.right, scale)
+        square = jnp.sum(jnp.abs(unit) ** 2, axis=(1, 2))  # (B,)
+        return Squared(jnp.sum(equal_pairs(self) * square), None, scale)
+
+    @property
+    def norm_cost(self) -> NormCost:
+        return NormCost("squares", 2 * self.right.size + self._merge_cost)
+
+    def near_one(self) -> tuple["Scatter", jax.Array]:
+        scale = scales.scale_of_largest(self.right)
+        return self.with_factors([scales.times_twice(self.right, scale)]), scale
+
+    def mass(self) -> jax.Array:
+        lengths = vector_norms(self.right)
+        return jnp.sum(jnp.broadcast_to(lengths, self.index.shape))
+
+    # ------------------------------------------------------------------------------
+
+    @property
+    def has_squares(self) -> bool:
+        return True
+
+    @property
+    def must_merge(self) -> bool:
+        return has_many(self.pair_count)
+
+    def merged(self) -> "Scatter":
+        """Each line stands at one of the look-ups that share its index, zeros else."""
+        return _merged_by_pairs(self) if self._has_few_pairs else _merged_by_lines(self)
+
+    def squared(self) -> "Scatter":
+        return self.with_factors([scales.square(self.right)])
+
+    @property
+    def _has_few_pairs(self) -> bool:
+        """Whether to compare all look-ups costs less than a number for each line."""
+        most = thresholds.current().pairs * self.index.shape[0] * self.length
+        return not thresholds.exceeds(self._pairs_cost, most)
+
+    @property
+    def _pairs_cost(self) -> int:
+        """What it takes to compare all look-ups and add up those of one index.
+
+        In multiplications.
+        """
+        entries = 0 if self.right.shape[1] == 1 else self.right.shape[-1]
+        return self.index.shape[0] * self.pair_count**2 * (_COMPARISON + entries)
+
+    @property
+    def _merge_cost(self) -> int:
+        """What it takes to find the look-ups that share an index."""
+        if not self.must_merge:
+            return 0
+        if self._has_few_pairs:
+            return self._pairs_cost
+        return prod(self.shape[:2]) + self.right.size
+
+    # ------------------------------------------------------------------------------
+
+    @property
+    def adds_in_place(self) -> bool:
+        return True
+
+    def add_rows(
+        self,
+        onto: jax.Array | None,
+        weights: jax.Array | None,
+        axis: int,
+        factor: float,
+    ) -> jax.Array:
+        right = self.right  # (B, N, T, n)
+        if weights is not None:
+            right = times_weights(weights, right, axis)
+        block = jnp.zeros(self.shape, self.dtype) if onto is None else onto
+        return add_lines(block, self.index, times(right.astype(block.dtype), factor))
+
+    # ------------------------------------------------------------------------------
+
+    @property
+    def form(self) -> Any:
+        if self.index.shape[-1] != self.right.shape[-2]:
+            return None
+        return Scatter, self.index.dtype, self.right.dtype, self.length
+
+    def joined(self, others: Sequence["Scatter"]) -> "Scatter":
+        terms = [self, *others]
+        index = jnp.concatenate([x.index for x in terms], -1)
+        right = jnp.concatenate([x._right_of_each for x in terms], -2)
+        return Scatter(index, right, self.length)
+
+    @property
+    def _right_of_each(self) -> jax.Array:
+        """The vectors of all look-ups, also if they have one in common."""
+        *lead, _, n = self.right.shape
+        return jnp.broadcast_to(self.right, (*lead, self.pair_count, n))
+
+
+# ------------------------------------------------------------------------------------
+# Lines of blocks
+
+
+def add_lines(block: jax.Array, index: jax.Array, lines: jax.Array) -> jax.Array:
+    """Add lines (B, ..., n) to the lines index (B, ...) of each block of (B, m, n)."""
+    lines = jnp.broadcast_to(lines, (*index.shape, lines.shape[-1]))
+    if block.shape[0] == 1:
+        flat = lines.reshape(-1, lines.shape[-1])
+        return block.at[0, index.reshape(-1)].add(flat, mode="drop")
+    blocks = lax.broadcasted_iota(index.dtype, index.shape, 0)
+    return block.at[blocks, index].add(lines, mode="drop")
+
+
+def lines_at(block: jax.Array, index: jax.Array) -> jax.Array:
+    """The lines (B, index) of a block (B, m, n): shape (B, T, n)."""
+    where = index[:, :, None]
+    return jnp.take_along_axis(block, where, axis=1, mode="fill", fill_value=0)
+
+
+def columns_at(left: jax.Array, index: jax.Array) -> jax.Array:
+    """left[b, t, index[b, s]], shape (B, T, S)."""
+    where = index[:, None, :]
+    return jnp.take_along_axis(left, where, axis=2, mode="fill", fill_value=0)
+
+
+# ------------------------------------------------------------------------------------
+# Look-ups that share an index
+
+
+def adds_one(term: Scatter) -> bool:
+    """Whether a row adds one vector to many lines."""
+    return term.right.shape[1] == 1 and has_many(term.pair_count)
+
+
+def same_index(x: Scatter, y: Scatter) -> jax.Array:
+    """Whether look-ups t of x and s of y have the same line: bool, (B, T, S)."""
+    others = jnp.where(y.index < y.length, y.index, jnp.full_like(y.index, -1))
+    return x.index[:, :, None] == others[:, None, :]
+
+
+def equal_pairs(term: Scatter) -> jax.Array:
+    """How many pairs of look-ups of a row have the same line: real, (B,)."""
+    dtype = jnp.finfo(term.dtype).dtype
+    if term._has_few_pairs:
+        return jnp.sum(same_index(term, term), axis=(1, 2), dtype=dtype)
+    return jnp.sum(counts(term, dtype) ** 2, axis=(1, 2))
+
+
+def counts(term: Scatter, dtype: Any) -> jax.Array:
+    """How many look-ups go to each line: (B, m, 1)."""
+    empty = jnp.zeros((*term.shape[:2], 1), dtype)
+    return add_lines(empty, term.index, jnp.ones((1, 1, 1), dtype))
+
+
+def _merged_by_pairs(term: Scatter) -> Scatter:
+    """Compare all pairs of look-ups."""
+    dtype = term.dtype
+    same = same_index(term, term)  # (B, T, T)
+    t, s = (lax.broadcasted_iota(jnp.int32, same.shape, axis) for axis in (1, 2))
+    is_first = jnp.logical_not(jnp.any(same & (s < t), axis=2))  # (B, T)
+    if term.right.shape[1] == 1:
+        count = jnp.sum(same, axis=2, dtype=dtype)
+        right = count[..., None] * term.right.astype(dtype)
+    else:
+        right = dot("bts,bsn->btn", same.astype(dtype), term.right)
+    right = jnp.where(is_first[..., None], right, jnp.zeros((), dtype))
+    return term.with_factors([right])
+
+
+def _merged_by_lines(term: Scatter) -> Scatter:
+    """Let one look-up of each line, any, stand for it in an array of all lines."""
+    count = term.pair_count
+    blocks, own = (lax.broadcasted_iota(jnp.int32, term.index.shape, i) for i in (0, 1))
+    chosen = jnp.zeros(term.shape[:2], own.dtype)  # (B, m)
+    chosen = chosen.at[blocks, term.index].set(own, mode="drop")
+    index = chosen.at[blocks, term.index].get(mode="fill", fill_value=count)
+    return term.with_factors([Scatter(index, term.right, count).materialize()])

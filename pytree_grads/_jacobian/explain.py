@@ -1,0 +1,98 @@
+"""The table of `J.explain()`: how rows are kept, and what products cost."""
+
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._engine.leaf import Leaf, Summand
+from .._engine.products.routes import norm_route, sum_flops
+from .kept import Kept
+from .rows import Rows
+
+
+def explain(rows: Rows, title: str) -> str:
+    """The table of `Jacobian.explain`, for a Jacobian of some title."""
+    if isinstance(rows, Kept):
+        leaves, mode = rows.leaves, "rows are kept"
+    else:
+        leaves, mode = rows.leaves_of_a_chunk(), "rows are recomputed for each product"
+    paths = [path for path, _ in jax.tree.leaves_with_path(rows.origin.params)]
+    header = (
+        "leaf",
+        "shape",
+        "terms of a row",
+        "norm",
+        "norm FLOPs",
+        "sum FLOPs",
+        "bytes",
+        "why materialised",
+    )
+    table = [header, *(_line(p, x) for p, x in zip(paths, leaves, strict=True))]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i in (4, 5, 6) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    kept = sum(_bytes(leaf) for leaf in leaves)
+    dense = sum(prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+    lines.append(
+        f"{title}: {mode}; {_number(kept)}B per row, {_number(dense)}B if it were "
+        "materialised. FLOPs and bytes are per row."
+    )
+    return "\n".join(lines)
+
+
+def _line(path: Any, leaf: Leaf) -> tuple[str, ...]:
+    """The cells of one leaf; routes and costs are those that the products use."""
+    route = norm_route(leaf)
+    return (
+        jax.tree_util.keystr(path) or "(the parameter)",
+        "x".join(map(str, leaf.shape)) or "scalar",
+        " + ".join(map(_term, leaf.summands)) or "zero",
+        route.way,
+        _number(route.flops),
+        _number(sum_flops(leaf)),
+        _number(_bytes(leaf)),
+        _note(leaf),
+    )
+
+
+def _term(summand: Summand) -> str:
+    words = summand.of_one_row.describe()
+    return f"{words}, shared by all rows" if summand.is_shared else words
+
+
+def _note(leaf: Leaf) -> str:
+    """Why a matrix is not kept as factors; vectors have none."""
+    if len(leaf.shape) < 2:
+        return ""
+    dense = [x for x in leaf.summands if x.term.is_dense and not x.is_shared]
+    return "; ".join(dict.fromkeys(x.reason for x in dense))
+
+
+def _entries(leaf: Leaf) -> int:
+    """Numbers kept per row."""
+    total = 0
+    for summand in leaf.summands:
+        arrays = jax.tree.leaves(summand.of_one_row)
+        pairs = zip(arrays, summand.row_axes, strict=True)
+        total += sum(x.size for x, row_axes in pairs if row_axes)
+    return total
+
+
+def _bytes(leaf: Leaf) -> int:
+    return _entries(leaf) * jnp.dtype(leaf.dtype).itemsize
+
+
+def _number(x: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if x < 1000:
+            return f"{x:.3g}{unit}"
+        x /= 1000
+    return f"{x:.3g}P"

@@ -1,0 +1,50 @@
+"""Routes of the engine, forced: small shapes would otherwise all be materialised."""
+
+import contextlib
+from math import prod
+
+import jax
+
+from pytree_grads._engine import plan as _plan
+from pytree_grads._engine import thresholds
+from pytree_grads._engine.leaf import Leaf
+
+
+@contextlib.contextmanager
+def factors_kept():
+    """Keep the terms of all leaves, also of those that are smaller as they are."""
+    plan_leaf = _plan.plan_leaf
+
+    def forced(leaf, varying, route):
+        return plan_leaf(leaf, varying, "factored" if route == "auto" else route)
+
+    _plan.plan_leaf = forced
+    try:
+        yield
+    finally:
+        _plan.plan_leaf = plan_leaf
+
+
+# `with with_thresholds(narrow=1):` replaces numbers by which the engine chooses ways.
+with_thresholds = thresholds.changed
+
+
+def few_at_once(entries):
+    """Where rows are materialised, those of so many entries are at a time."""
+    return with_thresholds(entries_at_once=entries, squares_at_once=entries)
+
+
+def leaves_of(J):
+    """The engine's leaves of a Jacobian, in the order of the parameters."""
+    nodes = jax.tree.leaves(J, is_leaf=lambda x: isinstance(x, Leaf))
+    return [x for x in nodes if isinstance(x, Leaf)]
+
+
+def is_dense(leaf):
+    """Whether a term that differs between rows has the leaf's own size."""
+    own = [x for x in leaf.summands if x.term.is_dense and not x.is_shared]
+    return any(prod(x.shape) == prod(leaf.shape) for x in own)
+
+
+def is_matrix(leaf):
+    return sum(n > 1 for n in leaf.shape) > 1
