@@ -1,4 +1,4 @@
-"""Run the doctests of the installed pytree_grads, with nothing but the package installed."""
+"""Run the doctests of the installed pytree_grads, with nothing else installed."""
 
 import doctest
 import importlib
@@ -20,14 +20,18 @@ def main() -> int:
     print(f"pytree_grads {pytree_grads.__version__} from {location.parent}")
     names = [
         module.name
-        for module in pkgutil.walk_packages(pytree_grads.__path__, prefix="pytree_grads.")
+        for module in pkgutil.walk_packages(
+            pytree_grads.__path__, prefix="pytree_grads."
+        )
     ]
     attempted = failed = 0
     for name in ["pytree_grads", *names]:
         result = doctest.testmod(importlib.import_module(name), optionflags=FLAGS)
         attempted += result.attempted
         failed += result.failed
-    print(f"doctest examples of the installed package: {attempted} run, {failed} failed")
+    print(
+        f"doctest examples of the installed package: {attempted} run, {failed} failed"
+    )
     return 0 if attempted and not failed else 1
 
 

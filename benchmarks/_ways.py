@@ -81,7 +81,12 @@ def by_route(problem: Problem, product: str, route: Any) -> Callable[..., Any]:
     def run(*args):
         batch = resolve(problem.fun, args, {}, 0, problem.in_axes)
         source = Source.of(
-            problem.fun, batch, has_aux=False, chunk_size=None, many=False, runs_again=False
+            problem.fun,
+            batch,
+            has_aux=False,
+            chunk_size=None,
+            many=False,
+            runs_again=False,
         )
         trace = source.trace()
         outputs = Outputs.of(trace.output_avals)

@@ -1,4 +1,6 @@
-"""Random programs against plain rows in float64: `python -m tests.fuzz --programs N --seed S`."""
+"""Random programs against plain rows in float64: `python -m tests.fuzz --programs N
+--seed S`.
+"""
 
 import argparse
 import random
@@ -30,13 +32,17 @@ class Count:
     matrices: int = 0
     factored: int = 0
     refused: int = 0  # programs that `jax.grad` itself cannot differentiate
-    undefined: int = 0  # programs with rows that are not finite: compared by the other rows alone
+    undefined: int = (
+        0  # programs with rows that are not finite: compared by the other rows alone
+    )
 
     def __str__(self):
         return (
-            f"{self.programs} programs, {self.leaves} leaves; of {self.matrices} matrices "
+            f"{self.programs} programs, {self.leaves} leaves; of {self.matrices} "
+            "matrices "
             f"{self.factored} factored, {self.matrices - self.factored} dense; "
-            f"{self.undefined} more with rows that are not finite, {self.refused} that jax.grad refuses"
+            f"{self.undefined} more with rows that are not finite, {self.refused} that "
+            "jax.grad refuses"
         )
 
 
@@ -56,7 +62,9 @@ def products(J, c, v):
 
 
 def expected(rows, c, v, outputs):
-    """The same from the oracle, whose rows are those of all outputs one after the other."""
+    """The same from the oracle, whose rows are those of all outputs one after the
+    other.
+    """
     shape = (N,) if outputs is None else (N, outputs)
     flat = c.reshape(-1)
     part = rows.scale(flat)[slice(1 * (outputs or 1), 3 * (outputs or 1))]
@@ -74,7 +82,9 @@ def expected(rows, c, v, outputs):
 
 
 def plain_rows(made, params, x, tokens):
-    """The rows by `jax.grad` of plain JAX, mapped, unless `jax.vmap` cannot map references."""
+    """The rows by `jax.grad` of plain JAX, mapped, unless `jax.vmap` cannot map
+    references.
+    """
     if "remember" not in made.names:
         plain = jax.grad if made.outputs is None else jax.jacrev
         return jax.vmap(plain(made.fun), (None, 0, 0))(params, x, tokens)
@@ -92,11 +102,15 @@ def plain_rows(made, params, x, tokens):
 
 
 def is_refused(made, params, x, tokens):
-    """Whether plain `jax.grad` fails: JAX cannot rematerialise some bodies with references."""
+    """Whether plain `jax.grad` fails: JAX cannot rematerialise some bodies with
+    references.
+    """
     if "remember" not in made.names:
         return False
     try:
-        jax.eval_shape(lambda p: jax.vjp(lambda p: made.fun(p, x[0], tokens[0]), p)[0], params)
+        jax.eval_shape(
+            lambda p: jax.vjp(lambda p: made.fun(p, x[0], tokens[0]), p)[0], params
+        )
         jax.eval_shape(lambda p: plain_rows(made, p, x, tokens), params)
     except Exception:
         return True
@@ -104,7 +118,9 @@ def is_refused(made, params, x, tokens):
 
 
 def check(made, seed, mode, count=None):
-    """Raise if a product of a program differs from the oracle's, by any of the routes."""
+    """Raise if a product of a program differs from the oracle's, by any of the
+    routes.
+    """
     params, x, tokens = made.arguments(seed)
     if is_refused(made, params, x, tokens):
         if count is not None:
@@ -119,7 +135,9 @@ def check(made, seed, mode, count=None):
     def of_all(params, x, tokens, c, v):
         auto = products(jacobian(made.fun)(params, x, tokens), c, v)
         with factors_kept():
-            forced = products(jacobian(made.fun, **MODES[mode])(params, x, tokens), c, v)
+            forced = products(
+                jacobian(made.fun, **MODES[mode])(params, x, tokens), c, v
+            )
         return (auto, forced), plain_rows(made, params, x, tokens)
 
     got, rows = of_all(params, x, tokens, c, v)
@@ -131,30 +149,42 @@ def check(made, seed, mode, count=None):
     finite = np.all([np.isfinite(r.reshape(len(r), -1)).all(1) for r in flat], axis=0)
     if finite.all():
         want = expected(Rows(flat, treedef), c, v, made.outputs)
-    else:  # what the others add up to depends on the order: of each row, what is its own
+    else:  # sums depend on the order: compare what each other row has alone
         flat = [r[finite] for r in flat]
         rows = Rows(flat, treedef)
         want = {"norms": rows.norms(), "J @ v": rows.apply(v)}
         got = [{name: x[name][finite.reshape(shape)] for name in want} for x in got]
-    tolerance = 1e-4 if made.casts else 1e-11
     # Norms of cancelling rows are known to half the digits of their parts.
     size = max(1.0, max((np.max(np.abs(r), initial=0) for r in flat), default=0))
     for route, found in zip(("auto", f"factored, {mode}"), got, strict=True):
-        for name in want:
-            try:
-                assert_close(found[name], want[name], tolerance, also=1e-13 * size)
-            except AssertionError as error:
-                raise AssertionError(f"{name} ({route}) of {describe(made)}: {error}") from None
-    if count is not None and not finite.all():
+        compare(made, route, found, want, size)
+    if count is not None:
+        tally(count, made, (params, x, tokens), finite.all())
+
+
+def compare(made, route, found, want, size):
+    """Raise if a product is off, naming it, its route and the program."""
+    tolerance = 1e-4 if made.casts else 1e-11
+    for name in want:
+        try:
+            assert_close(found[name], want[name], tolerance, also=1e-13 * size)
+        except AssertionError as error:
+            where = f"{name} ({route}) of {describe(made)}"
+            raise AssertionError(f"{where}: {error}") from None
+
+
+def tally(count, made, arguments, is_finite):
+    """Count a program that has passed, and how many of its matrices are factored."""
+    if not is_finite:
         count.undefined += 1
-    elif count is not None:
-        with factors_kept():
-            J = jax.eval_shape(jacobian(made.fun), params, x, tokens)
-        matrices = [leaf for leaf in leaves_of(J) if is_matrix(leaf)]
-        count.programs += 1
-        count.leaves += len(leaves)
-        count.matrices += len(matrices)
-        count.factored += sum(not is_dense(leaf) for leaf in matrices)
+        return
+    with factors_kept():
+        leaves = leaves_of(jax.eval_shape(jacobian(made.fun), *arguments))
+    matrices = [leaf for leaf in leaves if is_matrix(leaf)]
+    count.programs += 1
+    count.leaves += len(leaves)
+    count.matrices += len(matrices)
+    count.factored += sum(not is_dense(leaf) for leaf in matrices)
 
 
 def describe(made):
@@ -181,11 +211,19 @@ def main():
             check(made, seed, rng.choice(list(MODES)), count)
         except Exception as error:
             failures.append(seed)
-            print(f"seed {seed}: {type(error).__name__}: {error}\n  {describe(made)}", flush=True)
+            print(
+                f"seed {seed}: {type(error).__name__}: {error}\n  {describe(made)}",
+                flush=True,
+            )
         if (seed - options.seed + 1) % 20 == 0:
             jax.clear_caches()
-            print(f"{count}; {len(failures)} failures; {time.time() - start:.0f} s", flush=True)
-    print(f"{count}; failures at seeds {failures or 'none'}; {time.time() - start:.0f} s")
+            print(
+                f"{count}; {len(failures)} failures; {time.time() - start:.0f} s",
+                flush=True,
+            )
+    print(
+        f"{count}; failures at seeds {failures or 'none'}; {time.time() - start:.0f} s"
+    )
     return bool(failures)
 
 

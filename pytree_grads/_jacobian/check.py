@@ -82,7 +82,9 @@ def _products(rows: Rows, c: jax.Array) -> tuple[Any, ...]:
     # A custom rule that clips cotangents shows if weights are large. A power of two
     # changes no digit of a backward pass that is linear.
     large = tuple(x / _LARGE for x in summed(rows, _LARGE * c))
-    squares = rows.fold(lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype)
+    squares = rows.fold(
+        lambda matrix, c: matrix.square_sum(c), None, lambda d: jnp.finfo(d).dtype
+    )
     return stacked, norms, sums, alone, large, squares
 
 

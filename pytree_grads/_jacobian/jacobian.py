@@ -34,19 +34,20 @@ from .refused import NotAnArray, check_slice
 class Jacobian(NotAnArray):
     """J: a row for each example, or for each output of each example.
 
-    J is no tree of rows. Its leaves as a pytree are factors of rows, so ``jax.tree.map`` of J
-    gives nonsense of the right shape: ``J.scale(s)`` multiplies rows by numbers, and
-    ``J.to_rows()`` gives the rows themselves.
+    J is no tree of rows. Its leaves as a pytree are factors of rows, so
+    ``jax.tree.map`` of J gives nonsense of the right shape: ``J.scale(s)`` multiplies
+    rows by numbers, and ``J.to_rows()`` gives the rows themselves.
 
-    ``jacobian`` and ``value_and_jacobian`` make it. N is the number of examples, P the number
-    of parameters. If the function returns a scalar, "a number per row" is an array of shape
-    (N,). Otherwise it is a tree like the function's output, with leaves of shape (N, *k).
+    ``jacobian`` and ``value_and_jacobian`` make it. N is the number of examples, P the
+    number of parameters. If the function returns a scalar, "a number per row" is an
+    array of shape (N,). Otherwise it is a tree like the function's output, with leaves
+    of shape (N, *k).
 
-    Rows are kept as factors, from which every product is computed; or they are recomputed for
-    each product, and nothing is kept (``recompute=True``, ``chunk_size=k``). A Jacobian is a
-    pytree: it may leave ``jit``, and enter ``vmap``, ``scan`` and ``grad``. If its rows are
-    recomputed, it takes its function along, which must hold no traced values when it leaves
-    ``jit``.
+    Rows are kept as factors, from which every product is computed; or they are
+    recomputed for each product, and nothing is kept (``recompute=True``,
+    ``chunk_size=k``). A Jacobian is a pytree: it may leave ``jit``, and enter ``vmap``,
+    ``scan`` and ``grad``. If its rows are recomputed, it takes its function along,
+    which must hold no traced values when it leaves ``jit``.
 
     ===========================  =======================================================
     case                         result
@@ -54,7 +55,7 @@ class Jacobian(NotAnArray):
     N = 0                        sums are zero, ``mean()`` is NaN, a number per row has
                                  shape (0,)
     a row of zeros               norm 0, with derivative 0; ``clip`` leaves it
-    a row with a NaN or inf      its norm is NaN or infinite, and so is every sum, unless
+    a row with a NaN or inf      its norm is NaN or infinite; so is every sum, unless
                                  ``clip(..., nan_safe=True)`` has made the row zero
     a norm that overflows        is infinite or NaN; ``clip`` treats the row as infinite
     a norm of 9e37 times its     the row is zero once clipped, since no normal float32
@@ -238,8 +239,8 @@ class Jacobian(NotAnArray):
         """The sum of all rows, Jᵀ 1.
 
         Returns:
-          A tree like the parameters, in their dtypes; zero if there are no rows. The sum is
-          carried in float32 or wider.
+          A tree like the parameters, in their dtypes; zero if there are no rows. The
+          sum is carried in float32 or wider.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -254,8 +255,8 @@ class Jacobian(NotAnArray):
         """The sum of all rows divided by their number.
 
         Returns:
-          A tree like the parameters, in their dtypes; NaN if there are no rows. It is divided
-          before it is rounded.
+          A tree like the parameters, in their dtypes; NaN if there are no rows. It is
+          divided before it is rounded.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -270,15 +271,16 @@ class Jacobian(NotAnArray):
     def norms(self) -> PyTree:
         """The Euclidean norms of the rows, ‖Jᵢ‖.
 
-        Squaring neither overflows nor underflows when the norm itself is representable, even if
-        the factors of a row share its size unevenly, as when the inputs of the layers of a scan
-        grow while their cotangents shrink.
+        Squaring neither overflows nor underflows when the norm itself is representable,
+        even if the factors of a row share its size unevenly, as when the inputs of the
+        layers of a scan grow while their cotangents shrink.
 
-        Accuracy: norms of single outer products, of biases and of materialised rows are sums of
-        squares, right to rounding. If a row adds up T > 1 outer products of aₜ and bₜ, its
-        squared norm comes from inner products of those, and is off by about eps·(Σₜ‖aₜ‖‖bₜ‖)².
-        That is significant only if the parts of a row nearly cancel. If it exceeds a thousandth
-        of the squared norm, the error is added: such a norm may be too large, never too small.
+        Accuracy: norms of single outer products, of biases and of materialised rows are
+        sums of squares, right to rounding. If a row adds up T > 1 outer products of aₜ
+        and bₜ, its squared norm comes from inner products of those, and is off by about
+        eps·(Σₜ‖aₜ‖‖bₜ‖)². That is significant only if the parts of a row nearly cancel.
+        If it exceeds a thousandth of the squared norm, the error is added: such a norm
+        may be too large, never too small.
 
         Returns:
           A real number per row, in float32 or wider.
@@ -310,23 +312,25 @@ class Jacobian(NotAnArray):
     def gram(self, other: "Jacobian | None" = None) -> PyTree:
         """Inner products of rows, J J′ᵀ; J′ is J itself by default.
 
-        Of the network's output, and not of a loss, it is the empirical neural tangent kernel.
-        Rows of complex leaves are conjugated on the left. Unlike those of norms, the factors are
-        not scaled: products beyond 1e±19 in float32 may be NaN or zero.
+        Of the network's output, and not of a loss, it is the empirical neural tangent
+        kernel. Rows of complex leaves are conjugated on the left. Unlike those of
+        norms, the factors are not scaled: products beyond 1e±19 in float32 may be NaN
+        or zero.
 
         Args:
-          other: a Jacobian of N′ rows by parameters of the same structure and shapes, or None
-            for J itself. Its dtypes may differ.
+          other: a Jacobian of N′ rows by parameters of the same structure and shapes,
+            or None for J itself. Its dtypes may differ.
 
         Returns:
-          Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k and k′; for
-          trees of outputs, a tree like the output of J that holds trees like that of the other.
-          In float32, or in the wider dtype of the two if that is wider.
+          Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k
+          and k′; for trees of outputs, a tree like the output of J that holds trees
+          like that of the other. In float32, or in the wider dtype of the two if that
+          is wider.
 
         Raises:
           TypeError: ``other`` is not a Jacobian.
-          ValueError: its parameters have another structure or other shapes, or one of a pair of
-            leaves is complex and the other real.
+          ValueError: its parameters have another structure or other shapes, or one of a
+            pair of leaves is complex and the other real.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -351,9 +355,9 @@ class Jacobian(NotAnArray):
     def square_sum(self, c: PyTree = None) -> PyTree:
         """The weighted sum of the squares of rows, entry by entry: Σᵢ cᵢ Jᵢ∘Jᵢ.
 
-        For a loss per example and c of ones, it is N times the diagonal of the empirical Fisher
-        matrix. A complex entry counts with its squared absolute value. As in ``gram``, factors
-        are not scaled.
+        For a loss per example and c of ones, it is N times the diagonal of the
+        empirical Fisher matrix. A complex entry counts with its squared absolute value.
+        As in ``gram``, factors are not scaled.
 
         Args:
           c: a real number per row, traced; None for ones.
@@ -417,35 +421,39 @@ class Jacobian(NotAnArray):
     def clip(
         self, max_norm: PyTree, *, nan_safe: bool = False, with_norms: bool = False
     ) -> "Jacobian | tuple[Jacobian, PyTree]":
-        """Every row scaled down to a norm of at most ``max_norm``: Jᵢ · min(1, max_norm/‖Jᵢ‖).
+        """Rows scaled down to a norm of ``max_norm``: Jᵢ · min(1, max_norm/‖Jᵢ‖).
 
-        Guarantee: no clipped row's norm exceeds its bound by more than rounding. A row whose
-        parts nearly cancel may come out too short, because its norm may be overestimated (see
-        ``norms``).
+        Guarantee: no clipped row's norm exceeds its bound by more than rounding. A row
+        whose parts nearly cancel may come out too short, because its norm may be
+        overestimated (see ``norms``).
 
-        With ``chunk_size=k``, a clip waits for the product that follows, and ``clip(...).sum()``
-        is one pass over the chunks. Norms that are returned take a pass of their own;
-        ``clipped_sum`` has both from one pass.
+        With ``chunk_size=k``, a clip waits for the product that follows, and
+        ``clip(...).sum()`` is one pass over the chunks. Norms that are returned take a
+        pass of their own; ``clipped_sum`` has both from one pass.
 
         Args:
-          max_norm: a non-negative scalar for the whole row; or a prefix tree of the parameters
-            with a scalar for each part (a layer, say), which are then clipped separately.
-          nan_safe: whether a row that holds a NaN or an infinity counts as zero. Otherwise it
-            spoils every sum, as it would without clipping. (XLA itself spreads a NaN over all
-            examples if it convolves each with a kernel of its own, derived from a parameter, in
-            groups, as in ``jax.vmap(jax.grad(f))``. All rows count as zero then.)
+          max_norm: a non-negative scalar for the whole row; or a prefix tree of the
+            parameters with a scalar for each part (a layer, say), which are then
+            clipped separately.
+          nan_safe: whether a row that holds a NaN or an infinity counts as zero.
+            Otherwise it spoils every sum, as it would without clipping. (XLA itself
+            spreads a NaN over all examples if it convolves each with a kernel of its
+            own, derived from a parameter, in groups, as in ``jax.vmap(jax.grad(f))``.
+            All rows count as zero then.)
           with_norms: whether to return the norms before the clip as well.
 
         Returns:
-          A ``Jacobian`` of the same shape. With ``with_norms``, the pair of it and the norms that
-          the bounds were compared with: a number per row in place of each bound of ``max_norm``.
+          A ``Jacobian`` of the same shape. With ``with_norms``, the pair of it and the
+          norms that the bounds were compared with: a number per row in place of each
+          bound of ``max_norm``.
 
         Raises:
           TypeError: a bound is not a real number.
-          ValueError: a bound is negative or NaN (if it is traced, the rows become NaN instead),
-            or not a scalar; or ``max_norm`` is no prefix of the parameters.
+          ValueError: a bound is negative or NaN (if it is traced, the rows become NaN
+            instead), or not a scalar; or ``max_norm`` is no prefix of the parameters.
 
-        Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, Algorithm 1.
+        Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, Algorithm
+          1.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -502,18 +510,19 @@ class Jacobian(NotAnArray):
     def sketch(self, key: jax.Array, dim: int) -> PyTree:
         """A random projection of every row to ``dim`` real numbers, J R.
 
-        R has independent entries ±1/√dim, which are made from ``key`` and never stored. The same
-        key gives the same R for every batch, so sketches of different batches can be compared.
-        The expected inner product of two sketches is that of the rows, with a standard deviation
-        of at most √(2/dim) times the product of their norms; for complex rows it is the real part
-        of the inner product.
+        R has independent entries ±1/√dim, which are made from ``key`` and never stored.
+        The same key gives the same R for every batch, so sketches of different batches
+        can be compared. The expected inner product of two sketches is that of the rows,
+        with a standard deviation of at most √(2/dim) times the product of their norms;
+        for complex rows it is the real part of the inner product.
 
         Args:
           key: one PRNG key.
           dim: the number of entries of a sketch, a positive int; static.
 
         Returns:
-          A number per row with a last axis of length ``dim``: (N, dim) for scalar functions.
+          A number per row with a last axis of length ``dim``: (N, dim) for scalar
+          functions.
 
         Raises:
           TypeError: ``key`` is not one PRNG key, or ``dim`` not an int.
@@ -538,9 +547,10 @@ class Jacobian(NotAnArray):
         """The rows, stacked, as ``per_example_grad`` gives them.
 
         Returns:
-          A tree like the parameters, with leaves of shape (N, *leaf). If outputs are not scalar,
-          a tree like the output that holds such trees, with leaves of shape (N, *k, *leaf), as
-          from ``jax.jacrev``. It takes N times the memory of the parameters.
+          A tree like the parameters, with leaves of shape (N, *leaf). If outputs are
+          not scalar, a tree like the output that holds such trees, with leaves of shape
+          (N, *k, *leaf), as from ``jax.jacrev``. It takes N times the memory of the
+          parameters.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -563,9 +573,10 @@ class Jacobian(NotAnArray):
     def explain(self) -> str:
         """A table of the leaves: how their rows are kept, what that costs, and why.
 
-        Print it. Each leaf has a line with its key path, its terms, the way its norm is computed,
-        FLOPs of norm and weighted sum, the bytes of what is kept, each per example, and, for a
-        leaf that is materialised, the primitive at which the search for factors ended.
+        Print it. Each leaf has a line with its key path, its terms, the way its norm is
+        computed, FLOPs of norm and weighted sum, the bytes of what is kept, each per
+        example, and, for a leaf that is materialised, the primitive at which the search
+        for factors ended.
 
         Returns:
           The table, as a string of several lines.
@@ -593,11 +604,11 @@ class Jacobian(NotAnArray):
 
         Raises:
           TypeError: ``rows`` is not an int, or J is traced.
-          ValueError: ``rows`` is not positive; or a product is wrong by more than rounding, and
-            the message names the leaf. Rounding is taken for 8·√eps of what the product adds up,
-            at most a quarter, and 64·eps of the largest leaf's, at most a sixteenth. eps is that
-            of the narrowest floats anywhere in the function, so 0.003 is allowed in float32, and
-            a quarter in bfloat16.
+          ValueError: ``rows`` is not positive; or a product is wrong by more than
+            rounding, and the message names the leaf. Rounding is taken for 8·√eps of
+            what the product adds up, at most a quarter, and 64·eps of the largest
+            leaf's, at most a sixteenth. eps is that of the narrowest floats anywhere in
+            the function, so 0.003 is allowed in float32, and a quarter in bfloat16.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian

@@ -1,4 +1,6 @@
-"""What is differentiated and what is mapped: mistakes are refused, hints can be followed."""
+"""What is differentiated and what is mapped: mistakes are refused, hints can be
+followed.
+"""
 
 import functools
 import inspect
@@ -41,7 +43,10 @@ every_function = pytest.mark.parametrize("name", ALL)
 
 
 def rows(fun, *args, **options):
-    """The rows, which those of `jax.vmap(jax.grad(fun))` have to equal; they are returned."""
+    """The rows, which those of `jax.vmap(jax.grad(fun))` have to equal.
+
+    They are returned.
+    """
     got = per_example_grad(fun, **options)(*args)
     J = jacobian(fun, **options)(*args)
     assert tree_allclose(J.to_rows(), got)
@@ -52,7 +57,8 @@ def test_all_functions_are_here():
     options = {
         name
         for name, value in vars(pytree_grads).items()
-        if inspect.isfunction(value) and "in_axes" in inspect.signature(value).parameters
+        if inspect.isfunction(value)
+        and "in_axes" in inspect.signature(value).parameters
     }
     assert options == set(ALL)
 
@@ -97,7 +103,9 @@ def test_the_default_reads_well_and_can_be_given(name):
 
 
 class Net(nnx.Module):
-    """Layers with running statistics, a dropout with its keys and counts, a flag and a number."""
+    """Layers with running statistics, a dropout with its keys and counts, a flag and a
+    number.
+    """
 
     def __init__(self):
         rngs = nnx.Rngs(0)
@@ -153,8 +161,12 @@ def state_in_a_dict(model):
 @every_function
 @pytest.mark.parametrize("form", [lambda x: x, whole_state, state_in_a_dict])
 def test_an_nnx_model_with_other_variables_is_refused(name, form):
-    words = r"argument model.*norm.*mean.* must be an nnx\.Param, as for nnx\.grad, got an "
-    with pytest.raises(TypeError, match=words + r"nnx\.BatchStat: write graph, params, rest = nnx"):
+    words = (
+        r"argument model.*norm.*mean.* must be an nnx\.Param, as for nnx\.grad, got an "
+    )
+    with pytest.raises(
+        TypeError, match=words + r"nnx\.BatchStat: write graph, params, rest = nnx"
+    ):
         ALL[name](call)(form(WithoutCounters()), X)
 
 
@@ -177,7 +189,9 @@ def test_the_hint_for_nnx_can_be_followed(made, form):
     assert tree_allclose(got, jax.vmap(jax.grad(fun), (None, 0))(names["params"], X))
     own = nnx.grad(call)(nnx.clone(model), X[1])
     assert tree_allclose(
-        jax.tree.leaves(jax.tree.map(lambda x: x[1], got)), jax.tree.leaves(own), rtol=1e-5
+        jax.tree.leaves(jax.tree.map(lambda x: x[1], got)),
+        jax.tree.leaves(own),
+        rtol=1e-5,
     )
 
 
@@ -228,7 +242,11 @@ def test_an_nnx_module_of_parameters_alone_means_what_nnx_grad_means():
 
     model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
     for tree in (model, nnx.state(model), nnx.state(model, nnx.Param)):
-        fun = loss if tree is model else lambda p, x: loss(nnx.merge(nnx.graphdef(model), p), x)
+        fun = (
+            loss
+            if tree is model
+            else lambda p, x: loss(nnx.merge(nnx.graphdef(model), p), x)
+        )
         got = rows(fun, tree, X)
         want = [nnx.grad(loss)(model, x) for x in X]
         want = jax.tree.map(lambda *x: jnp.stack(x), *map(jax.tree.leaves, want))
@@ -267,7 +285,9 @@ def test_a_parameter_of_integers_is_told_to_be_another_variable():
     model.step = nnx.Variable(jnp.arange(3))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     fun = lambda params, x: jnp.sum(nnx.merge(graph, params, rest, copy=True)(x))  # noqa: E731
-    assert tree_allclose(rows(fun, params, X), jax.vmap(jax.grad(fun), (None, 0))(params, X))
+    assert tree_allclose(
+        rows(fun, params, X), jax.vmap(jax.grad(fun), (None, 0))(params, X)
+    )
 
 
 # flax linen
@@ -285,7 +305,10 @@ class Linen(nn.Module):
 def test_linen_variables_with_other_collections_are_refused(name):
     model = nn.Sequential([nn.Dense(2), nn.BatchNorm(use_running_average=True)])
     variables = model.init(jax.random.key(0), X[0])
-    words = r"argument variables\['batch_stats'\] is differentiated, but flax trains the collection"
+    words = (
+        r"argument variables\['batch_stats'\] is differentiated, "
+        "but flax trains the collection"
+    )
     with pytest.raises(TypeError, match=words):
         ALL[name](lambda variables, x: jnp.sum(model.apply(variables, x)))(variables, X)
     words = r"argument p\['net'\]\['batch_stats'\].*params = p\['net'\]\['params'\].*"
@@ -301,7 +324,9 @@ def test_the_hint_for_linen_can_be_followed(freeze):
     with pytest.raises(TypeError) as caught:
         per_example_grad(lambda variables, x: model.apply(variables, x))(variables, X)
     names = {"model": model, "variables": variables}
-    split, _, rest = str(caught.value).split("differentiate by ")[1].partition(", and call ")
+    split, _, rest = (
+        str(caught.value).split("differentiate by ")[1].partition(", and call ")
+    )
     exec(split, names)
     apply = rest.split(" inside")[0].replace("...", "x")
 
@@ -346,12 +371,16 @@ class Equinox(eqx.Module):
 def test_the_hint_for_equinox_can_be_followed(form):
     key = jax.random.key(0)
     linear = eqx.nn.Linear(3, 4, key=key)
-    model = form(Equinox(linear, eqx.nn.Dropout(0.5), jnp.arange(3), key, 2, True, "net"))
+    model = form(
+        Equinox(linear, eqx.nn.Dropout(0.5), jnp.arange(3), key, 2, True, "net")
+    )
     apply = (lambda model, x: model["net"](x)) if isinstance(model, dict) else call
     with pytest.raises(TypeError) as caught:
         per_example_grad(apply)(model, X)
     names = {"model": model, "eqx": eqx}
-    split, _, rest = str(caught.value).split("write ")[1].partition(", differentiate by params,")
+    split, _, rest = (
+        str(caught.value).split("write ")[1].partition(", differentiate by params,")
+    )
     exec(split, names)
     combine = rest.removeprefix(" and call ").split(" inside")[0]
 
@@ -380,7 +409,9 @@ def test_the_hints_for_plain_trees_can_be_followed(leaf, is_number):
     def fun(params, x):
         return jnp.sum(params["w"] * x)
 
-    with pytest.raises(TypeError, match=r"argument params\['extra'\] is differentiated") as caught:
+    with pytest.raises(
+        TypeError, match=r"argument params\['extra'\] is differentiated"
+    ) as caught:
         per_example_grad(fun)({"w": jnp.ones(3), "extra": leaf}, X)
     said = str(caught.value)
     assert "eqx" not in said
@@ -398,7 +429,9 @@ def test_an_argument_that_is_no_tree_of_arrays_asks_for_argnums():
     def fun(labels, params, x):
         return jnp.sum(params * x)
 
-    with pytest.raises(TypeError, match=r"got int32.*: say in argnums which arguments are"):
+    with pytest.raises(
+        TypeError, match=r"got int32.*: say in argnums which arguments are"
+    ):
         per_example_grad(fun)(jnp.arange(N), jnp.ones(3), X)
     assert tree_allclose(rows(fun, jnp.arange(N), jnp.ones(3), X, argnums=1), X)
 

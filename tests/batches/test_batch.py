@@ -59,7 +59,9 @@ def test_every_row_is_folded_once(chunk_size):
     batch = resolved()
     rows = batch.vmap(call)
     for apart in (False, True):
-        mapped = _batch.map_chunks(lambda c: c.vmap(call), batch, chunk_size, apart=apart)
+        mapped = _batch.map_chunks(
+            lambda c: c.vmap(call), batch, chunk_size, apart=apart
+        )
         assert tree_allclose(mapped, rows)
 
     def step(total, chunk, place):
@@ -83,20 +85,30 @@ def test_rows_of_chunks_are_joined_in_their_order(devices):
         starts, rest = chunks.apart
         rows = jnp.arange(2 * total).reshape(total, 2)
         full = jnp.stack([Place(chunks, start).cut(rows) for start in starts])
-        assert tree_allclose(chunks.joined(full, *([rest.cut(rows)] if rest else [])), rows)
+        assert tree_allclose(
+            chunks.joined(full, *([rest.cut(rows)] if rest else [])), rows
+        )
 
 
 def test_parameters_that_differ_by_example():
-    batch = _batch.resolve(fun, ({"w": jnp.ones((3, N))}, jnp.ones(N)), {}, 0, ({"w": -1}, 0))
+    batch = _batch.resolve(
+        fun, ({"w": jnp.ones((3, N))}, jnp.ones(N)), {}, 0, ({"w": -1}, 0)
+    )
     assert batch.primal_axes == (1,)
-    with pytest.raises(ValueError, match=r"argument p\['w'\] is differentiated and mapped"):
+    with pytest.raises(
+        ValueError, match=r"argument p\['w'\] is differentiated and mapped"
+    ):
         _batch.resolve(lambda p, x: 0.0, batch.args, {}, 0, ({"w": -1}, 0), shared=True)
 
 
-@pytest.mark.parametrize("total, chunk_size", [(12, 4), (12, 8), (12, 9), (8, 8), (9, 1), (7, 5)])
+@pytest.mark.parametrize(
+    "total, chunk_size", [(12, 4), (12, 8), (12, 9), (8, 8), (9, 1), (7, 5)]
+)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_chunks_of_several_groups(total, chunk_size, axis):
-    """Every row goes back to where it was cut from, and is in one chunk of those apart."""
+    """Every row goes back to where it was cut from, and is in one chunk of those
+    apart.
+    """
     chunks = Chunks.of(total, chunk_size)
     assert chunks.size == chunk_size
     x = jnp.moveaxis(jnp.arange(2 * total).reshape(total, 2), 0, axis)
@@ -111,7 +123,9 @@ def test_chunks_of_several_groups(total, chunk_size, axis):
     assert sorted(rows) == list(range(total))
 
 
-@pytest.mark.parametrize("chunk_size, width", [(8, 1), (9, 1), (3, 1), (16, 2), (31, 3)])
+@pytest.mark.parametrize(
+    "chunk_size, width", [(8, 1), (9, 1), (3, 1), (16, 2), (31, 3)]
+)
 def test_chunks_are_shared_out_evenly_to_devices(chunk_size, width):
     chunks = Chunks.of(32, chunk_size, devices=8)
     assert chunks.size == 8 * width

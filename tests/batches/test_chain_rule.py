@@ -1,4 +1,6 @@
-"""``reassemble``, ``chain_rule_grad`` and its chunks against ``jax.grad`` of the composition."""
+"""``reassemble``, ``chain_rule_grad`` and its chunks against ``jax.grad`` of the
+composition.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -74,9 +76,17 @@ class TestReassemble:
         assert tree_allclose(reassemble(contrastive, outputs, rows), expected)
 
     def test_keeps_the_dtype_and_carries_the_sum(self):
-        rows = {"w": jnp.ones((1000, 2), jnp.bfloat16), "n": np.zeros((1000, 3), jax.dtypes.float0)}
-        expected = {"w": jnp.full(2, 1000, jnp.bfloat16), "n": np.zeros(3, jax.dtypes.float0)}
-        assert tree_allclose(reassemble(jnp.sum, jnp.ones(1000), rows), expected, rtol=0)
+        rows = {
+            "w": jnp.ones((1000, 2), jnp.bfloat16),
+            "n": np.zeros((1000, 3), jax.dtypes.float0),
+        }
+        expected = {
+            "w": jnp.full(2, 1000, jnp.bfloat16),
+            "n": np.zeros(3, jax.dtypes.float0),
+        }
+        assert tree_allclose(
+            reassemble(jnp.sum, jnp.ones(1000), rows), expected, rtol=0
+        )
 
     def test_complex_rows(self):
         def f(p, x):
@@ -97,14 +107,18 @@ class TestReassemble:
         assert tree_allclose(got, jnp.array([jnp.nan, 3.0]))
 
     def test_numpy_goes_in(self):
-        got = reassemble(jnp.sum, np.ones(2, np.float32), {"w": np.ones((2, 3), np.float32)})
+        got = reassemble(
+            jnp.sum, np.ones(2, np.float32), {"w": np.ones((2, 3), np.float32)}
+        )
         assert tree_allclose(got, {"w": jnp.full(3, 2.0)})
 
     def test_vmap_and_grad(self):
         outputs, rows = jnp.arange(3.0), jax.random.normal(KEY, (3, 2))
         many = jnp.stack([rows, 2 * rows])
         got = jax.vmap(lambda r: reassemble(variance, outputs, r))(many)
-        assert tree_allclose(got, jnp.stack([reassemble(variance, outputs, r) for r in many]))
+        assert tree_allclose(
+            got, jnp.stack([reassemble(variance, outputs, r) for r in many])
+        )
         got = jax.grad(lambda r: jnp.sum(reassemble(variance, outputs, r)))(rows)
         weights = jax.grad(variance)(outputs)
         assert tree_allclose(got, jnp.stack([weights, weights], axis=1))
@@ -130,8 +144,12 @@ class TestChainRule:
         def loss(params):
             return outer(jax.vmap(embed, (None, 0))(params, x), params, 0.5, 2.0)
 
-        both = chain_rule_value_and_grad(outer, embed, chunk_size=chunk_size, outer_has_params=True)
-        got = jax.jit(lambda params, x: both(params, x, outer_args=(0.5, 2.0)))(params, x)
+        both = chain_rule_value_and_grad(
+            outer, embed, chunk_size=chunk_size, outer_has_params=True
+        )
+        got = jax.jit(lambda params, x: both(params, x, outer_args=(0.5, 2.0)))(
+            params, x
+        )
         assert tree_allclose(got, jax.jit(jax.value_and_grad(loss))(params))
 
     def test_two_towers(self, chunk_size):
@@ -140,7 +158,9 @@ class TestChainRule:
 
         def outer(outputs, both):
             logits = outputs[0] @ outputs[1].T
-            return -jnp.trace(jax.nn.log_softmax(logits, axis=-1)) + jnp.sum(both[0] * both[1])
+            return -jnp.trace(jax.nn.log_softmax(logits, axis=-1)) + jnp.sum(
+                both[0] * both[1]
+            )
 
         query, passage, x, y = (
             jax.random.normal(key, shape)
@@ -178,7 +198,11 @@ class TestChainRule:
         value, grads = composed(variance, scalar)(params, x)
         largest = jnp.max(jax.vmap(scalar, (None, 0))(params, x))
         aux = {"fun": {"x": x}, "outer": largest, "both": ({"x": x}, largest)}[which]
-        options = {"has_aux": inner, "outer_has_aux": outer_aux, "chunk_size": chunk_size}
+        options = {
+            "has_aux": inner,
+            "outer_has_aux": outer_aux,
+            "chunk_size": chunk_size,
+        }
         got = jax.jit(chain_rule_value_and_grad(outer, fun, **options))(params, x)
         assert tree_allclose(got, ((value, aux), grads))
         got = jax.jit(chain_rule_grad(outer, fun, **options))(params, x)
@@ -187,18 +211,27 @@ class TestChainRule:
     def test_complex_and_integer_outputs(self, chunk_size):
         def fun(p, x):
             z = jnp.exp(1j * p * x)
-            return {"z": z, "sign": (x.real > 0.0).astype(jnp.int32), "label": x.real > 1.0}
+            return {
+                "z": z,
+                "sign": (x.real > 0.0).astype(jnp.int32),
+                "label": x.real > 1.0,
+            }
 
         def outer(outputs):
             picked = jnp.where(outputs["label"], outputs["z"], 2 * outputs["z"])
             return jnp.abs(jnp.sum(picked * outputs["sign"].astype(jnp.complex64))) ** 2
 
         p, x = jnp.complex64(0.3 + 0.1j), jnp.linspace(-1, 2, N).astype(jnp.complex64)
-        got = jax.jit(chain_rule_value_and_grad(outer, fun, chunk_size=chunk_size))(p, x)
+        got = jax.jit(chain_rule_value_and_grad(outer, fun, chunk_size=chunk_size))(
+            p, x
+        )
         assert tree_allclose(got, jax.jit(composed(outer, fun))(p, x))
 
     def test_dropout_is_replayed(self, chunk_size):
-        """Both passes see the same randomness; a batch norm over the outputs would show it."""
+        """Both passes see the same randomness.
+
+        A batch norm over the outputs would show it.
+        """
 
         def fun(p, x, key):
             keep = jax.random.bernoulli(key, 0.5, x.shape).astype(jnp.float32)
@@ -210,7 +243,9 @@ class TestChainRule:
         def outer(f):
             return jnp.sum((f - f.mean(0, keepdims=True)) ** 4)
 
-        both = chain_rule_value_and_grad(outer, fun, has_aux=True, chunk_size=chunk_size)
+        both = chain_rule_value_and_grad(
+            outer, fun, has_aux=True, chunk_size=chunk_size
+        )
         (value, kept), grad = jax.jit(both)(p, x, keys)
         masks = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(keys)
         assert tree_allclose(kept, masks.astype(jnp.float32))
@@ -226,14 +261,18 @@ class TestChainRule:
         def loss(params, x):
             return contrastive(jax.vmap(embed, (None, 1))(params, x))
 
-        grad = chain_rule_grad(contrastive, embed, (0, 1), in_axes=(None, 1), chunk_size=chunk_size)
+        grad = chain_rule_grad(
+            contrastive, embed, (0, 1), in_axes=(None, 1), chunk_size=chunk_size
+        )
         expected = jax.jit(jax.grad(loss, (0, 1)))(params, x.T)
         assert tree_allclose(jax.jit(grad)(params, x.T), expected)
 
     def test_a_bfloat16_sum_is_carried(self, chunk_size):
         p, x = jnp.ones(1, jnp.bfloat16), jnp.ones((1000, 1), jnp.bfloat16)
         grad = chain_rule_grad(
-            lambda f: jnp.sum(f.astype(jnp.float32)), lambda p, x: (p * x)[0], chunk_size=chunk_size
+            lambda f: jnp.sum(f.astype(jnp.float32)),
+            lambda p, x: (p * x)[0],
+            chunk_size=chunk_size,
         )(p, x)
         assert tree_allclose(grad, jnp.full(1, 1000, jnp.bfloat16))
 
@@ -243,18 +282,28 @@ class TestChainRule:
 
         # The derivative of sqrt(a x) by x at 0 is infinite; by a it is 0 * inf.
         by_chunks = jax.jit(
-            chain_rule_grad(jnp.sum, fun, (0, 1), in_axes=(None, 0), chunk_size=chunk_size)
+            chain_rule_grad(
+                jnp.sum, fun, (0, 1), in_axes=(None, 0), chunk_size=chunk_size
+            )
         )
-        plain = jax.jit(jax.grad(lambda p, x: jnp.sum(jax.vmap(fun, (None, 0))(p, x)), (0, 1)))
+        plain = jax.jit(
+            jax.grad(lambda p, x: jnp.sum(jax.vmap(fun, (None, 0))(p, x)), (0, 1))
+        )
         p = {"a": jnp.float32(1), "b": jnp.float32(2)}
-        for bad in (0.0, -1.0, np.inf):  # an infinite derivative, a NaN, an infinite output
+        for bad in (
+            0.0,
+            -1.0,
+            np.inf,
+        ):  # an infinite derivative, a NaN, an infinite output
             for i in range(N):
                 x = jnp.arange(1.0, N + 1).at[i].set(bad)
                 assert tree_allclose(by_chunks(p, x), plain(p, x))
 
     def test_an_infinite_row_stays_infinite(self, chunk_size):
         x = jnp.ones(N).at[N - 3].set(jnp.inf)
-        got = chain_rule_grad(jnp.sum, lambda p, x: p * x, chunk_size=chunk_size)(jnp.float32(2), x)
+        got = chain_rule_grad(jnp.sum, lambda p, x: p * x, chunk_size=chunk_size)(
+            jnp.float32(2), x
+        )
         assert tree_allclose(got, jnp.float32(jnp.inf))
 
     def test_no_examples(self, chunk_size):
@@ -270,7 +319,10 @@ class TestChainRule:
         grad = chain_rule_grad(contrastive, embed, chunk_size=chunk_size)
         reference = jax.grad(lambda p, x: composed(contrastive, embed)(p, x)[0])
         many = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
-        pairs = (jax.jit(jax.vmap(gradient, (0, None)))(many, x) for gradient in (grad, reference))
+        pairs = (
+            jax.jit(jax.vmap(gradient, (0, None)))(many, x)
+            for gradient in (grad, reference)
+        )
         assert tree_allclose(*pairs)
 
         def descend(gradient):
@@ -282,9 +334,13 @@ class TestChainRule:
         assert tree_allclose(descend(grad), descend(reference))
 
         def square(gradient):
-            return jax.grad(lambda p: sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient(p, x))))
+            return jax.grad(
+                lambda p: sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient(p, x)))
+            )
 
-        got, expected = (jax.jit(square(gradient))(params) for gradient in (grad, reference))
+        got, expected = (
+            jax.jit(square(gradient))(params) for gradient in (grad, reference)
+        )
         assert tree_allclose(got, expected, rtol=1e-4)
 
 
@@ -311,12 +367,16 @@ def test_fun_is_traced_once_a_pass_and_size_and_outer_once(chunk_size, traces):
 
 
 def test_a_backward_pass_that_clips():
-    """Not linear in the cotangent, which therefore has to arrive in one piece and for every row."""
+    """Not linear in the cotangent, which therefore has to arrive in one piece and for
+    every row.
+    """
     clipped = clips_cotangent(1.0)
 
     def gradient(chunk_size):
         return chain_rule_grad(
-            lambda f: jnp.sum(cotangents * f), lambda p, x: clipped(p * x), chunk_size=chunk_size
+            lambda f: jnp.sum(cotangents * f),
+            lambda p, x: clipped(p * x),
+            chunk_size=chunk_size,
         )(jnp.float32(2), x)
 
     cotangents = jnp.array([0.5, 3.0, -0.75, 1.5, -3.0, 1.25, 0.25])
@@ -326,7 +386,9 @@ def test_a_backward_pass_that_clips():
 
 
 def test_dropout_gives_the_same_bits_in_both_passes():
-    """What each pass saw is sent home by a callback: the outputs of one example, bit for bit."""
+    """What each pass saw is sent home by a callback: the outputs of one example, bit
+    for bit.
+    """
     seen = {}
 
     def record(i, outputs):
@@ -339,9 +401,13 @@ def test_dropout_gives_the_same_bits_in_both_passes():
         return outputs
 
     keys = jax.random.split(KEY, 4)
-    p = {"w": jax.random.normal(keys[0], (3, 16)), "v": jax.random.normal(keys[1], (16, 2))}
+    p = {
+        "w": jax.random.normal(keys[0], (3, 16)),
+        "v": jax.random.normal(keys[1], (16, 2)),
+    }
     x = jax.random.normal(keys[2], (N, 3))
-    # Compiled as usual: with little effort, two copies of one tanh may differ in their last bit.
+    # Compiled as usual: with little effort, two copies of one tanh may differ in their
+    # last bit.
     both = jax.jit(
         chain_rule_value_and_grad(variance_of_rows, fun, chunk_size=3),
         compiler_options={"xla_backend_optimization_level": 3},
@@ -362,7 +428,9 @@ def variance_of_rows(outputs):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("chunk_size", [2, 3, N + 1])
 def test_towers_with_shared_and_with_separate_parameters(shared, chunk_size, x64):
-    """Queries and passages, the passages on axis 1, an outer loss with labels and a temperature."""
+    """Queries and passages, the passages on axis 1, an outer loss with labels and a
+    temperature.
+    """
     keys = jax.random.split(KEY, 5)
     towers = {"query": {"w": jax.random.normal(keys[0], (3, 2))}}
     if not shared:
@@ -372,17 +440,24 @@ def test_towers_with_shared_and_with_separate_parameters(shared, chunk_size, x64
 
     def encode(towers, x, y):
         passage = towers["passage" if "passage" in towers else "query"]
-        return {"q": jnp.tanh(x @ towers["query"]["w"]), "p": jnp.tanh(y @ passage["w"])}
+        return {
+            "q": jnp.tanh(x @ towers["query"]["w"]),
+            "p": jnp.tanh(y @ passage["w"]),
+        }
 
     def retrieval(outputs, labels, temperature):
-        scores = jax.nn.log_softmax(outputs["q"] @ outputs["p"].T / temperature, axis=-1)
+        scores = jax.nn.log_softmax(
+            outputs["q"] @ outputs["p"].T / temperature, axis=-1
+        )
         return -jnp.mean(jnp.take_along_axis(scores, labels[:, None], axis=-1))
 
     def loss(towers):
         outputs = jax.vmap(encode, (None, 0, 1))(towers, x, y)
         return retrieval(outputs, labels, 0.3)
 
-    both = chain_rule_value_and_grad(retrieval, encode, in_axes=(None, 0, 1), chunk_size=chunk_size)
+    both = chain_rule_value_and_grad(
+        retrieval, encode, in_axes=(None, 0, 1), chunk_size=chunk_size
+    )
     got = both(towers, x, y, outer_args=(labels, 0.3))
     assert tree_allclose(got, jax.value_and_grad(loss)(towers))
 
@@ -400,11 +475,15 @@ def test_bfloat16_parameters_are_as_exact_as_their_dtype():
     for name, leaf in got.items():
         assert leaf.dtype == jnp.bfloat16
         error = jnp.linalg.norm(leaf.astype(jnp.float32) - exact[name])
-        assert error < 0.05 * jnp.linalg.norm(exact[name])  # outputs are rounded to 8 bits
+        assert error < 0.05 * jnp.linalg.norm(
+            exact[name]
+        )  # outputs are rounded to 8 bits
 
 
 def test_memory_follows_the_chunk_and_not_the_batch():
-    """From 256 examples to 16,384, nothing grows but the outputs and their cotangents."""
+    """From 256 examples to 16,384, nothing grows but the outputs and their
+    cotangents.
+    """
 
     def encoder(params, x):
         hidden = jnp.tanh(jnp.tanh(x @ params["w"]) @ params["v"])  # (T, 64)
@@ -415,7 +494,9 @@ def test_memory_follows_the_chunk_and_not_the_batch():
 
     def temporary(n, chunk_size):
         both = jax.jit(
-            chain_rule_value_and_grad(lambda f: jnp.sum(f**2), encoder, chunk_size=chunk_size)
+            chain_rule_value_and_grad(
+                lambda f: jnp.sum(f**2), encoder, chunk_size=chunk_size
+            )
         )
         batch = jax.ShapeDtypeStruct((n, 32, 4), jnp.float32)
         return both.lower(params, batch).compile().memory_analysis().temp_size_in_bytes

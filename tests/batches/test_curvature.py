@@ -32,7 +32,12 @@ def problem(n=N, dtype=jnp.float64):
 
 def embed(params, x):
     z = jnp.tanh(x @ params["w"] + params["b"][0])
-    return {"z": z, "size": jnp.sum(z**2), "sign": (x > 0).astype(jnp.int32), "none": None}
+    return {
+        "z": z,
+        "size": jnp.sum(z**2),
+        "sign": (x > 0).astype(jnp.int32),
+        "none": None,
+    }
 
 
 def contrastive(outputs):
@@ -66,7 +71,9 @@ def dense_gauss_newton(outer, fun, params, x):
     @jax.jit
     def matrix(flat):
         J = jax.jacrev(flat_outputs)(flat)
-        H = jax.hessian(lambda f: outer({**unravel_outputs(f), **fixed}))(flat_outputs(flat))
+        H = jax.hessian(lambda f: outer({**unravel_outputs(f), **fixed}))(
+            flat_outputs(flat)
+        )
         return J.T @ H @ J
 
     return matrix(flat), unravel
@@ -97,9 +104,15 @@ class TestGaussNewton:
         expected = product_with(G, v, unravel)
         expected["w"] += 2 * 0.3 * v["w"]
         product = gauss_newton_product(
-            outer, embed, chunk_size=chunk_size, outer_has_params=True, outer_has_aux=True
+            outer,
+            embed,
+            chunk_size=chunk_size,
+            outer_has_params=True,
+            outer_has_aux=True,
         )
-        got = jax.jit(lambda params, x: product(params, x, outer_args=(0.3,))(v))(params, x)
+        got = jax.jit(lambda params, x: product(params, x, outer_args=(0.3,))(v))(
+            params, x
+        )
         assert tree_allclose(got, expected)
 
     def test_parameters_and_outputs_in_one_term(self, chunk_size, x64):
@@ -143,7 +156,9 @@ class TestGaussNewton:
         got = jax.jit(lambda *args: product(*args)((v, u)))(query, passage, x, y, noise)
 
         def outputs(passage, query):
-            return jax.vmap(towers, (None, None, 0, 1, 0))(query, passage, x, y, noise)[0]
+            return jax.vmap(towers, (None, None, 0, 1, 0))(query, passage, x, y, noise)[
+                0
+            ]
 
         @jax.jit
         def expected(passage, query):
@@ -170,13 +185,17 @@ class TestGaussNewton:
         def expected(x, v):
             f, push, sign = jax.linearize(outputs, x, has_aux=True)
             slopes = jax.grad(lambda f: contrastive({**f, "sign": sign}))
-            return jax.linear_transpose(push, x)(jax.jvp(slopes, (f,), (push(v),))[1])[0]
+            return jax.linear_transpose(push, x)(jax.jvp(slopes, (f,), (push(v),))[1])[
+                0
+            ]
 
         assert tree_allclose(got, expected(x, v).T)
 
     def test_no_examples(self, chunk_size):
         params, x, v = problem(0, jnp.float32)
-        product = gauss_newton_product(contrastive, embed, chunk_size=chunk_size)(params, x)
+        product = gauss_newton_product(contrastive, embed, chunk_size=chunk_size)(
+            params, x
+        )
         assert tree_allclose(product(v), jax.tree.map(jnp.zeros_like, v))
 
     def test_conjugate_gradients_under_jit(self, chunk_size, x64):
@@ -187,7 +206,9 @@ class TestGaussNewton:
 
         @jax.jit
         def step(params, x):
-            product = gauss_newton_product(outer, embed, chunk_size=chunk_size)(params, x)
+            product = gauss_newton_product(outer, embed, chunk_size=chunk_size)(
+                params, x
+            )
             grad = chain_rule_grad(outer, embed, chunk_size=chunk_size)(params, x)
             return grad, jax.scipy.sparse.linalg.cg(
                 lambda v: (Vector(product(v)) + 0.1 * Vector(v)).tree, grad, tol=1e-13
@@ -242,7 +263,9 @@ class TestFisher:
         def both(x, params):
             return scalar(params, x), x
 
-        product = fisher_product(both, 1, in_axes=(1, None), has_aux=True, chunk_size=chunk_size)
+        product = fisher_product(
+            both, 1, in_axes=(1, None), has_aux=True, chunk_size=chunk_size
+        )
         expected = fisher_product(scalar)(params, x)(v)
         assert tree_allclose(product(x.T, params)(v), expected)
 
@@ -259,7 +282,9 @@ class TestFisher:
             return Vector(v) @ Vector(product(v))
 
         def slopes(params):
-            return jax.jvp(lambda p: jax.vmap(scalar, (None, 0))(p, x), (params,), (v,))[1]
+            return jax.jvp(
+                lambda p: jax.vmap(scalar, (None, 0))(p, x), (params,), (v,)
+            )[1]
 
         direct = jax.jit(jax.grad(lambda params: jnp.mean(slopes(params) ** 2)))(params)
         assert tree_allclose(jax.jit(jax.grad(curvature))(params), direct, rtol=1e-10)
@@ -275,7 +300,9 @@ def test_the_fisher_matrix_of_a_model_is_gauss_newton_of_its_likelihood(x64):
         return jnp.tanh(x @ params["w"]) * 2
 
     def nll(logits):
-        return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])  # the curvature knows no labels
+        return -jnp.mean(
+            jax.nn.log_softmax(logits)[:, 0]
+        )  # the curvature knows no labels
 
     def log_likelihood(params, x, label):
         return jax.nn.log_softmax(logits(params, x))[label]
@@ -283,15 +310,22 @@ def test_the_fisher_matrix_of_a_model_is_gauss_newton_of_its_likelihood(x64):
     got = gauss_newton_product(nll, logits)(params, x)(v)
     odds = jax.nn.softmax(jax.vmap(logits, (None, 0))(params, x))
     expected = Vector(jax.tree.map(jnp.zeros_like, v))
-    of_one = jax.jit(lambda x, label: fisher_product(log_likelihood)(params, x, label)(v))
+    of_one = jax.jit(
+        lambda x, label: fisher_product(log_likelihood)(params, x, label)(v)
+    )
     for i in range(N):
         for label in range(4):
-            expected += odds[i, label] / N * Vector(of_one(x[i : i + 1], jnp.array([label])))
+            expected += (
+                odds[i, label] / N * Vector(of_one(x[i : i + 1], jnp.array([label])))
+            )
     assert tree_allclose(got, expected.tree)
 
 
 def test_how_often_a_chunked_product_traces_fun():
-    """The outputs when it is made, then J v, and the pull for each size of chunk; outer once."""
+    """The outputs when it is made, then J v, and the pull for each size of chunk.
+
+    Outer once.
+    """
     fun, outer = TraceCounter(embed), TraceCounter(contrastive)
     params, x, v = problem(dtype=jnp.float32)
     product = gauss_newton_product(outer, fun, chunk_size=3)(params, x)
@@ -307,7 +341,9 @@ def test_memory_follows_the_chunk():
     params = {"w": jnp.ones((4, 64)), "v": jnp.ones((64, 64))}
 
     def temporary(n, chunk_size):
-        product = gauss_newton_product(lambda f: jnp.sum(f**4), encoder, chunk_size=chunk_size)
+        product = gauss_newton_product(
+            lambda f: jnp.sum(f**4), encoder, chunk_size=chunk_size
+        )
         both = jax.jit(lambda params, x: product(params, x)(params))
         compiled = both.lower(params, jnp.ones((n, 32, 4))).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -322,25 +358,37 @@ class TestErrors:
     def test_a_tree_that_is_not_like_the_parameters(self):
         params, x, v = problem(dtype=jnp.float32)
         product = fisher_product(scalar)(params, x)
-        with pytest.raises(ValueError, match=r"argument v\['w'\] .*float32\[3,2\], got .*\[2,3\]"):
+        with pytest.raises(
+            ValueError, match=r"argument v\['w'\] .*float32\[3,2\], got .*\[2,3\]"
+        ):
             product({**v, "w": v["w"].T})
         with pytest.raises(ValueError, match=r"missing keys \['b'\]"):
             product({"w": v["w"]})
         product = fisher_product(lambda a, b, x: a * b * x, (0, 1))(2.0, 3.0, x[:, 0])
-        with pytest.raises(ValueError, match="expected a tuple of length 2, got a tuple of"):
+        with pytest.raises(
+            ValueError, match="expected a tuple of length 2, got a tuple of"
+        ):
             product((jnp.ones(()),))
-        with pytest.raises(ValueError, match=r"expected a tuple of length 2, got float32\[2\]"):
+        with pytest.raises(
+            ValueError, match=r"expected a tuple of length 2, got float32\[2\]"
+        ):
             product(jnp.ones(2))
-        with pytest.raises(ValueError, match="expected a tuple of length 2, got a dict"):
+        with pytest.raises(
+            ValueError, match="expected a tuple of length 2, got a dict"
+        ):
             product({"a": jnp.ones(()), "b": jnp.ones(())})
 
     def test_outputs(self):
         params, x, _ = problem(dtype=jnp.float32)
-        with pytest.raises(ValueError, match=r"value of fun must be a scalar, got float32\[2\]"):
+        with pytest.raises(
+            ValueError, match=r"value of fun must be a scalar, got float32\[2\]"
+        ):
             fisher_product(lambda p, x: x @ p["w"])(params, x)
         with pytest.raises(ValueError, match="value of outer must be a scalar"):
             gauss_newton_product(lambda f: f["z"], embed)(params, x)
-        with pytest.raises(TypeError, match="argument fun must be a function, got None"):
+        with pytest.raises(
+            TypeError, match="argument fun must be a function, got None"
+        ):
             fisher_product(None)
         with pytest.raises(TypeError, match="argument outer must be a function"):
             gauss_newton_product(None, embed)
@@ -356,6 +404,6 @@ class TestErrors:
         x = jnp.ones(5)
         for chunk_size in (None, 2):
             with pytest.raises(TypeError, match="custom_vjp"):
-                fisher_product(lambda p, x: square(p * x), chunk_size=chunk_size)(2.0, x)(
-                    jnp.float32(1)
-                )
+                fisher_product(lambda p, x: square(p * x), chunk_size=chunk_size)(
+                    2.0, x
+                )(jnp.float32(1))

@@ -80,25 +80,31 @@ TABLE = {
     "shape": (
         combine(layers, layers, broadcastable),
         ValueError,
-        "argument trees[2]['layers'][1]['w'] does not match trees[0]['layers'][1]['w']: expected "
+        "argument trees[2]['layers'][1]['w'] does not match "
+        "trees[0]['layers'][1]['w']: expected "
         "float32[3], got float32[3,1] (trees are never broadcast; reshape one of them)",
     ),
     "length": (
         combine(layers, shorter),
         ValueError,
-        "argument trees[1]['layers'] does not match trees[0]['layers']: expected a list of length "
+        "argument trees[1]['layers'] does not match trees[0]['layers']: expected a "
+        "list of length "
         "2, got a list of length 1",
     ),
     "dtype": (
         combine(W, {"w": jnp.ones(2, jnp.bfloat16)}),
         ValueError,
-        "expected float32[2], got bfloat16[2] (nothing is cast silently; cast one tree with "
+        "expected float32[2], got bfloat16[2] (nothing is cast silently; cast one tree "
+        "with "
         "optax.tree.cast)",
     ),
     "keys": (
-        combine({"a": jnp.ones(2), "b": jnp.ones(2)}, {"a": jnp.ones(2), "c": jnp.ones(2)}),
+        combine(
+            {"a": jnp.ones(2), "b": jnp.ones(2)}, {"a": jnp.ones(2), "c": jnp.ones(2)}
+        ),
         ValueError,
-        "argument trees[1] does not match trees[0]: missing keys ['b'], unexpected keys ['c']",
+        "argument trees[1] does not match trees[0]: missing keys ['b'], unexpected "
+        "keys ['c']",
     ),
     "None": (combine(W, {"w": None}), ValueError, "expected float32[2], got None"),
     "node": (
@@ -108,7 +114,8 @@ TABLE = {
     ),
     "order": (
         combine(
-            OrderedDict(a=jnp.ones(1), b=jnp.ones(1)), OrderedDict(b=jnp.ones(1), a=jnp.ones(1))
+            OrderedDict(a=jnp.ones(1), b=jnp.ones(1)),
+            OrderedDict(b=jnp.ones(1), a=jnp.ones(1)),
         ),
         ValueError,
         "argument trees[1] does not match trees[0]: the same keys in another order",
@@ -116,10 +123,14 @@ TABLE = {
     "custom node": (
         combine({"a": jax.tree_util.Partial(min)}, {"a": jnp.ones(1)}),
         ValueError,
-        "argument trees[1]['a'] does not match trees[0]['a']: expected a Partial, got float32[1]",
+        "argument trees[1]['a'] does not match trees[0]['a']: expected a Partial, got "
+        "float32[1]",
     ),
     "static data": (
-        combine(jax.tree_util.Partial(min, jnp.ones(1)), jax.tree_util.Partial(max, jnp.ones(1))),
+        combine(
+            jax.tree_util.Partial(min, jnp.ones(1)),
+            jax.tree_util.Partial(max, jnp.ones(1)),
+        ),
         ValueError,
         "two Partial nodes whose static data differ",
     ),
@@ -127,10 +138,15 @@ TABLE = {
     "integer": (
         combine(W, {"w": jnp.arange(2)}),
         TypeError,
-        f"argument trees[1]['w'] is an integer or boolean (int32[2]), {FLOATS}: cast it with "
+        f"argument trees[1]['w'] is an integer or boolean (int32[2]), {FLOATS}: cast "
+        "it with "
         "optax.tree.cast, or leave it out",
     ),
-    "bool": (combine({"w": jnp.array(True)}), TypeError, "is an integer or boolean (bool[])"),
+    "bool": (
+        combine({"w": jnp.array(True)}),
+        TypeError,
+        "is an integer or boolean (bool[])",
+    ),
     "key": (
         combine({"k": KEYS}),
         TypeError,
@@ -139,7 +155,8 @@ TABLE = {
     "string": (
         combine(W, {"w": "relu"}),
         TypeError,
-        f"argument trees[1]['w'] is not an array (a value of type str), {FLOATS}: leave it out",
+        f"argument trees[1]['w'] is not an array (a value of type str), {FLOATS}: "
+        "leave it out",
     ),
     "stacked string": (
         stacked([1.0], {"w": "s"}),
@@ -154,10 +171,15 @@ TABLE = {
     "a generator of trees": (
         stacked([1.0], (tree for tree in [W])),
         TypeError,
-        "argument trees must be a list or a tuple of K trees, or one tree whose leaves are "
+        "argument trees must be a list or a tuple of K trees, or one tree whose leaves "
+        "are "
         "stacked, got a value of type generator: give list(trees)",
     ),
-    "a deque of trees": (stacked([1.0], deque([W])), TypeError, "got a value of type deque: give"),
+    "a deque of trees": (
+        stacked([1.0], deque([W])),
+        TypeError,
+        "got a value of type deque: give",
+    ),
     # Coefficients
     "a generator": (
         combine(W, coefficients=(c for c in [1.0])),
@@ -173,7 +195,8 @@ TABLE = {
     "count": (
         combine(W, W, coefficients=[1, 2, 3]),
         ValueError,
-        "argument coefficients holds 3 scalars per combination for 2 trees, got float32[3]",
+        "argument coefficients holds 3 scalars per combination for 2 trees, got "
+        "float32[3]",
     ),
     "a scalar": (
         combine(W, coefficients=2.0),
@@ -195,8 +218,16 @@ TABLE = {
         ValueError,
         "argument coefficients[0] must be a scalar, got float32[2]: give a matrix",
     ),
-    "words": (combine(W, coefficients=["a"]), TypeError, "argument coefficients must hold numbers"),
-    "a dict": (combine(W, coefficients={"a": 1}), TypeError, "argument coefficients must hold num"),
+    "words": (
+        combine(W, coefficients=["a"]),
+        TypeError,
+        "argument coefficients must hold numbers",
+    ),
+    "a dict": (
+        combine(W, coefficients={"a": 1}),
+        TypeError,
+        "argument coefficients must hold num",
+    ),
     "keys as coefficients": (
         combine(*[W] * 5, coefficients=KEYS),
         TypeError,
@@ -205,7 +236,8 @@ TABLE = {
     "complex": (
         combine(W, W, coefficients=[1j, 2]),
         TypeError,
-        "argument coefficients is complex, but argument trees[0]['w'] is real (float32[2])",
+        "argument coefficients is complex, but argument trees[0]['w'] is real "
+        "(float32[2])",
     ),
     "complex stacked": (
         stacked([1j, 2], {"w": jnp.ones((2, 3))}),
@@ -215,7 +247,8 @@ TABLE = {
     "stack length": (
         stacked([1, 2], {"w": jnp.ones(3)}),
         ValueError,
-        "argument trees['w'] must be stacked on a leading axis of length 2, one entry per "
+        "argument trees['w'] must be stacked on a leading axis of length 2, one entry "
+        "per "
         "coefficient, got float32[3]",
     ),
     "stack scalar": (stacked([1], {"w": jnp.ones(())}), ValueError, "got float32[]"),
@@ -226,12 +259,28 @@ TABLE = {
         "Vector * Vector is not defined: u @ v is the inner",
     ),
     "vector / vector": (lambda: U / V, TypeError, "Vector / Vector is not defined"),
-    "vector + number": (lambda: U + 1.0, TypeError, "jax.tree.map(lambda x: x + 1.0, v.tree)"),
+    "vector + number": (
+        lambda: U + 1.0,
+        TypeError,
+        "jax.tree.map(lambda x: x + 1.0, v.tree)",
+    ),
     "number - vector": (lambda: 1.0 - U, TypeError, "nothing is broadcast over a tree"),
     "float zero": (lambda: 0.0 + U, TypeError, "nothing is broadcast over a tree"),
-    "array + vector": (lambda: jnp.ones(2) + U, TypeError, "float32[2] + Vector is not defined"),
-    "vector @ array": (lambda: U @ jnp.ones(2), TypeError, "Vector @ float32[2] is not defined"),
-    "array @ vector": (lambda: np.ones(2) @ U, TypeError, "float64[2] @ Vector is not defined"),
+    "array + vector": (
+        lambda: jnp.ones(2) + U,
+        TypeError,
+        "float32[2] + Vector is not defined",
+    ),
+    "vector @ array": (
+        lambda: U @ jnp.ones(2),
+        TypeError,
+        "Vector @ float32[2] is not defined",
+    ),
+    "array @ vector": (
+        lambda: np.ones(2) @ U,
+        TypeError,
+        "float64[2] @ Vector is not defined",
+    ),
     "vector + tree": (
         lambda: U + W,
         TypeError,
@@ -253,10 +302,26 @@ TABLE = {
         "a value of type int / Vector is not defined: entry by entry, write "
         "jax.tree.map(lambda x: 1 / x, v.tree)",
     ),
-    "array / vector": (lambda: np.ones(2) / U, TypeError, "float64[2] / Vector is not defined"),
-    "vector ** number": (lambda: U**2, TypeError, "jax.tree.map(lambda x: x**2, v.tree)"),
-    "number ** vector": (lambda: 2**U, TypeError, "jax.tree.map(lambda x: 2**x, v.tree)"),
-    "abs(vector)": (lambda: abs(U), TypeError, "jax.tree.map(lambda x: abs(x), v.tree)"),
+    "array / vector": (
+        lambda: np.ones(2) / U,
+        TypeError,
+        "float64[2] / Vector is not defined",
+    ),
+    "vector ** number": (
+        lambda: U**2,
+        TypeError,
+        "jax.tree.map(lambda x: x**2, v.tree)",
+    ),
+    "number ** vector": (
+        lambda: 2**U,
+        TypeError,
+        "jax.tree.map(lambda x: 2**x, v.tree)",
+    ),
+    "abs(vector)": (
+        lambda: abs(U),
+        TypeError,
+        "jax.tree.map(lambda x: abs(x), v.tree)",
+    ),
     "array of a vector": (lambda: np.asarray(U), TypeError, "ravel_pytree(v.tree)[0]"),
     "complex * real": (
         lambda: 1j * U,
@@ -271,7 +336,8 @@ TABLE = {
     "vector shape": (
         lambda: U + Vector({"w": jnp.ones((2, 1))}),
         ValueError,
-        "argument right.tree['w'] does not match left.tree['w']: expected float32[2], got "
+        "argument right.tree['w'] does not match left.tree['w']: expected float32[2], "
+        "got "
         "float32[2,1]",
     ),
     "vector dtype": (
@@ -284,7 +350,11 @@ TABLE = {
         TypeError,
         "argument left.tree['a'] is not an array",
     ),
-    "vector integer": (lambda: Vector({"a": 3}) / 2, TypeError, "left.tree['a'] is an integer"),
+    "vector integer": (
+        lambda: Vector({"a": 3}) / 2,
+        TypeError,
+        "left.tree['a'] is an integer",
+    ),
     # The batch of a call
     "no function": (
         rows(W, X, fun=3),
@@ -467,14 +537,21 @@ TABLE = {
         TypeError,
         "argnums must be an int or a tuple of i",
     ),
-    "argnums twice": (rows(W, X, argnums=(0, -2)), ValueError, "names the same argument twice"),
+    "argnums twice": (
+        rows(W, X, argnums=(0, -2)),
+        ValueError,
+        "names the same argument twice",
+    ),
     "argnums empty": (rows(W, X, argnums=()), ValueError, "argument argnums is empty"),
     "integer parameter": (
         rows({"w": jnp.ones(2), "step": jnp.int32(3)}, X),
         TypeError,
-        "argument params['step'] is differentiated and must be a real or complex floating-point "
-        "array, got int32[]: move it to an argument that is not differentiated, with None in "
-        "in_axes if all examples share it, or close over it in the function; if it is trained, "
+        "argument params['step'] is differentiated and must be a real or complex "
+        "floating-point "
+        "array, got int32[]: move it to an argument that is not differentiated, with "
+        "None in "
+        "in_axes if all examples share it, or close over it in the function; if it is "
+        "trained, "
         "make it an array of a float dtype",
     ),
     "number parameter": (
@@ -485,14 +562,17 @@ TABLE = {
     "function parameter": (
         rows({"w": jnp.ones(2), "act": jnp.tanh}, X),
         TypeError,
-        "got a value of type PjitFunction: move it to an argument that is not differentiated, with "
+        "got a value of type PjitFunction: move it to an argument that is not "
+        "differentiated, with "
         "None in in_axes if all examples share it, or close over it in the function",
     ),
     "sizes": (
         rows(W, {"a": X, "b": jnp.ones(4)}),
         ValueError,
-        "the batch sizes disagree: axis 0 of argument x['a'] has size 5, but axis 0 of argument "
-        "x['b'] has size 4: in_axes takes the axis of its examples, or None if they share it",
+        "the batch sizes disagree: axis 0 of argument x['a'] has size 5, but axis 0 of "
+        "argument "
+        "x['b'] has size 4: in_axes takes the axis of its examples, or None if they "
+        "share it",
     ),
     "rank": (
         rows(W, X, in_axes=(None, 2)),
@@ -507,32 +587,46 @@ TABLE = {
     "a function batch": (
         rows(W, jnp.tanh),
         TypeError,
-        "not an array: in_axes takes the axis of its examples, or None if they share it",
+        "not an array: in_axes takes the axis of its examples, or None if they share "
+        "it",
     ),
     "a keyword flag": (
         lambda: per_example_grad(lambda p, x, train: p)(jnp.ones(()), X, train=True),
         TypeError,
-        "argument train would be mapped over axis 0, but it is a value of type bool, not an "
-        "array: keyword arguments are mapped over axis 0; what all examples share is bound "
+        "argument train would be mapped over axis 0, but it is a value of type bool, "
+        "not an "
+        "array: keyword arguments are mapped over axis 0; what all examples share is "
+        "bound "
         "beforehand, with functools.partial(fun, train=...) or a lambda",
     ),
     "a keyword scalar": (
-        lambda: per_example_grad(lambda p, x, scale: p)(jnp.ones(()), X, scale=jnp.ones(())),
+        lambda: per_example_grad(lambda p, x, scale: p)(
+            jnp.ones(()), X, scale=jnp.ones(())
+        ),
         ValueError,
-        "it is float32[], of rank 0: keyword arguments are mapped over axis 0; what all examples "
+        "it is float32[], of rank 0: keyword arguments are mapped over axis 0; what "
+        "all examples "
         "share is bound beforehand, with functools.partial(fun, scale=...) or a lambda",
     ),
     "a keyword of another size": (
-        lambda: per_example_grad(lambda p, x, scale: p)(jnp.ones(()), X, scale=jnp.ones(3)),
+        lambda: per_example_grad(lambda p, x, scale: p)(
+            jnp.ones(()), X, scale=jnp.ones(3)
+        ),
         ValueError,
-        "axis 0 of argument scale has size 3: keyword arguments are mapped over axis 0; what all",
+        "axis 0 of argument scale has size 3: keyword arguments are mapped over axis "
+        "0; what all",
     ),
-    "nothing batched": (rows(W, X, in_axes=(None, None)), ValueError, "no argument is batched"),
+    "nothing batched": (
+        rows(W, X, in_axes=(None, None)),
+        ValueError,
+        "no argument is batched",
+    ),
     "in_axes none": (rows(W, X, in_axes=None), ValueError, "no argument is batched"),
     "in_axes string": (
         rows(W, X, in_axes="0"),
         TypeError,
-        "must be an int, None, a tuple with an entry for each positional argument, or 'default', "
+        "must be an int, None, a tuple with an entry for each positional argument, or "
+        "'default', "
         "got '0'",
     ),
     "in_axes length": (
@@ -548,7 +642,8 @@ TABLE = {
     "in_axes dict": (
         rows(W, X, in_axes={"x": 0}),
         TypeError,
-        "must be an int, None, a tuple with an entry for each positional argument, or 'default', "
+        "must be an int, None, a tuple with an entry for each positional argument, or "
+        "'default', "
         "got a value of type dict",
     ),
     "in_axes words": (
@@ -569,8 +664,10 @@ TABLE = {
     "a list of labels": (
         lambda: per_example_grad(lambda p, x, y: f(p, x) - y)(W, X, [0.0] * 5),
         TypeError,
-        "argument y[0] would be mapped over axis 0, but it is a value of type float, not an array: "
-        "if the list holds a number for each example, make it one array with jnp.asarray",
+        "argument y[0] would be mapped over axis 0, but it is a value of type float, "
+        "not an array: "
+        "if the list holds a number for each example, make it one array with "
+        "jnp.asarray",
     ),
     # Chunks
     "chunk type": (
@@ -578,8 +675,16 @@ TABLE = {
         TypeError,
         "chunk_size must be None or an int (it is s",
     ),
-    "chunk bool": (rows(W, X, chunk_size=True), TypeError, "chunk_size must be None or an int"),
-    "chunk zero": (rows(W, X, chunk_size=0), ValueError, "chunk_size must be at least 1, got 0"),
+    "chunk bool": (
+        rows(W, X, chunk_size=True),
+        TypeError,
+        "chunk_size must be None or an int",
+    ),
+    "chunk zero": (
+        rows(W, X, chunk_size=0),
+        ValueError,
+        "chunk_size must be at least 1, got 0",
+    ),
     "chain chunk": (
         chain(W, X, chunk_size=-1),
         ValueError,
@@ -589,7 +694,8 @@ TABLE = {
     "vector value": (
         rows(W, X, fun=lambda p, x: p["w"] * x),
         ValueError,
-        "the value of fun at one example must be a scalar, got float32[2]: the rows of a function "
+        "the value of fun at one example must be a scalar, got float32[2]: the rows of "
+        "a function "
         "with several outputs are those of jacobian",
     ),
     "integer value": (
@@ -597,7 +703,11 @@ TABLE = {
         TypeError,
         "must be a floating-point scalar, got",
     ),
-    "tree value": (rows(W, X, fun=lambda p, x: p), TypeError, "got a value of type dict"),
+    "tree value": (
+        rows(W, X, fun=lambda p, x: p),
+        TypeError,
+        "got a value of type dict",
+    ),
     "complex value": (
         rows(W, X, fun=lambda p, x: jnp.complex64(1)),
         TypeError,
@@ -608,16 +718,22 @@ TABLE = {
         TypeError,
         "the result of fun must be a pair (value, aux) with has_aux, got float32[]",
     ),
-    "chain no aux": (chain(W, X, has_aux=True), TypeError, "the result of fun must be a pair"),
+    "chain no aux": (
+        chain(W, X, has_aux=True),
+        TypeError,
+        "the result of fun must be a pair",
+    ),
     "outer no aux": (
         chain(W, X, outer_has_aux=True, outer=lambda f: [jnp.sum(f), 1, 2]),
         TypeError,
-        "the result of outer must be a pair (value, aux) with has_aux, got a list of length 3",
+        "the result of outer must be a pair (value, aux) with has_aux, got a list of "
+        "length 3",
     ),
     "outer vector": (
         chain(W, X, outer=lambda f: f),
         ValueError,
-        "the value of outer must be a scalar, got float32[5]: outer maps the stacked outputs to "
+        "the value of outer must be a scalar, got float32[5]: outer maps the stacked "
+        "outputs to "
         "one scalar, by a sum or a mean for instance",
     ),
     "outer pair": (
@@ -630,7 +746,11 @@ TABLE = {
         TypeError,
         "the value of outer must be real, got complex64[]",
     ),
-    "outer integer": (chain(W, X, outer=jnp.argmax), TypeError, "must be a floating-point scalar"),
+    "outer integer": (
+        chain(W, X, outer=jnp.argmax),
+        TypeError,
+        "must be a floating-point scalar",
+    ),
     "outer none": (
         chain(W, X, outer=None),
         TypeError,
@@ -644,8 +764,10 @@ TABLE = {
     "swapped": (
         lambda: chain_rule_grad(labelled, jnp.mean)(W, X, X[:, 0]),
         TypeError,
-        "arguments outer and fun look swapped: outer, labelled(params, x, y), does not take the "
-        "stacked outputs alone, and fun, mean(a, axis, dtype, out, keepdims, where), does",
+        "arguments outer and fun look swapped: outer, labelled(params, x, y), does not "
+        "take the "
+        "stacked outputs alone, and fun, mean(a, axis, dtype, out, keepdims, where), "
+        "does",
     ),
     "swapped products": (
         lambda: gauss_newton_product(labelled, lambda o: jnp.mean(o))(W, X, X[:, 0]),
@@ -712,7 +834,11 @@ TABLE = {
         "outer_has_aux=True takes a pair (value, aux), and differentiates the value "
         "alone",
     ),
-    "chain function": (chain(W, X, fun="f"), TypeError, "argument fun must be a function"),
+    "chain function": (
+        chain(W, X, fun="f"),
+        TypeError,
+        "argument fun must be a function",
+    ),
     # Reassembly
     "reassemble outer": (
         assembled(jnp.ones(5), X, outer=1),
@@ -727,7 +853,8 @@ TABLE = {
     "wrong length": (
         assembled(jnp.ones(5), {"w": jnp.ones((4, 2))}),
         ValueError,
-        "argument rows['w'] must have the leading axes (5,) of its output, got float32[4,2]",
+        "argument rows['w'] must have the leading axes (5,) of its output, got "
+        "float32[4,2]",
     ),
     "rows too small": (
         assembled(jnp.ones((5, 2)), {"w": jnp.ones(5)}),
@@ -748,7 +875,8 @@ TABLE = {
     "complex outputs": (
         assembled(jnp.ones(5, jnp.complex64), X),
         TypeError,
-        "argument outputs is complex (complex64[5]), and rows of a complex function are not "
+        "argument outputs is complex (complex64[5]), and rows of a complex function "
+        "are not "
         "gradients: chain_rule_grad takes complex outputs",
     ),
     "integer outputs": (
@@ -759,13 +887,15 @@ TABLE = {
     "rows of other outputs": (
         assembled({"a": jnp.ones(5)}, [X]),
         ValueError,
-        "argument rows must hold a tree of gradients in the place of each output: outputs is a "
+        "argument rows must hold a tree of gradients in the place of each output: "
+        "outputs is a "
         "dict, rows is a list of length 1",
     ),
     "rows that differ": (
         assembled((jnp.ones(5), jnp.ones(5)), ({"w": X}, {"w": jnp.ones((5, 3))})),
         ValueError,
-        "argument rows[1]['w'] does not match the rows of the first output['w']: expected "
+        "argument rows[1]['w'] does not match the rows of the first output['w']: "
+        "expected "
         "float32[2], got float32[3]",
     ),
     "rows of text": (
@@ -804,7 +934,11 @@ def test_errors_are_the_same_under_jit(name):
 
 
 @pytest.mark.parametrize(
-    "bad", [lambda: per_example_value_and_grad(3), lambda: chain_rule_value_and_grad(jnp.sum, 3)]
+    "bad",
+    [
+        lambda: per_example_value_and_grad(3),
+        lambda: chain_rule_value_and_grad(jnp.sum, 3),
+    ],
 )
 def test_a_wrong_function_is_found_when_it_is_given(bad):
     with pytest.raises(TypeError, match="argument fun must be a function"):
@@ -827,7 +961,9 @@ def test_a_pair_without_has_aux_warns(chunk_size):
 
     with pytest.warns(UserWarning, match="each of their numbers: .* give has_aux=True"):
         pair = jacobian(with_logits, chunk_size=chunk_size)(W, X)
-    with pytest.raises(ValueError, match=r"if its second item is auxiliary data: has_aux=True"):
+    with pytest.raises(
+        ValueError, match=r"if its second item is auxiliary data: has_aux=True"
+    ):
         pair.weighted_sum(jnp.ones(5))
     for silent in (
         lambda p, x: list(with_logits(p, x)),

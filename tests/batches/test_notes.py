@@ -1,4 +1,6 @@
-"""Errors in ``fun`` and ``outer`` say what these were called with: one note, in all modes."""
+"""Errors in ``fun`` and ``outer`` say what these were called with: one note, in all
+modes.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -69,16 +71,25 @@ def mean(outputs, *rest):
 
 
 V = jax.tree.map(jnp.ones_like, P)
-MODES = [{}, {"chunk_size": 3}, {"recompute": True}, {"recompute": True, "chunk_size": 3}]
+MODES = [
+    {},
+    {"chunk_size": 3},
+    {"recompute": True},
+    {"recompute": True, "chunk_size": 3},
+]
 CALLS = {
     "per_example_grad": per_example_grad,
     "per_example_value_and_grad": per_example_value_and_grad,
     "chain_rule_grad": lambda fun, **mode: chain_rule_grad(mean, fun, **mode),
-    "chain_rule_value_and_grad": lambda fun, **mode: chain_rule_value_and_grad(mean, fun, **mode),
+    "chain_rule_value_and_grad": lambda fun, **mode: chain_rule_value_and_grad(
+        mean, fun, **mode
+    ),
     "gauss_newton_product": lambda fun, **mode: (
         lambda *args: gauss_newton_product(mean, fun, **mode)(*args)(V)
     ),
-    "fisher_product": lambda fun, **mode: lambda *args: fisher_product(fun, **mode)(*args)(V),
+    "fisher_product": lambda fun, **mode: (
+        lambda *args: fisher_product(fun, **mode)(*args)(V)
+    ),
     "jacobian": lambda fun, **mode: lambda *args: jacobian(fun, **mode)(*args).norms(),
     "value_and_jacobian": lambda fun, **mode: (
         lambda *args: value_and_jacobian(fun, **mode)(*args)[1].sum()
@@ -102,10 +113,15 @@ def test_an_error_in_fun_has_one_note(name, mode):
 
 @pytest.mark.parametrize("name, mode", CASES)
 def test_an_error_in_a_backward_pass_has_the_note(name, mode):
-    if name in ("gauss_newton_product", "fisher_product"):  # J v is forward mode: JAX refuses
+    if name in (
+        "gauss_newton_product",
+        "fisher_product",
+    ):  # J v is forward mode: JAX refuses
         assert notes(lambda: CALLS[name](raises_backwards, **mode)(P, X, Y)) == [OF_FUN]
     else:
-        assert notes(lambda: CALLS[name](raises_backwards, **mode)(P, X, Y), Raised) == [OF_FUN]
+        assert notes(
+            lambda: CALLS[name](raises_backwards, **mode)(P, X, Y), Raised
+        ) == [OF_FUN]
 
 
 @pytest.mark.parametrize("name", ["per_example_grad", "fisher_product"])
@@ -117,8 +133,12 @@ def test_an_output_that_is_no_scalar_says_what_fun_was_called_with(name):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_an_output_that_cannot_be_differentiated_says_what_fun_was_called_with(recompute):
-    assert notes(lambda: jacobian(lambda params, x, y: 1, recompute=recompute)(P, X, Y)) == [OF_FUN]
+def test_an_output_that_cannot_be_differentiated_says_what_fun_was_called_with(
+    recompute,
+):
+    assert notes(
+        lambda: jacobian(lambda params, x, y: 1, recompute=recompute)(P, X, Y)
+    ) == [OF_FUN]
 
 
 @pytest.mark.parametrize("product", ["norms", "sum", "gram", "to_rows", "check"])
@@ -132,12 +152,16 @@ def test_an_error_that_comes_with_a_product_has_one_note(product):
         return good(params, x, y)
 
     J = jacobian(once, chunk_size=3)(P, X, Y)
-    want = OF_FUN.replace("8", "4") if product == "check" else OF_FUN  # it takes a few examples
+    want = (
+        OF_FUN.replace("8", "4") if product == "check" else OF_FUN
+    )  # it takes a few examples
     assert notes(getattr(J, product), RuntimeError) == [want]
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
-@pytest.mark.parametrize("made", [chain_rule_grad, chain_rule_value_and_grad, gauss_newton_product])
+@pytest.mark.parametrize(
+    "made", [chain_rule_grad, chain_rule_value_and_grad, gauss_newton_product]
+)
 def test_an_error_in_outer_has_one_note(made, chunk_size):
     def outer(outputs, params, labels, weights):
         return outputs @ labels
@@ -154,7 +178,9 @@ outer was called with the outputs of all examples, stacked:
   outer_args[0]: float32[3,2]
   outer_args[1]['a']: float32[2]"""
     assert notes(lambda: call(outer)) == [words]
-    assert notes(lambda: call(lambda outputs, params, *_: outputs), ValueError) == [words]
+    assert notes(lambda: call(lambda outputs, params, *_: outputs), ValueError) == [
+        words
+    ]
     assert notes(lambda: call(lambda outputs: jnp.sum(outputs)), TypeError) == [words]
 
 

@@ -1,4 +1,6 @@
-"""``per_example_grad`` and ``per_example_value_and_grad`` against a Python loop of ``jax.grad``."""
+"""``per_example_grad`` and ``per_example_value_and_grad`` against a Python loop of
+``jax.grad``.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,10 @@ def problem(dtype=jnp.float32, n=N):
         "b": jax.random.normal(keys[1], (4,), dtype),
         "v": jax.random.normal(keys[2], (4,), dtype),
     }
-    x, y = jax.random.normal(keys[3], (n, 3), dtype), jax.random.normal(keys[4], (n,), dtype)
+    x, y = (
+        jax.random.normal(keys[3], (n, 3), dtype),
+        jax.random.normal(keys[4], (n,), dtype),
+    )
     return params, x, y
 
 
@@ -37,12 +42,17 @@ def stack(rows):
 def test_every_row_is_its_own_gradient(chunk_size, x64):
     params, x, y = problem(jnp.float64)
     expected = stack(
-        [jax.value_and_grad(mlp)(params, *example) for example in zip(x, y, strict=True)]
+        [
+            jax.value_and_grad(mlp)(params, *example)
+            for example in zip(x, y, strict=True)
+        ]
     )
     rows = per_example_value_and_grad(mlp, chunk_size=chunk_size)
     assert tree_allclose(rows(params, x, y), expected)
     assert tree_allclose(jax.jit(rows)(params, x, y), expected)
-    assert tree_allclose(per_example_grad(mlp, chunk_size=chunk_size)(params, x, y), expected[1])
+    assert tree_allclose(
+        per_example_grad(mlp, chunk_size=chunk_size)(params, x, y), expected[1]
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -59,7 +69,9 @@ def test_argnums_as_in_jax_grad(argnums, chunk_size):
         return jnp.sum(a["w"] * jnp.sin(x) * b)
 
     a, x, b = {"w": jnp.float32(2)}, jnp.arange(N, dtype=jnp.float32), jnp.float32(3)
-    rows = per_example_grad(f, argnums, in_axes=(None, 0, None), chunk_size=chunk_size)(a, x, b)
+    rows = per_example_grad(f, argnums, in_axes=(None, 0, None), chunk_size=chunk_size)(
+        a, x, b
+    )
     expected = jax.vmap(jax.grad(f, argnums), (None, 0, None))(a, x, b)
     assert tree_allclose(rows, expected)
 
@@ -71,7 +83,12 @@ def test_axes_shared_arguments_and_keywords(chunk_size):
 
     x = jax.random.normal(KEY, (3, N))
     t = jax.random.normal(KEY, (2, N, 1))
-    args = jnp.ones(3), {"x": x, "t": (t[0], t[1])}, {"bias": 2.0, "unused": None}, jnp.tanh
+    args = (
+        jnp.ones(3),
+        {"x": x, "t": (t[0], t[1])},
+        {"bias": 2.0, "unused": None},
+        jnp.tanh,
+    )
     scale = jnp.arange(N, dtype=jnp.float32)
     in_axes = (None, {"x": -1, "t": 0}, None, None)
 
@@ -82,7 +99,9 @@ def test_axes_shared_arguments_and_keywords(chunk_size):
     def scalar(*args, **kwargs):
         return f(*args, **kwargs)[0]
 
-    rows = per_example_grad(scalar, in_axes=in_axes, chunk_size=chunk_size)(*args, scale=scale)
+    rows = per_example_grad(scalar, in_axes=in_axes, chunk_size=chunk_size)(
+        *args, scale=scale
+    )
     expected = stack([jax.grad(lambda p, i=i: of(i, p))(args[0]) for i in range(N)])
     assert tree_allclose(rows, expected)
 
@@ -119,7 +138,9 @@ def test_an_empty_batch(chunk_size):
     params, x, y = problem(n=0)
     values, grads = per_example_value_and_grad(mlp, chunk_size=chunk_size)(params, x, y)
     assert values.shape == (0,)
-    assert tree_allclose(grads, jax.tree.map(lambda p: jnp.zeros((0, *p.shape)), params))
+    assert tree_allclose(
+        grads, jax.tree.map(lambda p: jnp.zeros((0, *p.shape)), params)
+    )
 
 
 @pytest.mark.parametrize("chunk_size", CHUNKS)
@@ -128,7 +149,9 @@ def test_a_nan_row_stays_alone(chunk_size):
     bad = x.at[N - 2].set(jnp.nan)
     rows = per_example_grad(mlp, chunk_size=chunk_size)(params, bad, y)
     expected = per_example_grad(mlp)(params, x, y)
-    assert tree_allclose(rows, jax.tree.map(lambda r: r.at[N - 2].set(jnp.nan), expected))
+    assert tree_allclose(
+        rows, jax.tree.map(lambda r: r.at[N - 2].set(jnp.nan), expected)
+    )
 
 
 def test_complex_parameters_follow_jax_grad():
@@ -163,7 +186,9 @@ class TestTransformations:
         many = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
         rows = per_example_grad(mlp, chunk_size=chunk_size)
         got = jax.vmap(rows, (0, None, None))(many, x, y)
-        expected = stack([rows(jax.tree.map(lambda p, i=i: p[i], many), x, y) for i in range(2)])
+        expected = stack(
+            [rows(jax.tree.map(lambda p, i=i: p[i], many), x, y) for i in range(2)]
+        )
         assert tree_allclose(got, expected)
 
     def test_grad_through_rows(self, chunk_size):
@@ -191,7 +216,9 @@ class TestTransformations:
         assert tree_allclose(trained, expected)
         _, tangents = jax.jvp(lambda p: rows(p, x, y), (params,), (params,))
         _, wanted = jax.jvp(
-            lambda p: jax.vmap(jax.grad(mlp), (None, 0, 0))(p, x, y), (params,), (params,)
+            lambda p: jax.vmap(jax.grad(mlp), (None, 0, 0))(p, x, y),
+            (params,),
+            (params,),
         )
         assert tree_allclose(tangents, wanted)
 
@@ -199,7 +226,9 @@ class TestTransformations:
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_rows_are_not_added_up_over_devices(chunk_size, check_vma):
-    """In ``jax.shard_map``, ``jax.grad`` by replicated parameters is a sum over the devices."""
+    """In ``jax.shard_map``, ``jax.grad`` by replicated parameters is a sum over the
+    devices.
+    """
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     params, x, y = problem(n=16)
     split, whole = jax.P("d"), jax.P()

@@ -1,4 +1,6 @@
-"""Score-function estimators, as docs/chain_rule.md has them, against the sum over all actions."""
+"""Score-function estimators, as docs/chain_rule.md has them, against the sum over all
+actions.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +16,18 @@ KEY = jax.random.key(2)
 
 
 class TestScoreFunction:
-    """Policy gradients, as docs/chain_rule.md has them, against the sum over all actions."""
+    """Policy gradients, as docs/chain_rule.md has them, against the sum over all
+    actions.
+    """
 
     states = np.linspace(-1, 1, 5)
 
     def problem(self):
         keys = jax.random.split(KEY, 2)
-        params = {"w": jax.random.normal(keys[0], (3,)), "b": jax.random.normal(keys[1], (3,))}
+        params = {
+            "w": jax.random.normal(keys[0], (3,)),
+            "b": jax.random.normal(keys[1], (3,)),
+        }
         reward = jnp.asarray(np.arange(15.0).reshape(5, 3) % 7)
         return params, jnp.asarray(self.states), reward
 
@@ -38,7 +45,9 @@ class TestScoreFunction:
     @pytest.mark.parametrize("way", ["reassemble", "weighted_sum", "chain_rule"])
     @pytest.mark.parametrize("baseline", ["none", "constant", "of the parameters"])
     def test_the_mean_over_all_actions_is_the_exact_gradient(self, way, baseline, x64):
-        """Every action once, weighted by its probability: the estimator's expectation."""
+        """Every action once, weighted by its probability: the estimator's
+        expectation.
+        """
         params, states, reward = self.problem()
         state = jnp.repeat(states, 3)
         action = jnp.tile(jnp.arange(3), 5)
@@ -46,19 +55,26 @@ class TestScoreFunction:
         def value(params):  # a baseline that is itself a function of the parameters
             return jnp.sum(params["w"]) + 2.0
 
-        base = {"none": 0.0, "constant": 3.0, "of the parameters": value(params)}[baseline]
+        base = {"none": 0.0, "constant": 3.0, "of the parameters": value(params)}[
+            baseline
+        ]
         log_probs, J = value_and_jacobian(self.log_prob)(params, state, action)
-        # Neither the probability of having drawn an action nor its advantage is differentiated.
+        # Neither the probability of having drawn an action nor its advantage is
+        # differentiated.
         weights = jax.lax.stop_gradient(jnp.exp(log_probs)) / len(states)
         advantages = jax.lax.stop_gradient(reward.ravel() - base)
         assert tree_allclose(
             {
                 "weighted_sum": lambda: J.weighted_sum(weights * advantages),
                 "reassemble": lambda: reassemble(
-                    lambda logp: jnp.sum(weights * advantages * logp), log_probs, J.to_rows()
+                    lambda logp: jnp.sum(weights * advantages * logp),
+                    log_probs,
+                    J.to_rows(),
                 ),
                 "chain_rule": lambda: chain_rule_grad(
-                    lambda logp: jnp.sum(weights * advantages * logp), self.log_prob, chunk_size=4
+                    lambda logp: jnp.sum(weights * advantages * logp),
+                    self.log_prob,
+                    chunk_size=4,
                 )(params, state, action),
             }[way](),
             self.exact(params, states, reward),
@@ -102,6 +118,8 @@ class TestScoreFunction:
             squares = J.square_sum(advantages**2 / count)
             for leaf in params:
                 variance = (squares[leaf] - estimate[leaf] ** 2) / count
-                assert jnp.all(jnp.abs(estimate[leaf] - exact[leaf]) < 4 * jnp.sqrt(variance))
+                assert jnp.all(
+                    jnp.abs(estimate[leaf] - exact[leaf]) < 4 * jnp.sqrt(variance)
+                )
             spreads[name] = float(jnp.sum(squares["b"]))
         assert spreads["mean"] < spreads["none"] / 20

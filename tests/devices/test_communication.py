@@ -1,4 +1,6 @@
-"""What devices send to each other, read from the compiled programs: what the mathematics needs."""
+"""What devices send to each other, read from the compiled programs: what the
+mathematics needs.
+"""
 
 import itertools
 import math
@@ -31,7 +33,9 @@ def mlp(params, x):
 
 
 def exchanges(text):
-    """``(operation, number of entries)`` for each array that is sent, from a compiled program."""
+    """``(operation, number of entries)`` for each array that is sent, from a compiled
+    program.
+    """
     found = []
     for shapes, name in re.findall(rf" = (.*?) ({SENDS})(?:-start)?\(", text):
         for dims in re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]*)\]", shapes):
@@ -40,12 +44,19 @@ def exchanges(text):
 
 
 def sent(call, kind, names=None, positions=()):
-    """What is sent where the batch is sharded over eight devices, and parameters over `names`."""
+    """What is sent where the batch is sharded over eight devices, and parameters over
+    `names`.
+    """
     spec = P(names)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     with jax.set_mesh(mesh):
-        params = [jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec)) for shape in SHAPES]
-        x = jax.device_put(jnp.ones((N, *positions, WIDTHS[0])), NamedSharding(mesh, P("data")))
+        params = [
+            jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
+            for shape in SHAPES
+        ]
+        x = jax.device_put(
+            jnp.ones((N, *positions, WIDTHS[0])), NamedSharding(mesh, P("data"))
+        )
         out = jax.eval_shape(call, params, x)
         is_sum = isinstance(out, list) and [leaf.shape for leaf in out] == SHAPES
         options = {"out_shardings": NamedSharding(mesh, spec)} if is_sum else {}
@@ -75,8 +86,12 @@ def chain_rule(settings):
 
 SUMS = {
     "sum": lambda settings: lambda p, x: jacobian(mlp, **settings)(p, x).sum(),
-    "clipped": lambda settings: lambda p, x: jacobian(mlp, **settings)(p, x).clip(0.5).sum(),
-    "squares": lambda settings: lambda p, x: jacobian(mlp, **settings)(p, x).square_sum(),
+    "clipped": lambda settings: (
+        lambda p, x: jacobian(mlp, **settings)(p, x).clip(0.5).sum()
+    ),
+    "squares": lambda settings: (
+        lambda p, x: jacobian(mlp, **settings)(p, x).square_sum()
+    ),
     "chain rule": chain_rule,
 }
 CASES = [
@@ -88,7 +103,9 @@ CASES = [
 @both_kinds
 @pytest.mark.parametrize("name, settings, positions", CASES, ids=str)
 def test_a_sum_over_rows_is_one_sum_over_devices(kind, name, settings, positions):
-    """Of as many numbers as there are parameters, whatever N is, and of a scalar at the most."""
+    """Of as many numbers as there are parameters, whatever N is, and of a scalar at the
+    most.
+    """
     found = sent(SUMS[name](settings), kind, positions=positions)
     assert {name for name, _ in found} == {"all-reduce"}, found
     large = [size for _, size in found if size > 1]
@@ -111,7 +128,9 @@ def test_numbers_per_row_send_nothing(kind, settings, positions):
 @pytest.mark.parametrize("settings", [{}, {"recompute": True}], ids=str)
 @pytest.mark.parametrize("positions", [(), (T,)], ids=["vectors", "sequences"])
 def test_a_gramian_gathers_factors_and_no_rows(kind, settings, positions):
-    found = sent(lambda p, x: jacobian(mlp, **settings)(p, x).gram(), kind, positions=positions)
+    found = sent(
+        lambda p, x: jacobian(mlp, **settings)(p, x).gram(), kind, positions=positions
+    )
     assert {name for name, _ in found} == {"all-gather"}, found
     factors = N * math.prod(positions) * FACTORS
     assert sum(size for _, size in found) == factors, found
@@ -121,15 +140,21 @@ def test_a_gramian_gathers_factors_and_no_rows(kind, settings, positions):
 @both_kinds
 @pytest.mark.parametrize("settings", [{}, {"recompute": True}], ids=str)
 def test_sharded_parameters_are_gathered_once_and_their_sums_scattered(kind, settings):
-    """XLA scatters as it sums where it has the pass for it; on CPUs it sums, and then cuts.
+    """XLA scatters as it sums where it has the pass for it; on CPUs it sums, and then
+    cuts.
 
-    What is recomputed is gathered again where XLA sees to it: nothing is held between two passes.
+    What is recomputed is gathered again where XLA sees to it: nothing is held between
+    two passes.
     """
-    found = sent(lambda p, x: jacobian(mlp, **settings)(p, x).clip(0.5).sum(), kind, names="data")
+    found = sent(
+        lambda p, x: jacobian(mlp, **settings)(p, x).clip(0.5).sum(), kind, names="data"
+    )
     names = {name for name, _ in found}
     assert names <= {"all-gather", "all-reduce", "reduce-scatter"}, found
     passes = 2 if settings and kind == AxisType.Auto else 1
-    assert sum(size for name, size in found if name == "all-gather") == passes * COUNT, found
+    assert (
+        sum(size for name, size in found if name == "all-gather") == passes * COUNT
+    ), found
     sums = [size for name, size in found if name == "all-reduce"]
     if passes == 2:  # one number tells XLA that the second pass is taken
         assert sums.count(1) <= 1, found

@@ -1,4 +1,6 @@
-"""Every call on eight devices, however batch and parameters are laid out, is as on one."""
+"""Every call on eight devices, however batch and parameters are laid out, is as on
+one.
+"""
 
 import functools
 
@@ -44,7 +46,10 @@ OTHERS = (
 )
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(x, marks=[pytest.mark.any_release] * (x not in TYPICAL)) for x in LAYOUTS],
+    [
+        pytest.param(x, marks=[pytest.mark.any_release] * (x not in TYPICAL))
+        for x in LAYOUTS
+    ],
 )
 def test_many_devices_give_what_one_gives(layout, call):
     with jax.enable_x64(True):
@@ -63,7 +68,9 @@ def test_sketches_are_the_same_on_many_devices(layout):
 
 
 def test_rows_some_at_a_time_inside_shard_map():
-    """What loops over rows add to varies over the devices from the start, as its checks ask."""
+    """What loops over rows add to varies over the devices from the start, as its checks
+    ask.
+    """
     params = {"w": jnp.sin(jnp.arange(35.0)).reshape(7, 5)}
     x = jnp.cos(jnp.arange(16.0 * 9 * 7)).reshape(16, 9, 7)
 
@@ -93,7 +100,9 @@ EIGHT = {
 
 
 def product(params, x):
-    """Its gradient by params["w"] is x, which tells rows of examples from sums of them."""
+    """Its gradient by params["w"] is x, which tells rows of examples from sums of
+    them.
+    """
     return jnp.dot(params["w"], x) + params["b"]
 
 
@@ -108,9 +117,11 @@ def manually(fun, checked, out):
 
 
 def test_the_trap_of_jax_36886():
-    """In ``jax.shard_map``, ``jax.grad`` by replicated parameters adds up over the devices.
+    """In ``jax.shard_map``, ``jax.grad`` by replicated parameters adds up over the
+    devices.
 
-    With the default checks ``vmap(grad)`` has rows of the right shape and the wrong value.
+    With the default checks ``vmap(grad)`` has rows of the right shape and the wrong
+    value.
     """
 
     def plain(params, x):
@@ -118,7 +129,9 @@ def test_the_trap_of_jax_36886():
 
     trapped = manually(plain, True, P("data"))
     assert trapped.shape == X.shape
-    assert tree_allclose(trapped[0], X[::2].sum(axis=0))  # of the first example on each device
+    assert tree_allclose(
+        trapped[0], X[::2].sum(axis=0)
+    )  # of the first example on each device
     for checked in (True, False):
         for call in (
             per_example_grad(product),
@@ -126,7 +139,9 @@ def test_the_trap_of_jax_36886():
             lambda *args: jacobian(product, recompute=True)(*args).to_rows(),
         ):
             assert tree_allclose(manually(call, checked, P("data"))["w"], X)
-        clipped = manually(lambda *args: jacobian(product)(*args).norms(), checked, P("data"))
+        clipped = manually(
+            lambda *args: jacobian(product)(*args).norms(), checked, P("data")
+        )
         assert tree_allclose(clipped, jacobian(product)(PARAMS, X).norms())
 
 
@@ -156,7 +171,9 @@ def test_sums_stay_on_their_device_unless_asked(checked, settings):
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_value_that_devices_have_agreed_on_is_not_added_up(checked):
-    """Where an outer loss ends in ``psum``, checks know that its value is one for all devices."""
+    """Where an outer loss ends in ``psum``, checks know that its value is one for all
+    devices.
+    """
 
     def outer(outputs):
         return jax.lax.psum(jnp.sum(outputs**2), "data")
@@ -164,7 +181,9 @@ def test_a_value_that_devices_have_agreed_on_is_not_added_up(checked):
     chain = chain_rule_value_and_grad(outer, product, axis_name="data")
     value, grad = manually(chain, checked, P())
     want = chain_rule_value_and_grad(lambda f: jnp.sum(f**2), product)(PARAMS, X)
-    times = 1 if checked else 8  # unchecked, a psum is its own transpose: each device has a loss
+    times = (
+        1 if checked else 8
+    )  # unchecked, a psum is its own transpose: each device has a loss
     assert tree_allclose(value, times * want[0])
     assert tree_allclose(grad["w"], times * want[1]["w"])
 
@@ -172,7 +191,9 @@ def test_a_value_that_devices_have_agreed_on_is_not_added_up(checked):
 @pytest.mark.parametrize("kind", EIGHT)
 @pytest.mark.parametrize("settings", [{}, {"recompute": True}, {"chunk_size": 8}])
 def test_a_batch_that_does_not_divide_the_devices(kind, settings):
-    """Examples are repeated up to the next multiple, with weight zero: no NaN comes of that."""
+    """Examples are repeated up to the next multiple, with weight zero: no NaN comes of
+    that.
+    """
 
     def fun(params, x):  # zeros in the place of examples would make NaN of 0 / 0
         return jnp.sum(x @ params["w"] / jnp.linalg.norm(x))
@@ -185,8 +206,12 @@ def test_a_batch_that_does_not_divide_the_devices(kind, settings):
     def step(params, x, weights):
         J = jacobian(fun, **settings)(params, x)
         outer = lambda outputs, weights: jnp.sum(weights * outputs**2)  # noqa: E731
-        chain = chain_rule_value_and_grad(outer, fun, chunk_size=settings.get("chunk_size"))
-        return J.clip(0.5).weighted_sum(weights), chain(params, x, outer_args=(weights,))
+        chain = chain_rule_value_and_grad(
+            outer, fun, chunk_size=settings.get("chunk_size")
+        )
+        return J.clip(0.5).weighted_sum(weights), chain(
+            params, x, outer_args=(weights,)
+        )
 
     want = step(params, x, jnp.ones(len(x)))
     with jax.set_mesh(EIGHT[kind]):
@@ -222,7 +247,9 @@ def test_reports_of_sharded_rows(kind):
             assert tree_allclose(J[:8].norms(), np.asarray(J.norms())[:8])
 
 
-@pytest.mark.parametrize("settings", [{}, {"recompute": True}, {"chunk_size": 8}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"recompute": True}, {"chunk_size": 8}], ids=str
+)
 def test_slices_of_rows_with_parameters_that_are_sharded_as_the_batch_is(settings):
     def f(params, x):
         return jnp.sum(jnp.tanh(jnp.tanh(x @ params["w"]) @ params["v"]))
@@ -238,10 +265,14 @@ def test_slices_of_rows_with_parameters_that_are_sharded_as_the_batch_is(setting
         arrays = jax.device_put(params, spec), jax.device_put(X / 48, P("data"))
         norms, *sums = jax.jit(products)(*arrays)
         assert tree_allclose([norms, *sums], list(want))
-        assert all(jax.typeof(x[n]).sharding.spec == spec[n] for x in sums for n in spec)
+        assert all(
+            jax.typeof(x[n]).sharding.spec == spec[n] for x in sums for n in spec
+        )
 
 
-@pytest.mark.parametrize("shape", [(4, 2, 3, 3), (32, 32, 3, 3)], ids=["rows", "windows"])
+@pytest.mark.parametrize(
+    "shape", [(4, 2, 3, 3), (32, 32, 3, 3)], ids=["rows", "windows"]
+)
 def test_chunked_sums_of_convolutions_over_explicit_axes(shape):
     def f(kernel, x):
         return jnp.sum(jnp.tanh(jax.lax.conv(x[None], kernel, (1, 1), "SAME")))
@@ -259,7 +290,9 @@ def test_chunked_sums_of_convolutions_over_explicit_axes(shape):
 
 
 def test_an_accumulator_of_each_device():
-    """``jax.lax.psum`` merges accumulators, and so the gradients of uneven local batches."""
+    """``jax.lax.psum`` merges accumulators, and so the gradients of uneven local
+    batches.
+    """
 
     def mean(params, x):
         J = jacobian(product)(params, x)

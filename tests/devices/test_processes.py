@@ -1,4 +1,6 @@
-"""Several processes over ``jax.distributed``: the same as one, no hanging, and a way to go on."""
+"""Several processes over ``jax.distributed``: the same as one, no hanging, and a way to
+go on.
+"""
 
 import json
 import os
@@ -17,8 +19,11 @@ from helpers import tree_allclose
 pytestmark = pytest.mark.any_release
 
 WORKER = Path(__file__).resolve().parents[1] / "support" / "worker.py"
-STARTING = 150  # seconds that two processes may take to start and compile on a busy machine
-ENDING = 90  # seconds after which a process that lost its peer has ended; its heartbeat takes 10
+STARTING = (
+    150  # seconds that two processes may take to start and compile on a busy machine
+)
+# Seconds after which a process that lost its peer has ended; its heartbeat takes 10.
+ENDING = 90
 
 
 class Run:
@@ -40,9 +45,12 @@ class Run:
             self.started.append(
                 subprocess.Popen(
                     [sys.executable, str(WORKER), json.dumps(arguments)],
-                    stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
                 )
-            )  # fmt: skip
+            )
 
     def __enter__(self):
         return self
@@ -114,7 +122,9 @@ def test_a_killed_run_resumes_from_its_checkpoint(tmp_path, in_one_process):
     checkpoints = {"checkpoints": str(tmp_path / "checkpoints")}
     with Run(tmp_path / "first", 2, pause=5, **checkpoints) as run:
         run.wait_for("waiting")
-    with Run(tmp_path / "second", 2, output=str(tmp_path / "params.npz"), **checkpoints) as run:
+    with Run(
+        tmp_path / "second", 2, output=str(tmp_path / "params.npz"), **checkpoints
+    ) as run:
         run.finish()
         assert "resumed at step 4" in run.said(0)
         assert "step 4:" not in run.said(0)

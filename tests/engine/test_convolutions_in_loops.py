@@ -20,7 +20,9 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def bodies(equation):
-    """The jaxprs among the parameters of an equation, each as a closed or open jaxpr."""
+    """The jaxprs among the parameters of an equation, each as a closed or open
+    jaxpr.
+    """
     for value in jax.tree.leaves(list(equation.params.values())):
         if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
             yield value
@@ -50,14 +52,17 @@ def is_canonical(numbers):
 
 
 def random_convolution(seed):
-    """A convolution of 1 to 3 spatial axes in any order, with every option that there is."""
+    """A convolution of 1 to 3 spatial axes in any order, with every option that there
+    is.
+    """
     rng = np.random.default_rng(seed)
     space = int(rng.integers(1, 4))
     groups, batch_groups = [(1, 1), (1, 1), (3, 1), (1, 2)][seed % 4]
     image = (2 * batch_groups, 2 * groups, *rng.integers(5, 8, space))
     kernel = (2 * groups * batch_groups, 2, *rng.integers(1, 4, space))
     specs = [tuple(int(i) for i in rng.permutation(space + 2)) for _ in range(3)]
-    # A spec says where each of the axes (batch, features, *space) stands in the operand.
+    # A spec says where each of the axes (batch, features, *space) stands in the
+    # operand.
     operands = [
         jnp.asarray(rng.standard_normal([shape[i] for i in np.argsort(spec)]))
         for shape, spec in zip((image, kernel), specs, strict=False)
@@ -86,7 +91,8 @@ def test_a_convolution_and_its_gradients_stay_what_they_are(seed):
     got, wanted = jax.jit(lambda *x: (rewritten(*x), with_gradients(*x)))(*operands)
     assert tree_allclose(got, wanted, rtol=1e-12)
     before, after = (
-        list(convolutions(jax.make_jaxpr(f)(*operands))) for f in (with_gradients, rewritten)
+        list(convolutions(jax.make_jaxpr(f)(*operands)))
+        for f in (with_gradients, rewritten)
     )
     assert len(before) == len(after) == 3
     assert not all(map(is_canonical, before))
@@ -110,7 +116,9 @@ custom.defvjp(
 
 
 def in_scan(kernel, image):
-    return lax.scan(lambda x, _: (jnp.tanh(filtered(kernel, x)), None), image, length=2)[0]
+    return lax.scan(
+        lambda x, _: (jnp.tanh(filtered(kernel, x)), None), image, length=2
+    )[0]
 
 
 def in_branch(kernel, image):
@@ -133,7 +141,9 @@ KERNEL = np.random.default_rng(1).standard_normal((2, 2, 3, 3)) / 4
 IMAGES = np.random.default_rng(2).standard_normal((7, 1, 2, 5, 4))
 
 
-@pytest.mark.parametrize("fun", [in_scan, in_branch, in_while, in_loops_and_calls, custom])
+@pytest.mark.parametrize(
+    "fun", [in_scan, in_branch, in_while, in_loops_and_calls, custom]
+)
 def test_the_bodies_of_loops_branches_and_calls_are_rewritten(fun):
     rewritten = with_canonical_convolutions(fun)
     found = list(convolutions(jax.make_jaxpr(rewritten)(KERNEL, IMAGES[0])))
@@ -143,7 +153,8 @@ def test_the_bodies_of_loops_branches_and_calls_are_rewritten(fun):
     assert tree_allclose(got, wanted, rtol=1e-12)
     if fun is not in_while:  # has no reverse mode
         gradients = [
-            jax.grad(lambda k, f=f: jnp.sum(f(k, IMAGES[0]) ** 2)) for f in (rewritten, fun)
+            jax.grad(lambda k, f=f: jnp.sum(f(k, IMAGES[0]) ** 2))
+            for f in (rewritten, fun)
         ]
         got, wanted = jax.jit(lambda k: [gradient(k) for gradient in gradients])(KERNEL)
         assert tree_allclose(got, wanted, rtol=1e-12)
@@ -154,7 +165,9 @@ def test_a_function_without_convolutions_is_the_same_program():
         return lax.scan(lambda c, y: (c @ jnp.tanh(y), c), x, jnp.stack([x, x]))
 
     x = jnp.eye(3)
-    got, wanted = (jax.make_jaxpr(f)(x) for f in (with_canonical_convolutions(fun), fun))
+    got, wanted = (
+        jax.make_jaxpr(f)(x) for f in (with_canonical_convolutions(fun), fun)
+    )
     assert str(got) == str(wanted)
 
 
@@ -163,7 +176,9 @@ def test_a_linear_solver_stays_as_it_is():
         return 3 * image + filtered(kernel, image)
 
     def sharpened(kernel, image):
-        return jax.scipy.sparse.linalg.cg(lambda x: blurred(kernel, x), image, maxiter=5)[0]
+        return jax.scipy.sparse.linalg.cg(
+            lambda x: blurred(kernel, x), image, maxiter=5
+        )[0]
 
     def loss(kernel, image):
         return jnp.sum(sharpened(kernel, image) ** 2)
@@ -191,12 +206,18 @@ def test_a_function_is_traced_once():
 
 
 def outer(embeddings):
-    return jnp.sum(jax.nn.logsumexp(jnp.einsum("nchw,mchw->nm", embeddings, embeddings), axis=1))
+    return jnp.sum(
+        jax.nn.logsumexp(jnp.einsum("nchw,mchw->nm", embeddings, embeddings), axis=1)
+    )
 
 
 PROGRAMS = {
-    "clip, recompute": lambda k: jacobian(filtered_loss, recompute=True)(k, IMAGES).clip(1.0).sum(),
-    "clip, chunks": lambda k: jacobian(filtered_loss, chunk_size=3)(k, IMAGES).clip(1.0).sum(),
+    "clip, recompute": lambda k: (
+        jacobian(filtered_loss, recompute=True)(k, IMAGES).clip(1.0).sum()
+    ),
+    "clip, chunks": lambda k: (
+        jacobian(filtered_loss, chunk_size=3)(k, IMAGES).clip(1.0).sum()
+    ),
     "chain rule, chunks": lambda k: chain_rule_grad(
         outer, lambda kernel, image: filtered(kernel, image)[0], chunk_size=3
     )(k, IMAGES),
@@ -221,11 +242,15 @@ def test_chunks_on_every_device(options):
     def clipped(kernel, images, **options):
         return jacobian(filtered_loss, **options)(kernel, images).clip(1.0).sum()
 
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = jax.make_mesh(
+        (2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2]
+    )
     on_devices = jax.shard_map(
         functools.partial(clipped, axis_name="data", **options),
         mesh=mesh,
         in_specs=(P(), P("data")),
         out_specs=P(),
     )
-    assert tree_allclose(jax.jit(on_devices)(KERNEL, images), clipped(KERNEL, images), rtol=1e-12)
+    assert tree_allclose(
+        jax.jit(on_devices)(KERNEL, images), clipped(KERNEL, images), rtol=1e-12
+    )

@@ -1,4 +1,6 @@
-"""What a function does besides returning values: right where it can be pure, refused elsewhere."""
+"""What a function does besides returning values: right where it can be pure, refused
+elsewhere.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +83,15 @@ def test_references_are_values(fun, mode, x64):
     def products(p, x):
         outputs, J = value_and_jacobian(fun, **mode)(p, x)
         clipped = J.clip(0.1)
-        return outputs, J.sum(), J.norms(), clipped.sum(), J.gram(), J.square_sum(), J.to_rows()
+        return (
+            outputs,
+            J.sum(),
+            J.norms(),
+            clipped.sum(),
+            J.gram(),
+            J.square_sum(),
+            J.to_rows(),
+        )
 
     outputs, total, norms, clipped, gram, squares, stacked = products(p, x)
     assert_close(outputs, jax.vmap(fun, (None, 0))(p, x), 1e-11)
@@ -124,7 +134,9 @@ class TestReferencesFromOutside:
     @pytest.mark.parametrize("mode", AGAIN.values(), ids=AGAIN)
     def test_where_each_product_would_read_it_anew_it_is_refused(self, mode):
         ref = jax.new_ref(jnp.ones(3))
-        with pytest.raises(NotImplementedError, match=r"reads a reference .* pass its value"):
+        with pytest.raises(
+            NotImplementedError, match=r"reads a reference .* pass its value"
+        ):
             jacobian(lambda p, x: jnp.sum(x @ p * ref[...]), **mode)(P, X)
 
     @modes
@@ -142,7 +154,9 @@ class TestReferencesFromOutside:
 class TestCallsOutOfTheProgram:
     @staticmethod
     def fun(p, x):
-        scale = io_callback(lambda: np.float32(3.0), jax.ShapeDtypeStruct((), "float32"))
+        scale = io_callback(
+            lambda: np.float32(3.0), jax.ShapeDtypeStruct((), "float32")
+        )
         return jnp.sum(x @ p) * scale
 
     def test_a_result_that_is_fetched_once_is_a_value(self):
@@ -164,7 +178,9 @@ class TestCallsOutOfTheProgram:
         def bare(p, x):
             return jnp.sum(jnp.tanh(x @ p))
 
-        assert tree_allclose(jacobian(fun, **mode)(P, X).sum(), jacobian(bare)(P, X).sum())
+        assert tree_allclose(
+            jacobian(fun, **mode)(P, X).sum(), jacobian(bare)(P, X).sum()
+        )
 
     def test_an_effect_that_nobody_knows_is_refused_by_name(self):
         from jax._src.lax.lax import (
@@ -174,7 +190,9 @@ class TestCallsOutOfTheProgram:
         class Surprise(NoDCEEffect):
             pass
 
-        equation = jax.make_jaxpr(jnp.sin)(1.0).jaxpr.eqns[0].replace(effects={Surprise()})
+        equation = (
+            jax.make_jaxpr(jnp.sin)(1.0).jaxpr.eqns[0].replace(effects={Surprise()})
+        )
         from pytree_grads._jax import effects as _effects
 
         with pytest.raises(NotImplementedError, match=r"effect .*Surprise.*, of sin"):
@@ -186,7 +204,9 @@ def closes_over_the_example(p, x):
     def go(w):
         return jnp.tanh(x @ w)
 
-    go.defvjp(lambda w: (go(w), jnp.cosh(x @ w)), lambda c, t: (jnp.outer(x, t / c**2),))
+    go.defvjp(
+        lambda w: (go(w), jnp.cosh(x @ w)), lambda c, t: (jnp.outer(x, t / c**2),)
+    )
     return jnp.sum(go(p) ** 2)
 
 
@@ -224,13 +244,17 @@ class TestRulesThatHoldForOneExample:
         J.check()
 
     @pytest.mark.parametrize("chunk_size", [None, 2])
-    @pytest.mark.parametrize("fun", [closes_over_the_example, sparse], ids=lambda f: f.__name__)
+    @pytest.mark.parametrize(
+        "fun", [closes_over_the_example, sparse], ids=lambda f: f.__name__
+    )
     def test_the_chain_rule_says_what_is_in_the_way(self, fun, chunk_size):
         with pytest.raises(NotImplementedError, match="custom_vjp uses of the example"):
             chain_rule_grad(jnp.sum, fun, chunk_size=chunk_size)(P, X)
 
     def test_check_finds_sums_that_are_not_linear(self):
         J = jacobian(clips_its_cotangent, recompute=True)(P, X)
-        object.__setattr__(J._rows, "pulls_back", True)  # as if the rule had not been seen
+        object.__setattr__(
+            J._rows, "pulls_back", True
+        )  # as if the rule had not been seen
         with pytest.raises(ValueError, match="weighted_sum"):
             J.check()

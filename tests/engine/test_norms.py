@@ -1,4 +1,6 @@
-"""What norms are put together from: many leaves of one form, products of arrays, powers of two."""
+"""What norms are put together from: many leaves of one form, products of arrays, powers
+of two.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +62,9 @@ class TestManySmallVectors:
             assert tree_allclose(norms_of(clipped), np.minimum(norms_of(rows), 0.1))
             for layer, own, bound in zip(by_layer, rows, bounds, strict=True):
                 factor = np.minimum(1, bound / norms_of(own))[:, None]
-                assert tree_allclose(layer, jax.tree.map(lambda r, f=factor: r * f, own))
+                assert tree_allclose(
+                    layer, jax.tree.map(lambda r, f=factor: r * f, own)
+                )
 
         if isinstance(norms, tuple):
             for parts in zip(norms, clipped, by_layer, rows, strict=True):
@@ -107,7 +111,9 @@ class TestManySmallVectors:
         def plain(p):
             return jnp.sum(norms_of(jax.vmap(jax.grad(loss), (None, 0))(p, x)))
 
-        assert tree_allclose(jax.jit(jax.grad(penalty))(params), jax.grad(plain)(params))
+        assert tree_allclose(
+            jax.jit(jax.grad(penalty))(params), jax.grad(plain)(params)
+        )
 
 
 @modes
@@ -116,7 +122,9 @@ class TestTheRange:
 
     def test_rows_in_and_out_of_the_range_of_squares(self, mode):
         x = jnp.array([[3.0, 4.0]]) * jnp.array([[1.0], [1e-30], [1e30], [0.0]])
-        norms = jax.jit(lambda x: jacobian(lambda p, x: p @ x, **mode)(jnp.ones(2), x).norms())
+        norms = jax.jit(
+            lambda x: jacobian(lambda p, x: p @ x, **mode)(jnp.ones(2), x).norms()
+        )
         assert tree_allclose(norms(x), jnp.array([5.0, 5e-30, 5e30, 0.0]), rtol=1e-6)
         assert norms(x[:1]) == 5
 
@@ -126,7 +134,9 @@ class TestTheRange:
             return a @ (p @ b)
 
         x = jnp.array([[1e-19, 9e-20], [1e-19, 1e-18], [1e19, 1e16]])
-        norms = jax.jit(lambda p: jacobian(fun, **mode)(p, x).norms())(jnp.ones((1000, 1000)))
+        norms = jax.jit(lambda p: jacobian(fun, **mode)(p, x).norms())(
+            jnp.ones((1000, 1000))
+        )
         assert tree_allclose(norms, jnp.array([9e-36, 1e-34, 1e38]), rtol=1e-5)
 
     @pytest.mark.parametrize("count", [1, 5])
@@ -143,7 +153,9 @@ class TestTheRange:
         x = np.arange(1.0, 7.0).reshape(1, 2, 3) * sizes[:, :, None]
         params = [jnp.ones((3, 3), jnp.float32)] * count
         for f, factor, rows in ((fun, 1, x), (twice, 2, x[2:])):
-            norms = jax.jit(lambda p, x, f=f: jacobian(f, **mode)(p, x).norms())(params, rows)
+            norms = jax.jit(lambda p, x, f=f: jacobian(f, **mode)(p, x).norms())(
+                params, rows
+            )
             assert norms.dtype == np.float32
             want = factor * count**0.5 * np.prod(np.linalg.norm(rows, axis=2), axis=1)
             assert tree_allclose(norms, want.astype(np.float32), rtol=1e-5)
@@ -164,7 +176,9 @@ def of_experts(p, x, c):
 
 
 def of_positions(p, x, c):
-    """Pairs that cancel: the signs of the second position are those of the first, turned."""
+    """Pairs that cancel: the signs of the second position are those of the first,
+    turned.
+    """
     return jnp.sum((x @ p[0]) * c)
 
 
@@ -174,10 +188,14 @@ def of_a_weight_twice(p, x, c):
 
 
 def of_windows(p, x, c):
-    """A kernel of two offsets whose second window has the large image and the small cotangent."""
+    """A kernel of two offsets whose second window has the large image and the small
+    cotangent.
+    """
     image = jnp.concatenate([x, x[:1]])[None]
     numbers = ("NWC", "WIO", "NWC")
-    out = jax.lax.conv_general_dilated(image, p, (1,), "VALID", dimension_numbers=numbers)
+    out = jax.lax.conv_general_dilated(
+        image, p, (1,), "VALID", dimension_numbers=numbers
+    )
     return jnp.sum(out[0] * c)
 
 
@@ -188,7 +206,9 @@ def of_windows(p, x, c):
     "fun", [over_a_scan, of_experts, of_positions, of_a_weight_twice, of_windows]
 )
 def test_factors_that_share_the_size_of_a_row_in_opposite_ways(fun, ratio, dtype, mode):
-    """One is large where the other is small, in one block or position, and the other way round."""
+    """One is large where the other is small, in one block or position, and the other
+    way round.
+    """
     keys = jax.random.split(jax.random.key(0), 2)
     share = jnp.array([ratio, 1 / ratio]).reshape(1, 2, 1)
     x = (jax.random.normal(keys[0], (N, 2, 12)) * share).astype(dtype)
@@ -203,11 +223,15 @@ def test_factors_that_share_the_size_of_a_row_in_opposite_ways(fun, ratio, dtype
     np.testing.assert_allclose(J.norms(), want, rtol=tolerance)
     np.testing.assert_allclose(J.clip(0.5).norms(), 0.5, rtol=tolerance)
     clipped = np.asarray(J.clip(0.5).to_rows().astype("float32"), "float64")
-    np.testing.assert_allclose(np.sqrt(np.sum(clipped**2, (1, 2, 3))), 0.5, rtol=2 * tolerance)
+    np.testing.assert_allclose(
+        np.sqrt(np.sum(clipped**2, (1, 2, 3))), 0.5, rtol=2 * tolerance
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("fun", [over_a_scan, of_experts, of_positions, of_a_weight_twice])
+@pytest.mark.parametrize(
+    "fun", [over_a_scan, of_experts, of_positions, of_a_weight_twice]
+)
 def test_a_factor_of_the_smallest_normal_number_is_not_zero(fun, dtype, x64):
     limits = jnp.finfo(dtype)
     x = jnp.full((N, 2, 12), limits.tiny, dtype)
@@ -242,7 +266,9 @@ def test_rows_that_are_nan_after_a_clip_have_no_infinite_norm(mode):
 def test_no_tracer_is_left_behind(mode):
     x = jnp.array([[1.0, 1.0], [1.0, 2.0]])
     with jax.check_tracer_leaks():
-        norms = jax.jit(lambda p: jacobian(lambda p, x: jnp.sum(p * x), **mode)(p, x).norms())
+        norms = jax.jit(
+            lambda p: jacobian(lambda p, x: jnp.sum(p * x), **mode)(p, x).norms()
+        )
         assert tree_allclose(norms(jnp.ones(2)), jnp.sqrt(jnp.array([2.0, 5.0])))
 
 
@@ -272,24 +298,34 @@ def test_dot_is_einsum(spec, dtype):
     wide = jnp.dtype(WIDE[dtype])
     found = dot(spec, x, y)
     assert found.dtype == wide
-    assert tree_allclose(found, jnp.einsum(spec, x.astype(wide), y.astype(wide)), rtol=1e-5)
+    assert tree_allclose(
+        found, jnp.einsum(spec, x.astype(wide), y.astype(wide)), rtol=1e-5
+    )
     mixed = dot(spec, x, y.astype(wide))
     assert mixed.dtype == wide
-    assert tree_allclose(mixed, jnp.einsum(spec, x.astype(wide), y.astype(wide)), rtol=1e-5)
+    assert tree_allclose(
+        mixed, jnp.einsum(spec, x.astype(wide), y.astype(wide)), rtol=1e-5
+    )
 
 
 def test_times_rows():
     x = jnp.arange(24.0).reshape(2, 3, 4)
-    assert tree_allclose(times_rows(x, jnp.arange(3.0), 1), x * jnp.arange(3.0)[None, :, None])
+    assert tree_allclose(
+        times_rows(x, jnp.arange(3.0), 1), x * jnp.arange(3.0)[None, :, None]
+    )
     assert tree_allclose(times_rows(x, x[..., 0], 0), x * x[:, :, :1])
     assert tree_allclose(times_rows(x, jnp.float32(2), 0), 2 * x)
 
 
 def scales_of_all_sizes(scale_of, dtype):
-    """Numbers from the least normal one to the largest, and their scales: powers of two."""
+    """Numbers from the least normal one to the largest, and their scales: powers of
+    two.
+    """
     limits = np.finfo(dtype)
     ends = [float(limits.tiny), 1.0, 2.0, float(limits.max)]
-    sizes = np.array([*ends, *2.0 ** np.linspace(limits.minexp, limits.maxexp - 1e-6, 999)])
+    sizes = np.array(
+        [*ends, *2.0 ** np.linspace(limits.minexp, limits.maxexp - 1e-6, 999)]
+    )
     sizes = sizes.astype(dtype)
     scales = np.asarray(scale_of(jnp.asarray(sizes)))
     assert scales.dtype == dtype
@@ -312,7 +348,8 @@ def test_scales_of_squares_are_exact_and_bring_every_norm_near_one(dtype, x64):
     squares, scales = scales_of_all_sizes(root_of, dtype)
     near = np.sqrt(squares) * scales * scales
     assert np.all((near >= 0.5) & (near <= 2))
-    # Too small, of entries that may be normal numbers; too large, of entries that are finite.
+    # Too small, of entries that may be normal numbers; too large, of entries that are
+    # finite.
     smallest, largest = root_of(jnp.asarray([0, np.inf], dtype))
     assert (limits.tiny * smallest * smallest) ** 2 >= limits.tiny
     assert np.isfinite(2.0**40 * (limits.max * largest * largest) ** 2)
@@ -321,19 +358,29 @@ def test_scales_of_squares_are_exact_and_bring_every_norm_near_one(dtype, x64):
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_leaves_of_two_dtypes_whose_factors_are_of_both(x64, chunk_size):
-    """A wide weight between narrow ones: the factors of a leaf are then of different widths."""
+    """A wide weight between narrow ones: the factors of a leaf are then of different
+    widths.
+    """
 
     def fun(p, x):
         return (jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]) ** 2
 
-    params = {"w": jnp.ones((5, 4)), "b": jnp.ones(4, "float32"), "v": jnp.ones(4, "float32")}
+    params = {
+        "w": jnp.ones((5, 4)),
+        "b": jnp.ones(4, "float32"),
+        "v": jnp.ones(4, "float32"),
+    }
     x = jnp.linspace(-1, 1, 35, dtype="float32").reshape(7, 5)
     with jax.numpy_dtype_promotion("standard"):
         rows = jax.vmap(jax.grad(fun), (None, 0))(params, x)
         J = jacobian(fun, chunk_size=chunk_size)(params, x)
         sums, norms = J.clip(1.5).sum(), J.norms()
-    flat = np.concatenate([np.float64(r).reshape(7, -1) for r in jax.tree.leaves(rows)], 1)
+    flat = np.concatenate(
+        [np.float64(r).reshape(7, -1) for r in jax.tree.leaves(rows)], 1
+    )
     want = np.linalg.norm(flat, axis=1)
     np.testing.assert_allclose(norms, want, rtol=1e-6)
     factors = np.minimum(1, 1.5 / want)
-    np.testing.assert_allclose(sums["w"], np.tensordot(factors, rows["w"], 1), rtol=1e-5)
+    np.testing.assert_allclose(
+        sums["w"], np.tensordot(factors, rows["w"], 1), rtol=1e-5
+    )

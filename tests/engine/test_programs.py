@@ -1,4 +1,6 @@
-"""What is compiled: a linear combination as by hand, and loops of layers that do not grow."""
+"""What is compiled: a linear combination as by hand, and loops of layers that do not
+grow.
+"""
 
 import re
 
@@ -22,24 +24,31 @@ def by_hand(coefficients, trees):
 
 
 def with_operators(coefficients, trees):
-    return sum(c * Vector(tree) for c, tree in zip(coefficients, trees, strict=True)).tree
+    return sum(
+        c * Vector(tree) for c, tree in zip(coefficients, trees, strict=True)
+    ).tree
 
 
 @pytest.fixture
 def arguments():
     trees = [
-        {f"leaf{i}": jnp.full(SIZE, float(k + i)) for i in range(LEAVES)} for k in range(TREES)
+        {f"leaf{i}": jnp.full(SIZE, float(k + i)) for i in range(LEAVES)}
+        for k in range(TREES)
     ]
     return jnp.linspace(0.5, 1.5, TREES), trees
 
 
 def instructions(combine, arguments):
-    """The optimised program, with numbers for names and no word of where its source stands."""
+    """The optimised program, with numbers for names and no word of where its source
+    stands.
+    """
     text = jax.jit(combine).lower(*arguments).compile().as_text()
     text = re.sub(r", metadata=\{[^}]*\}", "", text)
     lines = "\n".join(re.findall(r"^ +((?:ROOT )?%.* = .*)$", text, re.MULTILINE))
     numbers = {}
-    return re.sub(r"%[\w.-]+", lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"), lines)
+    return re.sub(
+        r"%[\w.-]+", lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"), lines
+    )
 
 
 @pytest.mark.parametrize("combine", [linear_combination, with_operators])
@@ -81,7 +90,9 @@ def test_a_loop_over_windows_takes_arrays_without_axes_of_size_one():
 
     def fun(kernels, x):
         for kernel in kernels:
-            x = jax.lax.conv_general_dilated(x[None], kernel, (1, 1), "SAME", None, None, numbers)
+            x = jax.lax.conv_general_dilated(
+                x[None], kernel, (1, 1), "SAME", None, None, numbers
+            )
             x = jnp.tanh(x[0])
         return jnp.sum(x)
 

@@ -1,4 +1,6 @@
-"""What explain says of a leaf is what its products do: the operations in their programs."""
+"""What explain says of a leaf is what its products do: the operations in their
+programs.
+"""
 
 import sys
 from contextlib import nullcontext
@@ -20,9 +22,11 @@ from _flops import _bodies, _count_equation
 
 
 def count(jaxpr):
-    """Products as the benchmarks count them, and one addition per entry of sums and scatters.
+    """Products as the benchmarks count them, and one addition per entry of sums and
+    scatters.
 
-    Norms read vectors twice, for the scale and for the square: two per entry, as explain says.
+    Norms read vectors twice, for the scale and for the square: two per entry, as
+    explain says.
     """
     total, needed = 0.0, {x for x in jaxpr.outvars if not isinstance(x, Literal)}
     for equation in reversed(jaxpr.eqns):
@@ -57,7 +61,10 @@ def per_row(fun, params, batch, product):
 
 # Models in which the two differ by more than half, and why.
 EXCEPTIONS = {
-    ("einsums_with_blocks", "norms"): "vectors of one entry: the bound of their rounding "
+    (
+        "einsums_with_blocks",
+        "norms",
+    ): "vectors of one entry: the bound of their rounding "
     "takes as many operations as their inner products",
 }
 

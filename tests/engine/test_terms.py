@@ -1,4 +1,6 @@
-"""Every product, with a kind of term that the engine does not know, beside its own kinds."""
+"""Every product, with a kind of term that the engine does not know, beside its own
+kinds.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,14 +59,17 @@ def normal(*shape):
     return jnp.asarray(rng.standard_normal(shape))
 
 
-# For each kind a term of N rows; all arrays have the axis of rows at 1 but dense ones, at 0.
+# For each kind a term of N rows; all arrays have the axis of rows at 1 but dense ones,
+# at 0.
 KINDS = {
     "diagonal": lambda n: Diagonal(normal(1, n, M)),
     "linear diagonal": lambda n: LinearDiagonal(normal(1, n, M)),
     "dense": lambda n: Dense(normal(1, n, M, M)),
     "outer": lambda n: Outer(normal(1, n, T, M), normal(1, n, T, M)),
     "outer of vectors": lambda n: Outer(normal(1, n, 1, M), normal(1, n, 1, M)),
-    "scatter": lambda n: Scatter(jnp.arange(n * T).reshape(1, n, T) % M, normal(1, n, T, M), M),
+    "scatter": lambda n: Scatter(
+        jnp.arange(n * T).reshape(1, n, T) % M, normal(1, n, T, M), M
+    ),
     "scatter of one": lambda n: Scatter(
         jnp.arange(n * T).reshape(1, n, T) ** 2 % M, normal(1, n, 1, M), M
     ),
@@ -94,7 +99,9 @@ def plain(leaf):
 def assert_close(got, want):
     want = np.asarray(want)
     assert got.shape == want.shape
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * max(1, np.max(np.abs(want))))
+    np.testing.assert_allclose(
+        got, want, rtol=0, atol=1e-12 * max(1, np.max(np.abs(want)))
+    )
 
 
 def check_products(leaf):
@@ -197,4 +204,6 @@ def test_a_single_row_whose_kernel_skips_pixels():
 
     p, x = normal(3, 32, 32), normal(1, 5, 32)
     rows = jax.vmap(jax.grad(fun), (None, 0))(p, x)
-    assert_close(jacobian(fun)(p, x).norms(), np.linalg.norm(rows.reshape(1, -1), axis=1))
+    assert_close(
+        jacobian(fun)(p, x).norms(), np.linalg.norm(rows.reshape(1, -1), axis=1)
+    )

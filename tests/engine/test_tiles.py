@@ -1,4 +1,6 @@
-"""Gramians of rows that are too large to be there at once, against those of plain rows."""
+"""Gramians of rows that are too large to be there at once, against those of plain
+rows.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,8 @@ def grouped_convolution(p, x):
     return jnp.sum(jnp.tanh(y) ** 2)
 
 
-# name: function, shapes of the parameter and of an example, and (offsets, blocks, m) of a row
+# name: function, shapes of the parameter and of an example, and (offsets, blocks, m) of
+# a row
 CASES = {
     "dense": (dense, (7, 5), (T, 7), (1, 1, 7)),
     "used twice": (used_twice, (7, 5), (T, 7), (1, 1, 7)),
@@ -71,7 +74,10 @@ def plain_rows(fun, p, x):
 
     def one(p, x):
         return jnp.stack(
-            [jax.grad(lambda p, i=i: jnp.ravel(fun(p, x))[i])(p) for i in range(outputs)]
+            [
+                jax.grad(lambda p, i=i: jnp.ravel(fun(p, x))[i])(p)
+                for i in range(outputs)
+            ]
         )
 
     return jax.vmap(one, (None, 0))(p, x).reshape(-1, p.size)
@@ -81,7 +87,9 @@ def assert_close(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * np.max(np.abs(want)))
 
 
-@pytest.fixture(params=[1, 60])  # few lines in a part, of which some were in the part before
+@pytest.fixture(
+    params=[1, 60]
+)  # few lines in a part, of which some were in the part before
 def few_entries(request):
     with few_at_once(request.param):
         yield
@@ -124,7 +132,9 @@ def test_a_gramian_by_parts_has_derivatives(case, few_entries):
 def test_gramians_with_no_rows(few_entries):
     fun, shape, example, _ = CASES["dense"]
     with factors_kept():
-        J, none = (jacobian(fun)(jnp.ones(shape), jnp.ones((n, *example))) for n in (N, 0))
+        J, none = (
+            jacobian(fun)(jnp.ones(shape), jnp.ones((n, *example))) for n in (N, 0)
+        )
         assert J.gram(none).shape == (N, 0)
         assert none.gram(J).shape == (0, N)
 
@@ -136,13 +146,19 @@ def test_rows_that_fit_or_differ_in_kind_are_not_cut(case):
 
 
 def test_each_entry_is_made_once():
-    """A program has as many products of matrices where rows are cut as where they are not."""
+    """A program has as many products of matrices where rows are cut as where they are
+    not.
+    """
     p, x = jnp.ones((64, 32)), jnp.ones((N, 16, 64))
 
     def products(entries):
         with with_thresholds(entries_at_once=entries):
-            compiled = jax.jit(lambda p, x: jacobian(dense)(p, x).gram()).lower(p, x).compile()
-        return len([line for line in compiled.as_text().splitlines() if " dot(" in line])
+            compiled = (
+                jax.jit(lambda p, x: jacobian(dense)(p, x).gram()).lower(p, x).compile()
+            )
+        return len(
+            [line for line in compiled.as_text().splitlines() if " dot(" in line]
+        )
 
     assert products(N * 32 * 16) == products(1 << 22)
 
@@ -164,11 +180,16 @@ def test_gramians_by_counts_of_the_fewer_rows(sizes, entries, x64):
     keys = jax.random.split(jax.random.key(0), 4)
     p = jax.random.normal(keys[0], (40, 3))
     batches = [
-        (jax.random.randint(keys[i], (n, 4 + i), 0, 40), jax.random.normal(keys[i + 2], (n, 3)))
+        (
+            jax.random.randint(keys[i], (n, 4 + i), 0, 40),
+            jax.random.normal(keys[i + 2], (n, 3)),
+        )
         for i, n in enumerate(sizes)
     ]
     mine, theirs = (jacobian(mean_of_words)(p, *batch) for batch in batches)
-    rows = [jax.vmap(jax.grad(mean_of_words), (None, 0, 0))(p, *batch) for batch in batches]
+    rows = [
+        jax.vmap(jax.grad(mean_of_words), (None, 0, 0))(p, *batch) for batch in batches
+    ]
     want = np.einsum("imn,jmn->ij", *rows)
     with with_thresholds(entries_at_once=entries):
         got = mine.gram(theirs)

@@ -55,7 +55,9 @@ def test_products_outside_jit_are_compiled_once(mode):
         with CompilationCounter() as counter:
             product(J)
         assert counter.count == 0, name
-    inside = jax.jit(lambda J: {k: PRODUCTS[k](J) for k in PRODUCTS if k != "check"})(make(X))
+    inside = jax.jit(lambda J: {k: PRODUCTS[k](J) for k in PRODUCTS if k != "check"})(
+        make(X)
+    )
     del first["check"]
     assert tree_allclose(first, inside)
 
@@ -73,7 +75,9 @@ def test_outputs_too(mode):
 
 
 def test_rows_that_are_kept_have_no_need_of_their_function():
-    """A function that is another object each time does not compile its products again."""
+    """A function that is another object each time does not compile its products
+    again.
+    """
     for scale in 2.0, 3.0, 3.0:
         make = jacobian(lambda p, x, s: s * recurrent(p, x), in_axes=(None, 0, None))
         J = make(P, X, np.full((), scale, np.float32))
@@ -86,7 +90,9 @@ def test_rows_that_are_kept_have_no_need_of_their_function():
 def test_an_array_of_the_host_that_changes_in_between(mode):
     table = np.ones(3, np.float32)
     make = jacobian(
-        lambda p, x, t: recurrent(p, x) * jnp.sum(t), in_axes=(None, 0, None), **MODES[mode]
+        lambda p, x, t: recurrent(p, x) * jnp.sum(t),
+        in_axes=(None, 0, None),
+        **MODES[mode],
     )
     once = make(P, X, table).sum()
     table *= 2
@@ -100,6 +106,9 @@ def test_under_transformations_outside_jit(mode):
         return jnp.sum(J.clip(0.5).sum()["w"]) + jnp.sum(J.sketch(KEY, 2))
 
     value, slope = jax.value_and_grad(total)(X)
-    again, mapped = jax.jit(jax.value_and_grad(total))(X), jax.vmap(total)(jnp.stack([X, 2 * X]))
+    again, mapped = (
+        jax.jit(jax.value_and_grad(total))(X),
+        jax.vmap(total)(jnp.stack([X, 2 * X])),
+    )
     assert tree_allclose((value, slope), again, rtol=1e-4)
     assert tree_allclose(mapped, jnp.stack([total(X), total(2 * X)]), rtol=1e-4)

@@ -19,7 +19,9 @@ KEYS = jax.random.split(jax.random.key(3), 6)
 
 
 def network(p, x, token):
-    """The leaves, in order: a bias, a convolution, a table, a shared function, T = 4 and T = 1."""
+    """The leaves, in order: a bias, a convolution, a table, a shared function, T = 4
+    and T = 1.
+    """
     h = jnp.tanh(x @ p["w"] + p["b"][None])
     h = (
         h
@@ -31,7 +33,12 @@ def network(p, x, token):
 
 
 def problem(wide=31):
-    shapes = {"w": (wide, wide), "b": (wide,), "conv": (3, wide, wide), "v": (wide, wide)}
+    shapes = {
+        "w": (wide, wide),
+        "b": (wide,),
+        "conv": (3, wide, wide),
+        "v": (wide, wide),
+    }
     shapes |= {"table": (40, wide), "shared": (3, 3)}
     names = sorted(shapes)
     params = {
@@ -64,7 +71,9 @@ class TestExplain:
     @pytest.mark.parametrize("mode", [{}, {"recompute": True}, {"chunk_size": 2}])
     def test_of_no_rows(self, mode):
         params, x, tokens = problem()
-        none, some = (jacobian(network, **mode)(params, x[:n], tokens[:n]) for n in (0, N))
+        none, some = (
+            jacobian(network, **mode)(params, x[:n], tokens[:n]) for n in (0, N)
+        )
         assert none.explain().splitlines()[:-1] == some.explain().splitlines()[:-1]
 
     def test_many_uses_of_a_weight_are_one_term(self):
@@ -83,17 +92,24 @@ class TestExplain:
     def test_it_says_that_nothing_is_kept(self, mode):
         J = jacobian(network, **mode)(*problem())
         assert "made again for each product" in J.explain()
-        assert set(self.lines(J)) >= set(self.lines(jacobian(network)(*problem()))) - {repr(J)}
+        assert set(self.lines(J)) >= set(self.lines(jacobian(network)(*problem()))) - {
+            repr(J)
+        }
 
     def test_the_numbers_are_of_one_row(self):
         params = {"w": jnp.ones((100, 200))}
-        J = jacobian(lambda p, x: jnp.sum(jnp.tanh(x @ p["w"])))(params, jnp.ones((3, 100)))
+        J = jacobian(lambda p, x: jnp.sum(jnp.tanh(x @ p["w"])))(
+            params, jnp.ones((3, 100))
+        )
         *_, flops_of_norm, flops_of_sum, bytes_kept = self.lines(J)["['w']"].split()
         assert (flops_of_norm, flops_of_sum, bytes_kept) == ("600", "40k", "1.2k")
         assert "80kB if it were" in J.explain()
 
     def test_a_weight_that_is_used_twice_and_one_with_decay(self):
-        """Four inner products of pairs; the row, since a dense term meets a factored one."""
+        """Four inner products of pairs.
+
+        The row, since a dense term meets a factored one.
+        """
 
         def twice(p, x):
             return jnp.sum(jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"].T))
@@ -102,15 +118,22 @@ class TestExplain:
             return jnp.sum(jnp.tanh(x @ p["w"])) + jnp.sum(p["w"] ** 2)
 
         def line(fun):
-            return self.lines(jacobian(fun)({"w": jnp.ones((64, 48))}, jnp.ones((N, 64))))["['w']"]
+            return self.lines(
+                jacobian(fun)({"w": jnp.ones((64, 48))}, jnp.ones((N, 64)))
+            )["['w']"]
 
         assert re.search(r"inner products +1.34k +12.3k", line(twice))
         assert re.search(r"shared by all rows +inner products +25k", line(decayed))
 
     def test_a_parameter_without_a_path_and_one_without_effect(self):
-        J = jacobian(lambda p, x: p[0] * x)((jnp.ones(()), jnp.ones((2, 2))), jnp.ones(N))
+        J = jacobian(lambda p, x: p[0] * x)(
+            (jnp.ones(()), jnp.ones((2, 2))), jnp.ones(N)
+        )
         assert re.search(r"\[1\] +2x2 +zero", J.explain())
-        assert "(the parameter)" in jacobian(jnp.multiply)(jnp.ones(()), jnp.ones(N)).explain()
+        assert (
+            "(the parameter)"
+            in jacobian(jnp.multiply)(jnp.ones(()), jnp.ones(N)).explain()
+        )
 
 
 CHECKED = (
@@ -125,7 +148,9 @@ CHECKED = (
 
 def damaged(J, name):
     """J with one number of one leaf's terms changed by much."""
-    paths = [path[0].key for path, _ in jax.tree.leaves_with_path(J._rows.origin.params)]
+    paths = [
+        path[0].key for path, _ in jax.tree.leaves_with_path(J._rows.origin.params)
+    ]
     leaves = list(J._rows.leaves)
     i = paths.index(name)
     arrays, treedef = jax.tree.flatten(leaves[i])
@@ -140,7 +165,9 @@ class TestCheck:
     @pytest.mark.parametrize("name", CHECKED)
     def test_it_passes(self, name):
         fun, params, batch = MODELS[name]()
-        with jax.numpy_dtype_promotion("standard" if MODELS[name].promotes else "strict"):
+        with jax.numpy_dtype_promotion(
+            "standard" if MODELS[name].promotes else "strict"
+        ):
             jax.jit(jacobian(fun))(params, *batch).check(2)
 
     @pytest.mark.parametrize("name", ["w", "b", "table", "v", "conv"])
@@ -157,9 +184,9 @@ class TestCheck:
             return J[2:].scale(jnp.arange(3.0)).clip(1e-3, nan_safe=True)
 
         for mode in ({}, {"chunk_size": 2}):
-            jax.jit(lambda *args, mode=mode: unlike(jacobian(network, **mode)(*args)))(*args).check(
-                2
-            )
+            jax.jit(lambda *args, mode=mode: unlike(jacobian(network, **mode)(*args)))(
+                *args
+            ).check(2)
 
     def test_a_bias_without_effect_passes(self):
         """Its gradient is only the rounding of the others."""
@@ -174,7 +201,9 @@ class TestCheck:
         J.check()
 
     def test_rows_whose_parts_cancel_pass(self):
-        """What is left of them is rounding: of norms as documented, and of every entry."""
+        """What is left of them is rounding: of norms as documented, and of every
+        entry.
+        """
 
         def pairs(p, x):
             h = x @ p["w"]
@@ -195,7 +224,9 @@ class TestCheck:
         lengths = jnp.linalg.norm(J.to_rows()["w"].reshape(4, -1), axis=1)
         assert jnp.max(lengths) < 1e-2 * jnp.max(J.norms())
 
-    @pytest.mark.parametrize("params", [jnp.float32, jnp.bfloat16], ids=["mixed", "narrow"])
+    @pytest.mark.parametrize(
+        "params", [jnp.float32, jnp.bfloat16], ids=["mixed", "narrow"]
+    )
     def test_what_is_computed_in_bfloat16(self, params):
         """The rounding is that of the narrowest numbers, not of the parameters."""
 
@@ -205,11 +236,16 @@ class TestCheck:
             return jnp.mean(x.astype(jnp.float32) ** 2)
 
         keys = jax.random.split(KEYS[4], 4)
-        p = {f"w{i}": (jax.random.normal(key, (64, 64)) / 8) for i, key in enumerate(keys)}
+        p = {
+            f"w{i}": (jax.random.normal(key, (64, 64)) / 8)
+            for i, key in enumerate(keys)
+        }
         p = jax.tree.map(lambda w: w.astype(params), p)
         J = jax.jit(jacobian(deep))(p, jax.random.normal(KEYS[5], (8, 64)))
         J.check()
-        with pytest.raises(ValueError, match=re.escape("params['w2']: to_rows differs")):
+        with pytest.raises(
+            ValueError, match=re.escape("params['w2']: to_rows differs")
+        ):
             damaged(J, "w2").check()
 
     def test_what_makes_no_floats_or_next_to_nothing(self):
@@ -255,7 +291,9 @@ def pair(p, x):
 
 J, K = jacobian(f)(P, X), jacobian(pair)(P, X)
 OTHER = jacobian(lambda p, x: p["w"] @ x)({"w": jnp.ones(2)}, X)
-COMPLEX = jacobian(lambda p, x: jnp.real(p["w"]) @ x + p["b"])({**P, "w": jnp.ones(2, complex)}, X)
+COMPLEX = jacobian(lambda p, x: jnp.real(p["w"]) @ x + p["b"])(
+    {**P, "w": jnp.ones(2, complex)}, X
+)
 
 ERRORS = {
     "fun": (lambda: jacobian(3), TypeError, "argument fun must be a function"),
@@ -264,10 +302,13 @@ ERRORS = {
     "integer parameter": (
         lambda: jacobian(f)({"w": jnp.ones(2, int), "b": 1.0}, X),
         TypeError,
-        "argument p['w'] is differentiated and must be a real or complex floating-point array",
+        "argument p['w'] is differentiated and must be a real or complex "
+        "floating-point array",
     ),
     "mapped parameter": (
-        lambda: jacobian(f, in_axes=({"w": None, "b": 0}, 0))({"w": X[0], "b": X[:, 0]}, X),
+        lambda: jacobian(f, in_axes=({"w": None, "b": 0}, 0))(
+            {"w": X[0], "b": X[:, 0]}, X
+        ),
         ValueError,
         "argument p['b'] is differentiated and mapped over axis 0",
     ),
@@ -281,11 +322,16 @@ ERRORS = {
         ValueError,
         "the batch sizes disagree",
     ),
-    "no batch": (lambda: jacobian(lambda p: p)(1.0), ValueError, "no argument is batched"),
+    "no batch": (
+        lambda: jacobian(lambda p: p)(1.0),
+        ValueError,
+        "no argument is batched",
+    ),
     "integer output": (
         lambda: jacobian(lambda p, x: 3)(P, X),
         TypeError,
-        "the output of the function to differentiate must be real and floating-point, got a value "
+        "the output of the function to differentiate must be real and floating-point, "
+        "got a value "
         "of type int: cast it, or return it with has_aux",
     ),
     "complex output": (
@@ -293,7 +339,11 @@ ERRORS = {
         TypeError,
         "outputs['z'] of the function to differentiate must be real and floating-point",
     ),
-    "no output": (lambda: jacobian(lambda p, x: None)(P, X), TypeError, "returned no arrays"),
+    "no output": (
+        lambda: jacobian(lambda p, x: None)(P, X),
+        TypeError,
+        "returned no arrays",
+    ),
     "has_aux": (
         lambda: jacobian(f, has_aux=True)(P, X),
         TypeError,
@@ -369,7 +419,8 @@ ERRORS = {
     "complex direction": (
         lambda: J @ {"w": jnp.ones(2, complex), "b": jnp.ones(())},
         ValueError,
-        "argument v['w'] does not match the parameters['w']: expected float32[2], got complex64[2]",
+        "argument v['w'] does not match the parameters['w']: expected float32[2], got "
+        "complex64[2]",
     ),
     "direction of a kind": (
         lambda: J @ {"w": "one", "b": jnp.ones(())},
@@ -384,7 +435,8 @@ ERRORS = {
     "weights of outputs": (
         lambda: K.weighted_sum({"a": jnp.ones(N), "b": jnp.ones((N, 2, 3))}),
         ValueError,
-        "argument c['b'] must have one number per row, shape (5, 2, 2), got float32[5,2,3]",
+        "argument c['b'] must have one number per row, shape (5, 2, 2), got "
+        "float32[5,2,3]",
     ),
     "structure of weights": (
         lambda: K.scale(jnp.ones(N)),
@@ -443,15 +495,28 @@ ERRORS = {
         "argument s must be a tree like the function's output, but s is not: missing "
         "keys ['b']",
     ),
-    "gram": (lambda: J.gram(X), TypeError, "argument other must be a Jacobian, got float32[5,2]"),
+    "gram": (
+        lambda: J.gram(X),
+        TypeError,
+        "argument other must be a Jacobian, got float32[5,2]",
+    ),
     "gram of others": (lambda: J.gram(OTHER), ValueError, "other"),
     "gram of real and complex rows": (
         lambda: jacobian(f)(P, X).gram(COMPLEX),
         ValueError,
-        "argument other['w'] does not match the parameters['w']: expected float32[2], got complex",
+        "argument other['w'] does not match the parameters['w']: expected float32[2], "
+        "got complex",
     ),
-    "c @ J": (lambda: jnp.ones(N) @ J, TypeError, "float32[5] @ J is not defined: J.T @ c is the"),
-    "c of the host @ J": (lambda: np.ones(N) @ J, TypeError, "float64[5] @ J is not defined"),
+    "c @ J": (
+        lambda: jnp.ones(N) @ J,
+        TypeError,
+        "float32[5] @ J is not defined: J.T @ c is the",
+    ),
+    "c of the host @ J": (
+        lambda: np.ones(N) @ J,
+        TypeError,
+        "float64[5] @ J is not defined",
+    ),
     "a scalar of the host": (
         lambda: np.float32(2) * J,
         TypeError,
@@ -462,7 +527,11 @@ ERRORS = {
         TypeError,
         "float64[5] @ J.T is not",
     ),
-    "2 * J": (lambda: 2 * J, TypeError, "2 * J is not defined: rows are scaled by J.scale(s)"),
+    "2 * J": (
+        lambda: 2 * J,
+        TypeError,
+        "2 * J is not defined: rows are scaled by J.scale(s)",
+    ),
     "J * 2": (lambda: J * 2, TypeError, "as in J.scale(jnp.full(J.shape[:-1], 2.0))"),
     "array * J": (
         lambda: jnp.ones(N) * J,
@@ -489,21 +558,49 @@ ERRORS = {
     ),
     "1 / J": (lambda: 1 / J, TypeError, "J.to_rows() are the rows as a tree"),
     "-J": (lambda: -J, TypeError, "-J is not defined: rows are scaled by J.scale(s)"),
-    "J + J": (lambda: J + J, TypeError, "J + J is not defined: Jacobians are not added"),
+    "J + J": (
+        lambda: J + J,
+        TypeError,
+        "J + J is not defined: Jacobians are not added",
+    ),
     "array + J": (lambda: np.ones(N) + J, TypeError, "float64[5] + J is not defined"),
     "J - J": (lambda: J - J, TypeError, "the jacobian of the sum of the functions"),
     "1 - J": (lambda: 1 - J, TypeError, "1 - J is not defined"),
     "J ** 2": (lambda: J**2, TypeError, "J ** 2 is not defined: J.square_sum() is"),
-    "abs": (lambda: abs(J), TypeError, "abs(J) is not defined: J.norms() are the lengths"),
+    "abs": (
+        lambda: abs(J),
+        TypeError,
+        "abs(J) is not defined: J.norms() are the lengths",
+    ),
     "float": (lambda: float(J), TypeError, "float(J) is not defined"),
     "int": (lambda: int(J), TypeError, "int(J) is not defined"),
     "complex": (lambda: complex(J), TypeError, "complex(J) is not defined"),
     "iter": (lambda: list(J), TypeError, "J[i : i + 1].to_rows() is one of them"),
-    "an array": (lambda: np.asarray(J), TypeError, "an array of J is not defined: J holds factors"),
-    "an array of JAX": (lambda: jnp.asarray(J), TypeError, "J.to_rows() are the rows as a tree"),
-    "2 * J.T": (lambda: 2 * J.T, TypeError, "2 * J.T is not defined: rows are scaled by J.scale"),
-    "an array of J.T": (lambda: np.asarray(J.T), TypeError, "an array of J.T is not defined"),
-    "J.T.norms": (lambda: J.T.norms(), AttributeError, "products are those of J, as J.norms"),
+    "an array": (
+        lambda: np.asarray(J),
+        TypeError,
+        "an array of J is not defined: J holds factors",
+    ),
+    "an array of JAX": (
+        lambda: jnp.asarray(J),
+        TypeError,
+        "J.to_rows() are the rows as a tree",
+    ),
+    "2 * J.T": (
+        lambda: 2 * J.T,
+        TypeError,
+        "2 * J.T is not defined: rows are scaled by J.scale",
+    ),
+    "an array of J.T": (
+        lambda: np.asarray(J.T),
+        TypeError,
+        "an array of J.T is not defined",
+    ),
+    "J.T.norms": (
+        lambda: J.T.norms(),
+        AttributeError,
+        "products are those of J, as J.norms",
+    ),
     "J.T.other": (lambda: J.T.other, AttributeError, "J.T has no attribute 'other'"),
     "c in J": (lambda: 1 in J, TypeError, "not iterable"),
     "J @ J": (
@@ -549,7 +646,11 @@ ERRORS = {
         TypeError,
         "argument max_norm must be a real number, got complex64[]",
     ),
-    "NaN bound": (lambda: J.clip({"w": 1.0, "b": float("nan")}), ValueError, "max_norm['b']"),
+    "NaN bound": (
+        lambda: J.clip({"w": 1.0, "b": float("nan")}),
+        ValueError,
+        "max_norm['b']",
+    ),
     "bound of rank 1": (
         lambda: J.clip(jnp.ones(2)),
         ValueError,
@@ -568,22 +669,33 @@ ERRORS = {
         "max_norm does not match: missing keys ['b']",
     ),
     "bounds below a parameter": (
-        lambda: jacobian(lambda p, x: f(p["net"], x))({"net": P}, X).clip({"net": [1.0, 2.0]}),
+        lambda: jacobian(lambda p, x: f(p["net"], x))({"net": P}, X).clip(
+            {"net": [1.0, 2.0]}
+        ),
         ValueError,
         "max_norm['net'] does not match: expected a dict, got a list of length 2",
     ),
-    "dim": (lambda: J.sketch(KEYS[0], 0), ValueError, "argument dim must be at least 1, got 0"),
+    "dim": (
+        lambda: J.sketch(KEYS[0], 0),
+        ValueError,
+        "argument dim must be at least 1, got 0",
+    ),
     "kind of key": (
         lambda: J.sketch(0, 4),
         TypeError,
-        "argument key must be a PRNG key as jax.random.key makes it, got a value of type int",
+        "argument key must be a PRNG key as jax.random.key makes it, got a value of "
+        "type int",
     ),
     "keys": (
         lambda: J.sketch(KEYS, 4),
         TypeError,
         "argument key must be a PRNG key as jax.random.key makes it, got key<fry>[6]",
     ),
-    "kind of dim": (lambda: J.sketch(KEYS[0], 2.5), TypeError, "argument dim must be an int"),
+    "kind of dim": (
+        lambda: J.sketch(KEYS[0], 2.5),
+        TypeError,
+        "argument dim must be an int",
+    ),
     "rows to check": (
         lambda: J.check(rows=-1),
         ValueError,
@@ -661,11 +773,17 @@ def mlp(p, x):
 
 class TestMemory:
     def test_many_look_ups_in_a_narrow_table(self):
-        """No pairs of places are there, of which an example has more than its row has entries."""
+        """No pairs of places are there, of which an example has more than its row has
+        entries.
+        """
         p, tokens = jnp.ones((512, 2)), jnp.arange(16 * 256).reshape(16, 256) % 300
 
         def clipped(p, tokens):
-            return jacobian(lambda p, i: jnp.sum(jnp.tanh(p[i])))(p, tokens).clip(1.0).sum()
+            return (
+                jacobian(lambda p, i: jnp.sum(jnp.tanh(p[i])))(p, tokens)
+                .clip(1.0)
+                .sum()
+            )
 
         assert temporary(clipped, p, tokens) < 16 * 256**2  # a byte for each pair
 
@@ -681,7 +799,14 @@ class TestMemory:
         def step(p, x):
             outputs, J = value_and_jacobian(mlp)(p, x)
             clipped = J.clip(1.0)
-            return outputs, J.norms(), clipped.sum(), J.gram(), J @ p, clipped.square_sum()
+            return (
+                outputs,
+                J.norms(),
+                clipped.sum(),
+                J.gram(),
+                J @ p,
+                clipped.square_sum(),
+            )
 
         jaxpr = jax.make_jaxpr(step)(params, x).jaxpr
         assert max(sizes(jaxpr)) <= self.wide**2  # a leaf, and nothing near N times it
@@ -689,13 +814,17 @@ class TestMemory:
     def test_a_clipped_sum_takes_little_more_than_a_gradient(self):
         params, x = self.arguments()
         clipped = temporary(lambda p, x: jacobian(mlp)(p, x).clip(1.0).sum(), params, x)
-        rows = temporary(lambda p, x: jax.vmap(jax.grad(mlp), (None, 0))(p, x), params, x)
+        rows = temporary(
+            lambda p, x: jax.vmap(jax.grad(mlp), (None, 0))(p, x), params, x
+        )
         assert clipped < 4 * self.many * self.wide * 4 * len(params)
         assert rows + clipped > 0  # rows are an output here, not temporary
 
     @pytest.mark.parametrize("mode", [{}, {"chunk_size": 32}], ids=["kept", "chunks"])
     def test_a_sum_alone_makes_no_rows_that_are_smaller_than_their_factors(self, mode):
-        """Kernels of convolutions, tables of few lines, small weights at many positions."""
+        """Kernels of convolutions, tables of few lines, small weights at many
+        positions.
+        """
         n, side, wide = 32, 12, 8
 
         def loss(p, x, tokens):
@@ -707,7 +836,9 @@ class TestMemory:
 
         keys = iter(jax.random.split(KEYS[3], 5))
         shapes = {"kernel": (wide, wide, 7, 7), "table": (4, wide), "w": (wide, wide)}
-        params = {name: jax.random.normal(next(keys), shape) for name, shape in shapes.items()}
+        params = {
+            name: jax.random.normal(next(keys), shape) for name, shape in shapes.items()
+        }
         x = jax.random.normal(next(keys), (n, wide, side, side))
         tokens = jax.random.randint(next(keys), (n, side**2), 0, 4)
         c = jnp.linspace(-1, 1, n)
@@ -742,7 +873,9 @@ class TestMemory:
         kernel, x = jnp.ones((8, 8, 3, 3)), jnp.ones((5, 8, 9, 9))
 
         def convolutions(product):
-            jaxpr = jax.make_jaxpr(lambda p, x: product(jacobian(loss)(p, x)))(kernel, x).jaxpr
+            jaxpr = jax.make_jaxpr(lambda p, x: product(jacobian(loss)(p, x)))(
+                kernel, x
+            ).jaxpr
             return str(jaxpr).count("conv_general_dilated[")
 
         def turns(J):
@@ -763,12 +896,16 @@ class TestMemory:
         params, x = self.arguments()
 
         def of(chunk_size):
-            return lambda p, x: jacobian(mlp, chunk_size=chunk_size)(p, x).clip(1.0).sum()
+            return lambda p, x: (
+                jacobian(mlp, chunk_size=chunk_size)(p, x).clip(1.0).sum()
+            )
 
         x = jnp.concatenate([x] * 64)
         assert temporary(of(64), params, x) < temporary(of(None), params, x) / 8
 
-    @pytest.mark.parametrize("remat", [jax.checkpoint, lambda f: f], ids=["remat", "plain"])
+    @pytest.mark.parametrize(
+        "remat", [jax.checkpoint, lambda f: f], ids=["remat", "plain"]
+    )
     @pytest.mark.parametrize("max_norm", [1.0, {"w": 1.0}], ids=["one bound", "bounds"])
     def test_recomputing_keeps_no_factors_of_a_scan(self, remat, max_norm):
         layers, wide, many = 32, 64, 64
@@ -791,7 +928,8 @@ class TestMemory:
         assert kept > factors
         if remat is jax.checkpoint:  # without, the ordinary gradient keeps as much
             assert recomputed < kept - factors / 3
-        # The pass for norms and the one for the sum are not merged: each has freed what it held.
+        # The pass for norms and the one for the sum are not merged: each has freed what
+        # it held.
         assert recomputed < 1.1 * temporary(ordinary, params, x)
 
     def test_a_large_vocabulary_costs_nothing_per_row(self):
@@ -800,6 +938,8 @@ class TestMemory:
 
         params = {"table": jnp.ones((20_000, 16)), "w": jnp.ones((16, 4))}
         tokens = jnp.zeros((self.many, 10), int)
-        jaxpr = jax.make_jaxpr(lambda *args: jacobian(bag)(*args).clip(1.0).sum())(params, tokens)
+        jaxpr = jax.make_jaxpr(lambda *args: jacobian(bag)(*args).clip(1.0).sum())(
+            params, tokens
+        )
         assert max(sizes(jaxpr.jaxpr)) <= 20_000 * 16
         assert sum(np.array(list(sizes(jaxpr.jaxpr))) >= 20_000 * 16) <= 6

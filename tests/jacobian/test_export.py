@@ -1,4 +1,6 @@
-"""Programs that are exported: for sizes that are not known yet, and for other platforms."""
+"""Programs that are exported: for sizes that are not known yet, and for other
+platforms.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +50,8 @@ def outputs(p, x):
 
 
 DENSE = {"w": (4, 5), "b": (5,), "v": (5, 3)}
-# The function, its parameters, and one example with a symbolic length t of a sequence or without.
+# The function, its parameters, and one example with a symbolic length t of a sequence
+# or without.
 FUNCTIONS = {
     "vectors": (mlp, DENSE, (4,), F32),
     "sequences": (mlp, DENSE, ("t", 4), F32),
@@ -64,19 +67,27 @@ FUNCTIONS = {
 def test_sizes_may_be_symbolic(name, mode):
     fun, shapes, example, dtype = FUNCTIONS[name]
     n, t = export.symbolic_shape("n, t")
-    aval = jax.ShapeDtypeStruct((n, *(t if size == "t" else size for size in example)), dtype)
+    aval = jax.ShapeDtypeStruct(
+        (n, *(t if size == "t" else size for size in example)), dtype
+    )
     rng = np.random.default_rng(0)
-    params = {k: jnp.asarray(rng.standard_normal(shape), F32) for k, shape in shapes.items()}
+    params = {
+        k: jnp.asarray(rng.standard_normal(shape), F32) for k, shape in shapes.items()
+    }
 
     def products(params, x):
-        return {k: of(pg.jacobian(fun, **mode)(params, x)) for k, of in PRODUCTS.items()}
+        return {
+            k: of(pg.jacobian(fun, **mode)(params, x)) for k, of in PRODUCTS.items()
+        }
 
     exported = export.export(jax.jit(products))(jax.eval_shape(lambda: params), aval)
     for n, t in (1, 3), (6, 2):
         shape = (n, *(t if size == "t" else size for size in example))
         x = rng.integers(9, size=shape) if dtype == INT else rng.standard_normal(shape)
         x = jnp.asarray(x, dtype)
-        assert tree_allclose(exported.call(params, x), jax.jit(products)(params, x), rtol=1e-4)
+        assert tree_allclose(
+            exported.call(params, x), jax.jit(products)(params, x), rtol=1e-4
+        )
 
 
 def test_what_needs_a_number_says_so():
@@ -88,9 +99,11 @@ def test_what_needs_a_number_says_so():
         made = pg.jacobian(lambda p, x: jnp.sum(jnp.tanh(x @ p)), **mode)
         return export.export(jax.jit(lambda p, x: of(made(p, x))))(p, x)
 
-    with pytest.raises(TypeError, match=r"number of examples is symbolic.*J.shape\[0\]"):
+    with pytest.raises(
+        TypeError, match=r"number of examples is symbolic.*J.shape\[0\]"
+    ):
         exported(lambda J: len(J))
-    with pytest.raises(TypeError, match="slices need a batch of known size.*, n: ch"):
+    with pytest.raises(TypeError, match=r"slices need a batch of known size.*, n: ch"):
         exported(lambda J: J[1:3].sum())
     with pytest.raises(TypeError, match=r"choose in the batch.*xs\[i : i \+ 1\]"):
         exported(lambda J: J[1].sum())
@@ -108,16 +121,26 @@ def lowered(fun, *args):
 def test_clipped_sums_lower_for_other_platforms(name):
     fun, params, batch = MODELS[name]()
     with jax.numpy_dtype_promotion("standard" if MODELS[name].promotes else "strict"):
-        lowered(lambda p, *batch: pg.jacobian(fun)(p, *batch).clip(1.0).sum(), params, *batch)
+        lowered(
+            lambda p, *batch: pg.jacobian(fun)(p, *batch).clip(1.0).sum(),
+            params,
+            *batch,
+        )
 
 
 CALLS = {
-    "jacobian": lambda f, p, *b: {k: of(pg.jacobian(f)(p, *b)) for k, of in PRODUCTS.items()},
-    "recomputed": lambda f, p, *b: pg.jacobian(f, recompute=True)(p, *b).clip(1.0).sum(),
+    "jacobian": lambda f, p, *b: {
+        k: of(pg.jacobian(f)(p, *b)) for k, of in PRODUCTS.items()
+    },
+    "recomputed": lambda f, p, *b: (
+        pg.jacobian(f, recompute=True)(p, *b).clip(1.0).sum()
+    ),
     "chunks": lambda f, p, *b: pg.jacobian(f, chunk_size=2)(p, *b).clip(1.0).sum(),
     "value_and_jacobian": lambda f, p, *b: pg.value_and_jacobian(f)(p, *b)[1].norms(),
     "per_example_grad": lambda f, p, *b: pg.per_example_grad(f)(p, *b),
-    "per_example_value_and_grad": lambda f, p, *b: pg.per_example_value_and_grad(f)(p, *b),
+    "per_example_value_and_grad": lambda f, p, *b: pg.per_example_value_and_grad(f)(
+        p, *b
+    ),
     "chain_rule_grad": lambda f, p, *b: pg.chain_rule_grad(jnp.max, f)(p, *b),
     "chain_rule_value_and_grad": lambda f, p, *b: pg.chain_rule_value_and_grad(
         jnp.max, f, chunk_size=2
@@ -137,7 +160,14 @@ CALLS = {
 
 @pytest.mark.any_release
 @pytest.mark.parametrize(
-    "name", ["perceptron", "tied_embedding", "equinox", "scan_over_layers", "image_convolutions"]
+    "name",
+    [
+        "perceptron",
+        "tied_embedding",
+        "equinox",
+        "scan_over_layers",
+        "image_convolutions",
+    ],
 )
 @pytest.mark.parametrize("call", CALLS)
 def test_every_call_lowers_for_other_platforms(name, call):
@@ -148,7 +178,9 @@ def test_every_call_lowers_for_other_platforms(name, call):
 def test_a_step_is_exported_loaded_and_called():
     optimizer = optax.sgd(0.1, momentum=0.9)
     rng = np.random.default_rng(1)
-    params = {k: jnp.asarray(rng.standard_normal(shape), F32) for k, shape in DENSE.items()}
+    params = {
+        k: jnp.asarray(rng.standard_normal(shape), F32) for k, shape in DENSE.items()
+    }
 
     @jax.jit
     def step(params, state, x):

@@ -1,4 +1,6 @@
-"""One real layer of each framework: rows and the chain rule without a wrapper of ours."""
+"""One real layer of each framework: rows and the chain rule without a wrapper of
+ours.
+"""
 
 import equinox as eqx
 import flax.linen as nn
@@ -32,7 +34,9 @@ def flax_linen():
 
 
 def flax_nnx():
-    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.LayerNorm(4, rngs=nnx.Rngs(1)))
+    model = nnx.Sequential(
+        nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.LayerNorm(4, rngs=nnx.Rngs(1))
+    )
     graph, params = nnx.split(model, nnx.Param)
     return params, lambda params, x: nnx.merge(graph, params)(x)
 
@@ -48,7 +52,9 @@ def equinox_module_of_arrays():
 
 
 def haiku():
-    layer = hk.without_apply_rng(hk.transform(lambda x: jnp.tanh(hk.nets.MLP([4, 2])(x))))
+    layer = hk.without_apply_rng(
+        hk.transform(lambda x: jnp.tanh(hk.nets.MLP([4, 2])(x)))
+    )
     return layer.init(jax.random.key(1), X[0]), layer.apply
 
 
@@ -71,7 +77,9 @@ def test_a_real_layer(make, chunk_size):
         outputs = apply(params, x)
         return jnp.sum(jnp.exp(outputs) * jnp.arange(1.0, outputs.size + 1))
 
-    values, rows = jax.jit(per_example_value_and_grad(loss, chunk_size=chunk_size))(params, X)
+    values, rows = jax.jit(per_example_value_and_grad(loss, chunk_size=chunk_size))(
+        params, X
+    )
     expected = jax.vmap(jax.value_and_grad(loss), (None, 0))(params, X)
     assert tree_allclose((values, rows), expected)
 
@@ -79,7 +87,9 @@ def test_a_real_layer(make, chunk_size):
         return jnp.sum(jnp.exp(outputs @ jnp.roll(outputs, 1, 0).T))
 
     got = chain_rule_value_and_grad(outer, apply, chunk_size=chunk_size)(params, X)
-    composed = jax.value_and_grad(lambda p: outer(jax.vmap(apply, (None, 0))(p, X)))(params)
+    composed = jax.value_and_grad(lambda p: outer(jax.vmap(apply, (None, 0))(p, X)))(
+        params
+    )
     assert tree_allclose(got, composed)
 
     weighted = linear_combination(jnp.arange(5.0), rows)
@@ -111,27 +121,39 @@ def nnx_batch_norm():
     def dense(inputs, outputs, seed):
         return nnx.Linear(inputs, outputs, rngs=nnx.Rngs(seed))
 
-    model = nnx.Sequential(dense(3, 4, 0), nnx.BatchNorm(4, rngs=nnx.Rngs(1)), dense(4, 2, 2))
+    model = nnx.Sequential(
+        dense(3, 4, 0), nnx.BatchNorm(4, rngs=nnx.Rngs(1)), dense(4, 2, 2)
+    )
     model(X)  # updates the running statistics
     model.eval()
     graph, params, statistics = nnx.split(model, nnx.Param, ...)
-    return params, statistics, lambda p, statistics, x: nnx.merge(graph, p, statistics)(x)
+    return (
+        params,
+        statistics,
+        lambda p, statistics, x: nnx.merge(graph, p, statistics)(x),
+    )
 
 
 @pytest.mark.parametrize("make", [linen_batch_norm, nnx_batch_norm])
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"recompute": True}])
 def test_batch_norm_with_statistics_that_all_examples_share(make, options):
-    """In evaluation mode rows are those of `vmap(grad)`, and no example has the row of another."""
+    """In evaluation mode rows are those of `vmap(grad)`, and no example has the row of
+    another.
+    """
     params, statistics, apply = make()
 
     def loss(params, statistics, x):
         return jnp.sum(jnp.sin(apply(params, statistics, x)))
 
-    J = jax.jit(jacobian(loss, in_axes=(None, None, 0), **options))(params, statistics, X)
+    J = jax.jit(jacobian(loss, in_axes=(None, None, 0), **options))(
+        params, statistics, X
+    )
     rows = jax.vmap(jax.grad(loss), (None, None, 0))(params, statistics, X)
     assert tree_allclose(J.to_rows(), rows)
     assert tree_allclose(J.sum(), jax.tree.map(lambda x: x.sum(0), rows))
-    flat = jnp.concatenate([x.reshape(len(X), -1) for x in jax.tree.leaves(rows)], axis=1)
+    flat = jnp.concatenate(
+        [x.reshape(len(X), -1) for x in jax.tree.leaves(rows)], axis=1
+    )
     assert tree_allclose(J.norms(), jnp.linalg.norm(flat, axis=1))
     assert jnp.linalg.matrix_rank(flat) == len(X)
 

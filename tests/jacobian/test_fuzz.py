@@ -1,4 +1,6 @@
-"""Random programs, the same few at each run; `python tests/fuzz.py` tries any number of others."""
+"""Random programs, the same few at each run; `python tests/fuzz.py` tries any number of
+others.
+"""
 
 import random
 
@@ -32,7 +34,9 @@ def test_random_programs(x64):
 
 @pytest.mark.any_release
 def test_a_program_that_has_failed(x64):
-    """Of the command: a row that is a sum of arrays and outer products, for several outputs."""
+    """Of the command: a row that is a sum of arrays and outer products, for several
+    outputs.
+    """
     seed = 5326
     choose = random.Random(seed)
     made = program(choose.choice)

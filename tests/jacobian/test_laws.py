@@ -1,4 +1,6 @@
-"""The laws of a vector space and of the chain rule, over random trees, dtypes and coefficients."""
+"""The laws of a vector space and of the chain rule, over random trees, dtypes and
+coefficients.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,9 @@ from pytree_grads import (
 
 pytestmark = pytest.mark.any_release
 
-# Entries and coefficients are small dyadic numbers: every sum and product of them is exact in
-# float32, so that laws hold without a tolerance wherever nothing is rounded on the way.
+# Entries and coefficients are small dyadic numbers: every sum and product of them is
+# exact in float32, so that laws hold without a tolerance wherever nothing is rounded on
+# the way.
 DYADIC = st.integers(-16, 16).map(lambda n: n / 4)
 SHAPES = st.sampled_from([(), (1,), (3,), (0,), (2, 1), (1, 2)])
 DTYPES = st.sampled_from(["float32", "bfloat16", "float16", "complex64"])
@@ -77,20 +80,27 @@ def test_a_combination_is_the_sum_entry_by_entry(family):
 
     def combine(*xs):
         wide = np.complex128 if jnp.iscomplexobj(xs[0]) else np.float64
-        total = sum(c * np.asarray(x).astype(wide) for c, x in zip(coefficients, xs, strict=True))
+        total = sum(
+            c * np.asarray(x).astype(wide)
+            for c, x in zip(coefficients, xs, strict=True)
+        )
         return jnp.asarray(total).astype(xs[0].dtype)
 
     expected = jax.tree.map(combine, *trees)
     assert tree_allclose(linear_combination(coefficients, trees), expected, rtol=0)
     if trees[0] is not None and not isinstance(trees[0], list | tuple):
-        assert tree_allclose(linear_combination(coefficients, stack(trees)), expected, rtol=0)
+        assert tree_allclose(
+            linear_combination(coefficients, stack(trees)), expected, rtol=0
+        )
 
 
 @given(families(count=3))
 def test_order_does_not_matter(family):
     coefficients, trees = family
     expected = linear_combination(coefficients, trees)
-    assert tree_allclose(linear_combination(coefficients[::-1], trees[::-1]), expected, rtol=0)
+    assert tree_allclose(
+        linear_combination(coefficients[::-1], trees[::-1]), expected, rtol=0
+    )
 
 
 @given(families(dtypes=EXACT_DTYPES), DYADIC, DYADIC, st.data())
@@ -123,8 +133,12 @@ def test_a_unit_coefficient_picks_a_tree(family):
 def test_vectors_do_what_combinations_do(family):
     coefficients, trees = family
     by_operators = sum(c * Vector(t) for c, t in zip(coefficients, trees, strict=True))
-    assert tree_allclose(by_operators.tree, linear_combination(coefficients, trees), rtol=0)
-    assert tree_allclose((by_operators - by_operators).tree, (0 * by_operators).tree, rtol=0)
+    assert tree_allclose(
+        by_operators.tree, linear_combination(coefficients, trees), rtol=0
+    )
+    assert tree_allclose(
+        (by_operators - by_operators).tree, (0 * by_operators).tree, rtol=0
+    )
     assert tree_allclose((-by_operators).tree, (by_operators * -1).tree, rtol=0)
 
 
@@ -185,7 +199,9 @@ def test_rows_go_with_their_examples_and_chunks_do_not_matter(problem):
     expected, got, permuted = of(params, x, x[order])
     terms = 4 * len(x)  # |x| ≤ 4
     assert_close_to_terms(got, expected, terms)
-    assert_close_to_terms(permuted, jax.tree.map(lambda r: r[order], expected[1]), terms)
+    assert_close_to_terms(
+        permuted, jax.tree.map(lambda r: r[order], expected[1]), terms
+    )
 
 
 @given(problems())
@@ -202,7 +218,11 @@ def test_the_chain_rule_has_one_result(problem):
             for k, batch in ((None, x), (chunk_size, x), (chunk_size, permuted))
         ]
         outputs, rows = per_example_value_and_grad(model)(params, x)
-        return jax.value_and_grad(loss)(params, x), chain_rules, reassemble(outer, outputs, rows)
+        return (
+            jax.value_and_grad(loss)(params, x),
+            chain_rules,
+            reassemble(outer, outputs, rows),
+        )
 
     (value, grads), chain_rules, reassembled = of(params, x, x[order])
     terms = 8 * len(x) ** 2  # |∂L/∂f| ≤ 2 N and |x| ≤ 4
@@ -212,9 +232,12 @@ def test_the_chain_rule_has_one_result(problem):
 
 
 def assert_close_to_terms(got, expected, terms):
-    """Compare sums that may cancel: relative to the size of their terms, not to the sum."""
+    """Compare sums that may cancel: relative to the size of their terms, not to the
+    sum.
+    """
     shift = 1.0 + terms
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     assert tree_allclose(
-        jax.tree.map(lambda g: g + shift, got), jax.tree.map(lambda e: e + shift, expected)
+        jax.tree.map(lambda g: g + shift, got),
+        jax.tree.map(lambda e: e + shift, expected),
     )

@@ -1,4 +1,6 @@
-"""Rows kept, recomputed and streamed in chunks give the same products, whatever came before."""
+"""Rows kept, recomputed and streamed in chunks give the same products, whatever came
+before.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,10 @@ def two_outputs(params, x):
 MODELS = {
     "dense": (dense, lambda: ([normal(0, 7, 6), normal(1, 6, 4)], normal(2, N, 7))),
     "scanned": (scanned, lambda: (normal(3, 4, 6, 6), normal(4, N, 2, 6))),
-    "outputs": (two_outputs, lambda: ({"w": normal(5, 6, 6), "s": normal(6, 6)}, normal(7, N, 6))),
+    "outputs": (
+        two_outputs,
+        lambda: ({"w": normal(5, 6, 6), "s": normal(6, 6)}, normal(7, N, 6)),
+    ),
 }
 
 
@@ -53,7 +58,8 @@ def products(fun, settings):
             return jacobian(fun, **settings)(params, x)
 
         weights = jax.tree.map(
-            lambda n: jnp.linspace(-1, 2, n.size, dtype=n.dtype).reshape(n.shape), new().norms()
+            lambda n: jnp.linspace(-1, 2, n.size, dtype=n.dtype).reshape(n.shape),
+            new().norms(),
         )
         groups = jax.tree.map(lambda p: 0.1, params)
         known, after, scaled = new(), new(), new().scale(weights)
@@ -71,7 +77,12 @@ def products(fun, settings):
             "gram": new().clip(0.2).gram(),
             "rows": new().clip(0.2).to_rows(),
             "norms first": (known.norms(), known.clip(0.2).sum()),
-            "norms after": (clipped.sum(), after.norms(), clipped.norms(), after.clip(0.1).sum()),
+            "norms after": (
+                clipped.sum(),
+                after.norms(),
+                clipped.norms(),
+                after.clip(0.1).sum(),
+            ),
             "of scaled rows": (scaled.clip(0.2).sum(), scaled.norms()),
         }
 
@@ -87,14 +98,22 @@ def test_every_mode_gives_the_same_products(name):
         for settings in MODES:
             got = products(fun, settings)(params, x)
             for product, value in want.items():
-                assert tree_allclose(got[product], value, rtol=1e-12), (settings, product)
+                assert tree_allclose(got[product], value, rtol=1e-12), (
+                    settings,
+                    product,
+                )
 
 
 def test_the_rest_of_a_batch_may_have_norms_in_other_parts():
-    """Many small vectors of one form are worked on as one: here in the last chunk alone."""
+    """Many small vectors of one form are worked on as one: here in the last chunk
+    alone.
+    """
 
     def fun(params, x):
-        return sum(jnp.sum(jnp.sin(b) * x * i) for i, b in enumerate(params["b"], 1)) + params["s"]
+        return (
+            sum(jnp.sum(jnp.sin(b) * x * i) for i, b in enumerate(params["b"], 1))
+            + params["s"]
+        )
 
     params = {"b": [normal(i, 30) for i in range(5)], "s": jnp.ones(())}
     x = normal(9, 150, 30)
@@ -119,7 +138,9 @@ def clipped_backwards(w, x):
 
 @pytest.mark.parametrize("chunk_size", [None, 2, 3, N])
 def test_chunks_weigh_rows_and_not_their_cotangents(chunk_size):
-    """A backward pass that is not linear gives the rows, and they are weighed afterwards."""
+    """A backward pass that is not linear gives the rows, and they are weighed
+    afterwards.
+    """
     w, x = normal(8, 7, 6), normal(9, N, 7)
     rows = jax.vmap(jax.grad(clipped_backwards), (None, 0))(w, x)
     weights = jnp.linspace(-3, 2, N, dtype=rows.dtype)
@@ -132,14 +153,18 @@ def test_chunks_weigh_rows_and_not_their_cotangents(chunk_size):
 
 
 def test_norms_of_a_row_that_leaves_its_trace_are_made_anew():
-    """A Jacobian used inside a scan, and after it, holds nothing of the scan's trace."""
+    """A Jacobian used inside a scan, and after it, holds nothing of the scan's
+    trace.
+    """
     J = jacobian(dense)([jnp.ones((7, 6)), jnp.ones((6, 4))], jnp.ones((6, 7)))
     _, inside = jax.lax.scan(lambda c, i: (c, J.norms() * i), 0.0, jnp.arange(2.0))
     assert tree_allclose(inside[1], J.norms())
 
 
 def test_norms_that_a_clipped_sum_has_taken_do_not_leave_its_trace():
-    J = jacobian(dense, chunk_size=2)([jnp.ones((7, 6)), jnp.ones((6, 4))], jnp.ones((6, 7)))
+    J = jacobian(dense, chunk_size=2)(
+        [jnp.ones((7, 6)), jnp.ones((6, 4))], jnp.ones((6, 7))
+    )
     with jax.check_tracer_leaks():
         sums = jax.jit(lambda s: jax.tree.map(lambda x: s * x, J.clip(0.2).sum()))(2.0)
         assert jax.jit(lambda s: s * J.norms())(2.0).shape == (6,)

@@ -57,7 +57,9 @@ PRODUCTS = {
 
 
 def cost(jaxpr, outputs):
-    """Multiplications and additions of products and convolutions that some outputs need."""
+    """Multiplications and additions of products and convolutions that some outputs
+    need.
+    """
     total, needed = 0, {x for x in outputs if not isinstance(x, Literal)}
     for equation in reversed(jaxpr.eqns):
         if needed.isdisjoint(equation.outvars) and not equation.effects:
@@ -151,7 +153,9 @@ def test_norms_that_are_asked_for_twice_are_computed_once():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("model", MODELS)
 def test_norms_that_come_with_a_clip(model, mode, x64):
-    """They are those that the bounds were compared with: J's own, or those of its parts."""
+    """They are those that the bounds were compared with: J's own, or those of its
+    parts.
+    """
     fun, params, x = MODELS[model]
     params = jax.tree.map(lambda p: p.astype(float) / 3, params)
     if model != "embedding":

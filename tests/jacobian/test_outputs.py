@@ -1,4 +1,6 @@
-"""Functions with several outputs: a row for each output of each example, against `jax.jacrev`."""
+"""Functions with several outputs: a row for each output of each example, against
+`jax.jacrev`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -33,27 +35,36 @@ def problem():
         return jax.random.normal(KEYS[i], shape, float)
 
     params = {"w": normal(0, 3, 7), "b": normal(1, 7), "v": normal(2, 7, K)}
-    return params | {"square": normal(3, 7, 7), "table": normal(4, 2, 2)}, normal(5, N, 3)
+    return params | {"square": normal(3, 7, 7), "table": normal(4, 2, 2)}, normal(
+        5, N, 3
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("constant", [1.0, np.float64(1), jnp.float32(1)])
 def test_an_output_that_is_a_constant(constant, mode):
-    outputs, J = value_and_jacobian(lambda p, x: constant, **mode)(jnp.ones(2), jnp.ones((N, 2)))
+    outputs, J = value_and_jacobian(lambda p, x: constant, **mode)(
+        jnp.ones(2), jnp.ones((N, 2))
+    )
     assert outputs.tolist() == [1.0] * N
     assert J.norms().tolist() == [0.0] * N
 
 
 def dense(fun, params, x):
-    """The rows as a matrix (N, K, P), in the order of the output's and the parameters' leaves."""
+    """The rows as a matrix (N, K, P), in the order of the output's and the parameters'
+    leaves.
+    """
     rows = jax.vmap(jax.jacrev(fun), (None, 0))(params, x)
     outputs, inner = jax.eval_shape(fun, params, x[0]), jax.tree.structure(params)
     of_output = [
         np.concatenate(
-            [np.reshape(leaf, (N, out.size, -1)) for leaf in inner.flatten_up_to(row)], axis=2
+            [np.reshape(leaf, (N, out.size, -1)) for leaf in inner.flatten_up_to(row)],
+            axis=2,
         )
         for out, row in zip(
-            jax.tree.leaves(outputs), jax.tree.structure(outputs).flatten_up_to(rows), strict=True
+            jax.tree.leaves(outputs),
+            jax.tree.structure(outputs).flatten_up_to(rows),
+            strict=True,
         )
     ]
     return rows, np.concatenate(of_output, axis=1)
@@ -105,7 +116,9 @@ def test_products(fun, mode, x64):
             "sliced": J[1:3].gram(),
         }
 
-    got = products(params, x, *(unflat(fun, params, x, a) for a in (c, s)), like_params(params, v))
+    got = products(
+        params, x, *(unflat(fun, params, x, a) for a in (c, s)), like_params(params, v)
+    )
     norms = np.linalg.norm(matrix, axis=2)
     factors = np.minimum(1, bound / norms)
 
@@ -130,7 +143,9 @@ def test_products(fun, mode, x64):
     flat = [np.asarray(x) for x in jax.tree.leaves(sliced)]
     assert sum(block.size for block in flat) == blocks.size
     np.testing.assert_allclose(
-        sorted(np.concatenate([x.ravel() for x in flat])), sorted(blocks.ravel()), rtol=1e-10
+        sorted(np.concatenate([x.ravel() for x in flat])),
+        sorted(blocks.ravel()),
+        rtol=1e-10,
     )
 
 
@@ -142,7 +157,9 @@ def test_the_gramian_is_the_empirical_tangent_kernel(x64):
     expected = np.einsum("ikp,jlp->ikjl", matrix, matrix[:2]).reshape(N, 2, 3, 2, 2, 3)
     assert tree_allclose(kernel, expected)
     scalars = jax.jit(jacobian(lambda p, x: jnp.sum(array_out(p, x))))(params, x)
-    assert tree_allclose(jax.jit(lambda I, J: I @ J.T)(scalars, J), expected_cross(matrix))
+    assert tree_allclose(
+        jax.jit(lambda I, J: I @ J.T)(scalars, J), expected_cross(matrix)
+    )
     assert J.shape == (N, 2, 3, matrix.shape[2])
     assert len(J) == N
 

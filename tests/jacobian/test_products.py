@@ -40,14 +40,19 @@ def promotion(model):
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)
 def model(request):
-    """A model, where strict promotion allows it; libraries have their own ways in float64."""
+    """A model, where strict promotion allows it.
+
+    Libraries have their own ways in float64.
+    """
     with promotion(request.param):
         yield request.param
 
 
 @functools.cache
 def built(model, dtype):
-    """`(fun, params, batch)` in the default dtype, which is named only to remember both."""
+    """`(fun, params, batch)` in the default dtype, which is named only to remember
+    both.
+    """
     return model()
 
 
@@ -91,7 +96,13 @@ LOOPED = (
 
 
 CHUNKED = dict.fromkeys(
-    [*SCANNED, *LOOPED, *(name for name in MODELS if "conv" in name), "perceptron", "haiku"]
+    [
+        *SCANNED,
+        *LOOPED,
+        *(name for name in MODELS if "conv" in name),
+        "perceptron",
+        "haiku",
+    ]
 )
 
 
@@ -113,7 +124,9 @@ def test_products_of_recomputed_rows(name, factored, x64):
 @pytest.mark.any_release
 @pytest.mark.parametrize("name", LOOPED)
 def test_all_products_in_blocks_of_rows(name, factored, x64):
-    """Where rows are materialised, few are at a time: here no more than two or three."""
+    """Where rows are materialised, few are at a time: here no more than two or
+    three.
+    """
     with few_at_once(60):
         compare(MODELS[name], tuple(PRODUCTS))
 
@@ -132,13 +145,17 @@ def test_all_products_by_the_ways_of_large_models(name, factored, all_is_large, 
 
 
 def test_all_products_of_rows_that_are_made_in_loops(all_is_large, x64):
-    """The route that the shapes ask for: kernels smaller than what they are made from."""
+    """The route that the shapes ask for: kernels smaller than what they are made
+    from.
+    """
     compare(MODELS["convolutions_in_scans"], tuple(PRODUCTS))
 
 
 @pytest.mark.any_release
 def test_single_precision(model):
-    """The route that the shapes ask for errs no more than plain gradients in float32 do."""
+    """The route that the shapes ask for errs no more than plain gradients in float32
+    do.
+    """
     fun, params, batch = built(model, "float32")
     with jax.enable_x64(True):
         _, _, _, rows, given = problem(model)
@@ -172,7 +189,9 @@ def _narrow(x):
 def test_no_leaf_loses_its_factors(model, factored, x64):
     fun, params, batch = built(model, "float64")
     leaves = leaves_of(jax.eval_shape(jacobian(fun), params, *batch))
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)
+    ]
     pairs = zip(paths, leaves, strict=True)
     assert {path for path, x in pairs if is_matrix(x) and is_dense(x)} <= model.dense
 
@@ -182,7 +201,9 @@ def test_the_table_is_about_batches():
 
 
 def test_a_gramian_counts_the_work_of_one_row():
-    """However many rows there are: two lines of three numbers are compared dearer than added up."""
+    """However many rows there are: two lines of three numbers are compared dearer than
+    added up.
+    """
 
     def f(p, tokens):
         return jnp.sum(jnp.sin(p[tokens]) * jnp.arange(6.0).reshape(2, 3))

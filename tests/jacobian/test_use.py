@@ -1,4 +1,6 @@
-"""How a Jacobian is used: in JAX's transformations, as a pytree, with arguments of every kind."""
+"""How a Jacobian is used: in JAX's transformations, as a pytree, with arguments of
+every kind.
+"""
 
 import collections
 import pickle
@@ -18,9 +20,15 @@ modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 
 def loss(p, x):
-    """Dense layers of T = 1 and T = 4, a scan over layers and one over time, a tie and a bias."""
-    h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ p["w"] + p["b"][None], p["deep"])
-    last, _ = jax.lax.scan(lambda c, h: (jnp.tanh(c @ p["u"] + h), None), jnp.zeros(7), h)
+    """Dense layers of T = 1 and T = 4, a scan over layers and one over time, a tie and
+    a bias.
+    """
+    h, _ = jax.lax.scan(
+        lambda h, w: (jnp.tanh(h @ w), None), x @ p["w"] + p["b"][None], p["deep"]
+    )
+    last, _ = jax.lax.scan(
+        lambda c, h: (jnp.tanh(c @ p["u"] + h), None), jnp.zeros(7), h
+    )
     return jnp.sum(jnp.sin(last @ p["w"].T)) + jnp.sum(jnp.tanh(h @ p["u"]))
 
 
@@ -87,13 +95,19 @@ class TestTransformations:
 
     @modes
     @pytest.mark.parametrize("product", ["norms", "gram", "clip", "square_sum"])
-    def test_a_gradient_penalty_differentiates_through_products(self, mode, product, x64):
+    def test_a_gradient_penalty_differentiates_through_products(
+        self, mode, product, x64
+    ):
         params, x = problem()
         ours = {
             "norms": lambda J: jnp.sum(J.norms() ** 3),
             "gram": lambda J: jnp.sum(jnp.sin(J.gram())),
-            "clip": lambda J: sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(J.clip(0.8).sum())),
-            "square_sum": lambda J: sum(jnp.sum(g**2) for g in jax.tree.leaves(J.square_sum())),
+            "clip": lambda J: sum(
+                jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(J.clip(0.8).sum())
+            ),
+            "square_sum": lambda J: sum(
+                jnp.sum(g**2) for g in jax.tree.leaves(J.square_sum())
+            ),
         }[product]
 
         def plain(p):
@@ -138,7 +152,9 @@ class TestTransformations:
 
             return jax.jit(lambda p: jax.lax.scan(step, p, jnp.arange(3))[0])(params)
 
-        ours = train(jax.checkpoint(lambda p, x: jacobian(loss, **mode)(p, x).clip(0.5).sum()))
+        ours = train(
+            jax.checkpoint(lambda p, x: jacobian(loss, **mode)(p, x).clip(0.5).sum())
+        )
         assert tree_allclose(ours, train(lambda p, x: clipped(rows(p, x), 0.5)))
 
 
@@ -170,7 +186,11 @@ class TestPytree:
 
     def test_a_tree_of_something_else_in_its_place_has_a_repr(self):
         J = jacobian(single)(jnp.arange(3.0), jnp.ones((N, 3)))
-        assert repr(jax.tree.map(jnp.shape, J)) == repr(jax.tree.map(lambda _: None, J)) == repr(J)
+        assert (
+            repr(jax.tree.map(jnp.shape, J))
+            == repr(jax.tree.map(lambda _: None, J))
+            == repr(J)
+        )
 
     @modes
     def test_a_stack_of_jacobians(self, mode, x64):
@@ -229,7 +249,9 @@ class TestPytree:
             return [J[part].norms() for part in parts], J[1:4][1:].norms()
 
         norms = np.linalg.norm(matrix(params, x, small), axis=1) * np.arange(1, N + 1)
-        assert tree_allclose(of(params, x), ([norms[part] for part in parts], norms[2:4]))
+        assert tree_allclose(
+            of(params, x), ([norms[part] for part in parts], norms[2:4])
+        )
 
 
 def affine(p, x, q, *, shift):
@@ -251,14 +273,18 @@ class TestArguments:
 
         @jax.jit
         def of(p, x, q, shift):
-            (outputs, aux), J = value_and_jacobian(affine, argnums, **options)(p, x, q, shift=shift)
+            (outputs, aux), J = value_and_jacobian(affine, argnums, **options)(
+                p, x, q, shift=shift
+            )
             return outputs, aux, J.to_rows(), J.sum(), J @ J.sum(), J.gram().sum(1)
 
         def positional(p, x, q, shift):
             return affine(p, x, q, shift=shift)
 
         argnums = argnums if isinstance(argnums, int) else tuple(i % 3 for i in argnums)
-        both = jax.vmap(jax.value_and_grad(positional, argnums, has_aux=True), (*axes, 0))
+        both = jax.vmap(
+            jax.value_and_grad(positional, argnums, has_aux=True), (*axes, 0)
+        )
         (values, wanted), expected = both(p, x, q, shift)
         outputs, aux, stacked, total, projected, products = of(p, x, q, shift)
         assert tree_allclose((outputs, aux, other_aux), (values, wanted, wanted))
@@ -286,7 +312,9 @@ class TestArguments:
 
         p, x = np.ones((3, 3)), np.linspace(-1, 1, 3 * N).reshape(N, 3)
         J = jacobian(f, in_axes=(None, 0, None, None), **mode)(p, x, jnp.sin, 2.0)
-        expected = jax.vmap(jax.grad(lambda p, x: f(p, x, jnp.sin, 2.0)), (None, 0))(p, x)
+        expected = jax.vmap(jax.grad(lambda p, x: f(p, x, jnp.sin, 2.0)), (None, 0))(
+            p, x
+        )
         assert tree_allclose(J.to_rows(), expected)
         assert tree_allclose(J.sum(), expected.sum(0))
 
@@ -309,7 +337,12 @@ class TestArguments:
         @jax.jit
         def of(params, x):
             outputs, J = value_and_jacobian(small, **mode)(params, x)
-            sums = J.sum(), J.weighted_sum(jnp.ones(n)), J.clip(1e9, nan_safe=True).sum(), J.mean()
+            sums = (
+                J.sum(),
+                J.weighted_sum(jnp.ones(n)),
+                J.clip(1e9, nan_safe=True).sum(),
+                J.mean(),
+            )
             numbers = outputs, J.norms(), J @ params, J.gram(), J.sketch(KEY, 3)
             return numbers, sums, J.square_sum(), J.to_rows()
 
@@ -324,7 +357,9 @@ class TestArguments:
 
     @modes
     def test_sequences_of_no_steps(self, mode):
-        """Nothing is added up: a factor that is the same at all steps has no first one."""
+        """Nothing is added up: a factor that is the same at all steps has no first
+        one.
+        """
 
         def of_lines(p, words):
             numbers = jax.lax.GatherDimensionNumbers((1,), (0,), (0,))
@@ -350,7 +385,9 @@ class TestDtypes:
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
     def test_narrow_parameters_carried_in_float32(self, dtype, mode):
         def f(p, x):
-            hidden = jnp.einsum("ti,io->to", x, p["w"], preferred_element_type=jnp.float32)
+            hidden = jnp.einsum(
+                "ti,io->to", x, p["w"], preferred_element_type=jnp.float32
+            )
             return jnp.sum(jnp.tanh(hidden + p["b"].astype(jnp.float32)[None]))
 
         keys = jax.random.split(KEY, 3)
@@ -366,7 +403,9 @@ class TestDtypes:
         wide = jax.tree.map(lambda a: a.astype(jnp.float32), (p, x))
         exact = jax.vmap(jax.grad(f), (None, 0))(*wide)
         assert norms.dtype == gram.dtype == jnp.float32
-        flat = np.concatenate([np.reshape(r, (N, -1)) for r in jax.tree.leaves(exact)], axis=1)
+        flat = np.concatenate(
+            [np.reshape(r, (N, -1)) for r in jax.tree.leaves(exact)], axis=1
+        )
         eps = float(jnp.finfo(dtype).eps)
         np.testing.assert_allclose(norms, np.linalg.norm(flat, axis=1), rtol=2 * eps)
         total = jax.tree.map(lambda r, a: r.sum(0).astype(a.dtype), exact, p)
@@ -380,7 +419,9 @@ class TestDtypes:
 
     @modes
     def test_numbers_per_row_in_narrow_dtypes(self, mode, x64):
-        """They meet other numbers per row in float32, or in the wider dtype of those."""
+        """They meet other numbers per row in float32, or in the wider dtype of
+        those.
+        """
         x = jnp.linspace(1, 2, 3 * N, dtype=float).reshape(N, 3)
         J = jacobian(lambda p, x: jnp.sum(p * x), **mode)(jnp.ones(3, float), x)
         ones, large = jnp.ones(N, jnp.float16), jnp.full(N, 300, jnp.float16)
@@ -394,9 +435,16 @@ class TestDtypes:
     @modes
     def test_leaves_of_several_dtypes(self, mode, x64):
         def f(p, x):
-            hidden = jnp.tanh(x.astype(jnp.float32) @ p["single"]).astype(float) @ p["double"]
+            hidden = (
+                jnp.tanh(x.astype(jnp.float32) @ p["single"]).astype(float)
+                @ p["double"]
+            )
             z = p["complex"] * hidden.sum().astype(complex)
-            return jnp.sum(hidden) + jnp.real(z * z) + jnp.sum(p["half"].astype(float) * hidden)
+            return (
+                jnp.sum(hidden)
+                + jnp.real(z * z)
+                + jnp.sum(p["half"].astype(float) * hidden)
+            )
 
         p = {
             "single": jnp.ones((3, 5), jnp.float32) / 3,
@@ -414,12 +462,16 @@ class TestDtypes:
         stacked, norms, gram, sums, clipped = of(p, x)
         exact = jax.vmap(jax.grad(f), (None, 0))(p, x)
         assert tree_allclose(stacked, exact, rtol=1e-3)
-        flat = np.concatenate([np.reshape(r, (N, -1)) for r in jax.tree.leaves(exact)], axis=1)
+        flat = np.concatenate(
+            [np.reshape(r, (N, -1)) for r in jax.tree.leaves(exact)], axis=1
+        )
         np.testing.assert_allclose(norms, np.linalg.norm(flat, axis=1), rtol=1e-3)
         scale = np.abs(flat).max() ** 2
         np.testing.assert_allclose(gram, flat.conj() @ flat.T, atol=1e-3 * scale)
         for tree in (sums, clipped):
-            assert [a.dtype for a in jax.tree.leaves(tree)] == [a.dtype for a in jax.tree.leaves(p)]
+            assert [a.dtype for a in jax.tree.leaves(tree)] == [
+                a.dtype for a in jax.tree.leaves(p)
+            ]
 
 
 class TestTraces:
@@ -431,7 +483,14 @@ class TestTraces:
         def step(p, x, c):
             outputs, J = value_and_jacobian(counter)(p, x)
             clipped = J.clip(1.0)
-            return outputs, J.norms(), J.gram(), J.weighted_sum(c), clipped.sum(), clipped.mean()
+            return (
+                outputs,
+                J.norms(),
+                J.gram(),
+                J.weighted_sum(c),
+                clipped.sum(),
+                clipped.mean(),
+            )
 
         step(params, x, jnp.ones(N))
         others = jax.tree.map(lambda p: 2 * p, params), -x, jnp.zeros(N)
@@ -441,7 +500,9 @@ class TestTraces:
         assert compiled.count == 0
 
     @modes
-    @pytest.mark.parametrize("fun", [loss, lambda p, x: {"h": x @ p["w"] + p["b"][None]}])
+    @pytest.mark.parametrize(
+        "fun", [loss, lambda p, x: {"h": x @ p["w"] + p["b"][None]}]
+    )
     def test_how_often_the_function_is_called(self, fun, mode):
         """Once for J and all its products inside one trace, whatever it returns.
 
@@ -466,7 +527,9 @@ class TestTraces:
         """A rule may hold values of the trace in which the function was called."""
         counter = TraceCounter(lambda p, x: jnp.sum(jax.nn.relu(x @ p)))
         recomputed = jacobian(counter, recompute=True)
-        jax.jit(lambda p, x: recomputed(p, x).clip(1.0).sum())(jnp.eye(3), jnp.ones((N, 3)))
+        jax.jit(lambda p, x: recomputed(p, x).clip(1.0).sum())(
+            jnp.eye(3), jnp.ones((N, 3))
+        )
         assert counter.count == 3  # to find the rule, to trace rows, to sum them
 
     @modes
@@ -496,7 +559,9 @@ class TestAsAPytree:
         norms = jax.vmap(lambda J: J.norms(), in_axes=(numbers,))
         stack = jax.tree.map(lambda x: jnp.stack([x, x]), J)
         assert tree_allclose(norms(stack), jnp.stack([J.norms()] * 2))
-        abstract = jax.eval_shape(jacobian(single, **mode), jnp.ones(3), jnp.ones((N, 3)))
+        abstract = jax.eval_shape(
+            jacobian(single, **mode), jnp.ones(3), jnp.ones((N, 3))
+        )
         assert jax.eval_shape(lambda J: J.norms(), abstract).shape == (N,)
 
     def test_a_method_is_one_function_wherever_it_is_looked_up(self, mode):
@@ -506,7 +571,8 @@ class TestAsAPytree:
 
         model, other = Model(), Model()
         made = [
-            jacobian(m.loss, **mode)(jnp.ones(3), jnp.ones((N, 3))) for m in (model, model, other)
+            jacobian(m.loss, **mode)(jnp.ones(3), jnp.ones((N, 3)))
+            for m in (model, model, other)
         ]
         one, same, different = map(jax.tree.structure, made)
         assert one == same
@@ -514,10 +580,13 @@ class TestAsAPytree:
         assert one != different
 
     @pytest.mark.parametrize(
-        "use", [lambda J: J.scale(jnp.ones(N)), lambda J: J.clip(1.0), lambda J: J.explain()]
+        "use",
+        [lambda J: J.scale(jnp.ones(N)), lambda J: J.clip(1.0), lambda J: J.explain()],
     )
     def test_a_stack_of_them_is_no_jacobian(self, mode, use):
-        stack = jax.vmap(jacobian(single, **mode), (None, 0))(jnp.ones(3), jnp.ones((N, N, 3)))
+        stack = jax.vmap(jacobian(single, **mode), (None, 0))(
+            jnp.ones(3), jnp.ones((N, N, 3))
+        )
         with pytest.raises(ValueError, match="this is a stack of Jacobians"):
             use(stack)
 
@@ -570,13 +639,17 @@ class TestBackwardPassesOfTheirOwn:
     )
     def test_the_rows_are_those_of_plain_jax(self, mode, change, x64):
         fun = self.weight_whose_gradient_is(change)
-        p, x = jax.random.normal(KEY, (4, 3), float), jax.random.normal(KEY, (N, 4), float)
+        p, x = (
+            jax.random.normal(KEY, (4, 3), float),
+            jax.random.normal(KEY, (N, 4), float),
+        )
         J, want = jacobian(fun, **mode)(p, x), rows(p, x, fun)
         weights = jnp.arange(1.0, N + 1)
         assert tree_allclose(J.to_rows(), want)
         assert tree_allclose(J.weighted_sum(weights), jnp.tensordot(weights, want, 1))
         assert tree_allclose(
-            J.clip(0.5).norms(), jnp.minimum(0.5, jnp.linalg.norm(want.reshape(N, -1), axis=1))
+            J.clip(0.5).norms(),
+            jnp.minimum(0.5, jnp.linalg.norm(want.reshape(N, -1), axis=1)),
         )
 
 
@@ -596,6 +669,8 @@ class TestWhatGoesInAndComesOut:
 
     def test_a_field_called_tree_is_no_vector(self, mode):
         Params = collections.namedtuple("Params", "tree")
-        J = jacobian(lambda p, x: single(p.tree, x), **mode)(Params(jnp.ones(3)), jnp.ones((N, 3)))
+        J = jacobian(lambda p, x: single(p.tree, x), **mode)(
+            Params(jnp.ones(3)), jnp.ones((N, 3))
+        )
         v = Params(jnp.ones(3))
         assert tree_allclose(J @ v, J @ Vector(v))

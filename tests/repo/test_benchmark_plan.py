@@ -1,4 +1,6 @@
-"""The formulas of ``benchmarks/devices.py`` say what compiled programs send and hold."""
+"""The formulas of ``benchmarks/devices.py`` say what compiled programs send and
+hold.
+"""
 
 import sys
 from pathlib import Path

@@ -36,22 +36,31 @@ def benchmarks(monkeypatch):
 
 
 def entry(per_example, name, **times):
-    """An entry with a figure for each time; one that ends in `_` knows the time alone."""
+    """An entry with a figure for each time.
+
+    One that ends in `_` knows the time alone.
+    """
     figures = {}
     for key, time in times.items():
         other, size = (math.nan, -1) if key.endswith("_") else (1.0, 1024)
         figures[key.rstrip("_")] = per_example.Figure(time, other, other, other, size)
     base = SimpleNamespace(temp_bytes=1024)
-    return per_example.Entry(per_example.Model(name, name, None), None, base, 0.5, figures)
+    return per_example.Entry(
+        per_example.Model(name, name, None), None, base, 0.5, figures
+    )
 
 
 def test_a_peer_that_knows_its_time_alone_counts(per_example):
     made = entry(per_example, "a", auto=1.0, optax=4.0, BackPACK_=2.0)
     assert str(made.figures["BackPACK"]) == "2.00 · –"
     assert made.over_best_peer == 0.5
-    table = per_example.product_table([made, entry(per_example, "b", auto=1.0, optax=4.0)])
+    table = per_example.product_table(
+        [made, entry(per_example, "b", auto=1.0, optax=4.0)]
+    )
     assert table.startswith(per_example.TORCH)
-    header, _, one, other = ([x.strip() for x in row.split("|")] for row in table.splitlines()[2:])
+    header, _, one, other = (
+        [x.strip() for x in row.split("|")] for row in table.splitlines()[2:]
+    )
     assert header[-4:-1] == ["optax", "BackPACK", "÷ best peer"]
     assert one[-4:-1] == ["4.00 · 1.00", "2.00 · –", "0.50"]
     assert other[-4:-1] == ["4.00 · 1.00", "–", "0.25"]
@@ -59,10 +68,14 @@ def test_a_peer_that_knows_its_time_alone_counts(per_example):
 
 def test_a_few_examples_at_a_time_are_compared_with_peers_too(per_example):
     made = entry(
-        per_example, "a", **{"auto": 1.2, "8 at a time": 0.8, "factored": 0.1, "optax": 1.0}
+        per_example,
+        "a",
+        **{"auto": 1.2, "8 at a time": 0.8, "factored": 0.1, "optax": 1.0},
     )
     table = per_example.product_table([made])
-    header, _, row = ([x.strip() for x in line.split("|")] for line in table.splitlines())
+    header, _, row = (
+        [x.strip() for x in line.split("|")] for line in table.splitlines()
+    )
     assert header[-5:-1] == ["8 at a time", "optax", "÷ best peer", "at best"]
     assert row[-5:-1] == ["0.80 · 1.00", "1.00 · 1.00", "1.20", "0.80"]
 
@@ -71,7 +84,9 @@ def test_peers_of_jax_alone_are_shown_alone(per_example):
     table = per_example.product_table([entry(per_example, "a", auto=1.0, optax=4.0)])
     assert table.startswith("| model")
     assert "÷ best peer" in table
-    assert "÷ best peer" not in per_example.product_table([entry(per_example, "a", auto=1.0)])
+    assert "÷ best peer" not in per_example.product_table(
+        [entry(per_example, "a", auto=1.0)]
+    )
 
 
 def test_every_number_that_the_package_chooses_by_is_timed_on_both_sides(benchmarks):
@@ -90,7 +105,9 @@ def test_operations_are_counted_as_often_as_they_run(benchmarks):
 
     def fun(x):
         unused = x @ x
-        return jax.lax.scan(lambda c, _: (jnp.tanh(c @ x).T, jnp.sum(c)), x, length=3), unused
+        return jax.lax.scan(
+            lambda c, _: (jnp.tanh(c @ x).T, jnp.sum(c)), x, length=3
+        ), unused
 
     jaxpr = jax.make_jaxpr(lambda x: fun(x)[0])(jnp.ones((4, 4))).jaxpr
     assert _flops.count(jaxpr) == 3 * 2 * 4**3
@@ -103,12 +120,18 @@ def test_programs_above_what_they_were_are_listed(benchmarks):
     old = programs.Entry(100.0, 50.0, 0, 1.0, 2.0, "a")
     found = programs.Found(
         {"same": old, "worse": old, "gone": old},
-        {"same": old, "worse": replace(old, operations=103.0, temp_bytes=8, instructions="b")},
+        {
+            "same": old,
+            "worse": replace(old, operations=103.0, temp_bytes=8, instructions="b"),
+        },
         {"worse": [(1.0, 2.0), (2.0, 3.0), (1.0, 1.5)]},
     )
     told = programs.comparison(found)
     assert "2 programs, 1 of them the same." in told
-    assert "Above 1.01: 1.\n\n- worse: operations 1.030, products 1.000, memory inf" in told
+    assert (
+        "Above 1.01: 1.\n\n- worse: operations 1.030, products 1.000, memory inf"
+        in told
+    )
     assert "Only old: gone." in told
     assert "Mean ratio of the time of a call: 1.500." in told
 
@@ -140,5 +163,7 @@ def test_a_result_file_begins_with_what_it_ran_on_and_its_command(path):
 
 def test_every_result_file_is_linked():
     page = (BENCHMARKS / "README.md").read_text()
-    assert {path.stem for path in RESULTS} == set(re.findall(r"\(results/(\w+)\.md\)", page))
+    assert {path.stem for path in RESULTS} == set(
+        re.findall(r"\(results/(\w+)\.md\)", page)
+    )
     assert page.count("\n") <= 150

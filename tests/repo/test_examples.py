@@ -55,7 +55,9 @@ def test_digits(tmp_path):
     assert norms[-1] > 0
     ways = re.findall(r"^  (\S.*?) +[\d.]+ ms, +([\d.]+) MiB", printed, re.MULTILINE)
     assert len(ways) == 6  # of a batch, and of all training images
-    for plain, ours, rows in (map(float, dict(ways[i : i + 3]).values()) for i in (0, 3)):
+    for plain, ours, rows in (
+        map(float, dict(ways[i : i + 3]).values()) for i in (0, 3)
+    ):
         assert ours < 2 * plain
         assert ours < rows / 10
     header = figure.read_bytes()[:24]
@@ -70,10 +72,21 @@ def test_digits_refuses_a_wrong_flag():
 @pytest.mark.any_release
 def test_contrastive(tmp_path):
     figure = tmp_path / "contrastive.png"
-    flags = ["--steps", "4", "--images", "256", "--chunk", "64", "--output", str(figure)]
+    flags = [
+        "--steps",
+        "4",
+        "--images",
+        "256",
+        "--chunk",
+        "64",
+        "--output",
+        str(figure),
+    ]
     printed = run("contrastive.py", *flags)
     assert re.search(r"the whole batch (wins|loses) by [\d.]+ nats", printed)
-    ways = re.findall(r"held-out loss ([\d.]+), neighbours right ([\d.]+)%, (\d+) MiB", printed)
+    ways = re.findall(
+        r"held-out loss ([\d.]+), neighbours right ([\d.]+)%, (\d+) MiB", printed
+    )
     assert len(ways) == 2
     whole = re.search(r"in one piece takes (\d+) MiB", printed)
     assert whole is not None
@@ -105,10 +118,14 @@ def test_weights():
     *models, soup = map(float, re.findall(r"([\d.]+)%", printed.splitlines()[0]))
     assert soup >= min(models)
     assert soup > 90
-    tasks = dict(re.findall(r"^(.*\S) +reads ([\d.]+)% of 0 to 4", printed, re.MULTILINE))
+    tasks = dict(
+        re.findall(r"^(.*\S) +reads ([\d.]+)% of 0 to 4", printed, re.MULTILINE)
+    )
     before, after = float(tasks["the start"]), float(tasks["with the task of 0 to 4"])
     assert after > before > float(tasks["without the task of 0 to 4"]) + 50
-    of_all = dict(re.findall(r"^(.*\S) +reads .* ([\d.]+)% of all", printed, re.MULTILINE))
+    of_all = dict(
+        re.findall(r"^(.*\S) +reads .* ([\d.]+)% of all", printed, re.MULTILINE)
+    )
     assert float(of_all["with half of both"]) > float(of_all["the start"]) + 5
     carried, by_hand = map(float, re.findall(r"off by ([\d.]+)% of its way", printed))
     assert carried < 2  # the last rounding to bfloat16
@@ -134,9 +151,14 @@ def test_multi_device():
     assert "step" not in other  # one of them tells
     one = run("multi_device.py", *flags)
     eight = run("multi_device.py", *flags, JAX_NUM_CPU_DEVICES="8")
-    told = [re.findall(r"^(?:to step|test).*", text, re.MULTILINE) for text in (one, eight, both)]
+    told = [
+        re.findall(r"^(?:to step|test).*", text, re.MULTILINE)
+        for text in (one, eight, both)
+    ]
     assert len(told[0]) == 6
-    losses, *rest = [[float(x) for x in re.findall(r"loss ([\d.]+)", str(ls))] for ls in told]
+    losses, *rest = [
+        [float(x) for x in re.findall(r"loss ([\d.]+)", str(ls))] for ls in told
+    ]
     assert rest == [pytest.approx(losses, abs=2e-3)] * 2
     for lines in told:
         assert float(re.findall(r"accuracy ([\d.]+)%", lines[-1])[0]) > 85

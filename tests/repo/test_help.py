@@ -1,4 +1,6 @@
-"""`help(pytree_grads)` shows a map and every public call, though each is defined in a module."""
+"""`help(pytree_grads)` shows a map and every public call, though each is defined in a
+module.
+"""
 
 import pydoc
 import re

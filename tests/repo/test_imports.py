@@ -1,4 +1,6 @@
-"""The rooms of the package form a ladder, no import goes up it, and no room has a cycle inside."""
+"""The rooms of the package form a ladder, no import goes up it, and no room has a cycle
+inside.
+"""
 
 import ast
 from pathlib import Path
@@ -19,7 +21,9 @@ MODULES = {
 
 
 def imports_of(module):
-    """The modules of the package that a module imports, for types too, as dotted names."""
+    """The modules of the package that a module imports, for types too, as dotted
+    names.
+    """
     path = MODULES[module]
     package = list(path.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(path.read_text())):
@@ -43,13 +47,20 @@ def test_no_import_goes_up_the_ladder(module):
         assert room(other) in allowed, f"{module} imports {other}"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if room(name) not in ROOMS])
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if room(name) not in ROOMS]
+)
 def test_what_stands_above_the_rooms_is_public(module):
-    """Public modules for uses import public names alone; the top imports from the rooms."""
+    """Public modules for uses import public names alone.
+
+    The top imports from the rooms.
+    """
     assert module == "__init__" or not module.startswith("_")
     if module != "__init__":
         for other in imports_of(module):
-            assert other in ("", "__init__"), f"{module} imports {other}, which is not public"
+            assert other in ("", "__init__"), (
+                f"{module} imports {other}, which is not public"
+            )
 
 
 @pytest.mark.parametrize("name", ROOMS)
@@ -62,7 +73,9 @@ def test_modules_in_a_room_have_no_cycle(name):
     while graph:
         ready = {module for module, needs in graph.items() if not needs & graph.keys()}
         assert ready, f"a cycle among {sorted(graph)}"
-        graph = {module: needs for module, needs in graph.items() if module not in ready}
+        graph = {
+            module: needs for module, needs in graph.items() if module not in ready
+        }
 
 
 @pytest.mark.parametrize("name", MAPPED)

@@ -18,7 +18,10 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 
 
 def names_of(requirements):
-    return {re.split(r"[<>=!~\[; ]", text)[0].lower().replace("-", "_") for text in requirements}
+    return {
+        re.split(r"[<>=!~\[; ]", text)[0].lower().replace("-", "_")
+        for text in requirements
+    }
 
 
 def test_version_is_said_once():
@@ -69,7 +72,10 @@ def test_runtime_imports_are_declared():
                 continue
             for module in modules:
                 top = module.split(".")[0]
-                assert top in sys.stdlib_module_names | declared | {"pytree_grads"}, (path, top)
+                assert top in sys.stdlib_module_names | declared | {"pytree_grads"}, (
+                    path,
+                    top,
+                )
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
@@ -78,7 +84,9 @@ def test_readme_says_what_make_does(target):
     assert said is not None
     make_env, install, command = said[1].split("; ")
     assert make_env == "python3 -m venv .venv"
-    rule = re.search(rf"^{target}: \$\(VENV\)/\.(\w+)\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
+    rule = re.search(
+        rf"^{target}: \$\(VENV\)/\.(\w+)\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE
+    )
     assert rule is not None
     extra, recipe = rule[1], rule[2].strip()
     assert install == f".venv/bin/pip install -e '.[{extra}]'"

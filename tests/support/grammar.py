@@ -1,4 +1,6 @@
-"""Random programs: a grammar of primitives that grows functions of parameters and one example."""
+"""Random programs: a grammar of primitives that grows functions of parameters and one
+example.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +18,9 @@ Step = Callable[[dict[str, Any], Any, Any], Any]  # (params, h, (x, tokens)) -> 
 
 @dataclass
 class Scope:
-    """The parameters made so far, by name and shape, and the shape of the current value h."""
+    """The parameters made so far, by name and shape, and the shape of the current value
+    h.
+    """
 
     choose: Callable[[list], Any]
     shape: tuple[int, int] = (T, D)
@@ -36,10 +40,15 @@ class Scope:
         return self.choose(list(range(low, high + 1)))
 
     def param(self, *shape):
-        """A parameter of a shape: an old one, perhaps, or its transpose; else a new one."""
+        """A parameter of a shape: an old one, perhaps, or its transpose.
+
+        Else a new one.
+        """
         old = [(name, False) for name, s in self.visible().items() if s == shape]
         if len(shape) == 2:
-            old += [(name, True) for name, s in self.visible().items() if s == shape[::-1]]
+            old += [
+                (name, True) for name, s in self.visible().items() if s == shape[::-1]
+            ]
         if old and self.choose([True, True, False]):
             name, turned = self.choose(old)
             self.names.append(f"reuse {name}{'.T' if turned else ''}")
@@ -50,7 +59,9 @@ class Scope:
         return lambda p: read(p[name])
 
     def inner(self):
-        return Scope(self.choose, self.shape, outer=self, names=self.names, casts=self.casts)
+        return Scope(
+            self.choose, self.shape, outer=self, names=self.names, casts=self.casts
+        )
 
 
 # How a parameter may be stored: its shape, and how what is used comes from it.
@@ -233,11 +244,15 @@ def branch(scope):
 
 
 def again(scope):
-    """The same body several times, with one set of parameters: the gradient is in the carry."""
+    """The same body several times, with one set of parameters: the gradient is in the
+    carry.
+    """
     step, reverse = body(scope), scope.choose([True, False])
 
     def whole(p, h, example):
-        return lax.scan(lambda h, _: (step(p, h, example), None), h, length=2, reverse=reverse)[0]
+        return lax.scan(
+            lambda h, _: (step(p, h, example), None), h, length=2, reverse=reverse
+        )[0]
 
     return whole
 
@@ -276,7 +291,9 @@ def layers(scope):
         def layer(h, slices):
             return step(p | slices, h, example), None
 
-        return lax.scan(layer, h, {n: p[n] for n in own}, length=count, unroll=unroll)[0]
+        return lax.scan(layer, h, {n: p[n] for n in own}, length=count, unroll=unroll)[
+            0
+        ]
 
     return whole
 
@@ -330,10 +347,24 @@ def widen(scope):
 def pool(scope):
     _, d = scope.shape
     scope.shape = (2, d)
-    return lambda p, h, example: jax.ops.segment_sum(h, jnp.arange(len(h)) % 2, num_segments=2)
+    return lambda p, h, example: jax.ops.segment_sum(
+        h, jnp.arange(len(h)) % 2, num_segments=2
+    )
 
 
-SIMPLE = [dense, dense, dense, bias, scale, nonlinear, softmax, normalize, words, convolve, attend]
+SIMPLE = [
+    dense,
+    dense,
+    dense,
+    bias,
+    scale,
+    nonlinear,
+    softmax,
+    normalize,
+    words,
+    convolve,
+    attend,
+]
 SIMPLE += [over_time]
 NESTED = [residual, remat, call, branch, again, layers, remember]
 SHAPES = [transpose, reshape, part, widen, pool]

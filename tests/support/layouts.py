@@ -1,4 +1,6 @@
-"""A small model, every call on it, and how its batch and parameters may lie on a mesh."""
+"""A small model, every call on it, and how its batch and parameters may lie on a
+mesh.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -46,10 +48,11 @@ def arguments():
 
 
 def features(params, tokens, target, whole=None):
-    """An embedding, a scan over layers, and a hidden layer that tensor parallelism may split.
+    """An embedding, a scan over layers, and a hidden layer that tensor parallelism may
+    split.
 
-    Over Explicit axes, JAX asks where lines of a table go, and sums over an axis that is split:
-    ``whole`` is the answer.
+    Over Explicit axes, JAX asks where lines of a table go, and sums over an axis that
+    is split: ``whole`` is the answer.
     """
     h = params["embedding"].at[tokens].get(out_sharding=whole)  # (T, width)
     h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, params["layers"])
@@ -66,8 +69,9 @@ def log_sum_exp(outputs):
     return jax.nn.logsumexp(jnp.sum(outputs**2, axis=-1))
 
 
-# Each call takes a scalar function of one example, one with two outputs, parameters, a batch, and
-# the axis that is manual, if any; it returns numbers per row, and sums that are like parameters.
+# Each call takes a scalar function of one example, one with two outputs, parameters, a
+# batch, and the axis that is manual, if any; it returns numbers per row, and sums that
+# are like parameters.
 
 
 def combinations(loss, features, params, batch, axis_name):
@@ -95,7 +99,10 @@ def rows(loss, features, params, batch, axis_name):
     total = reassemble(lambda f: jnp.sum(f**2), outputs, grads)
     accumulator = Accumulator.zeros_like(params).add(local_sum(total, axis_name), 3)
     accumulator = accumulator.add(params, 2)
-    sums = {"reassembled": [local_sum(total, axis_name)], "accumulated": accumulator.mean()}
+    sums = {
+        "reassembled": [local_sum(total, axis_name)],
+        "accumulated": accumulator.mean(),
+    }
     return {"all": grads, "chunked": chunked}, sums
 
 
@@ -104,7 +111,9 @@ def products(settings, loss, features, params, batch, axis_name):
         return jacobian(fun, axis_name=axis_name, **settings)(params, *batch)
 
     c = batch[1]
-    outputs, J = value_and_jacobian(loss, axis_name=axis_name, **settings)(params, *batch)
+    outputs, J = value_and_jacobian(loss, axis_name=axis_name, **settings)(
+        params, *batch
+    )
     after = new()
     sums = {"weighted": new().weighted_sum(c), "clipped": after.clip(0.5).sum()}
     numbers = {"outputs": outputs, "norms": J.norms(), "directional": J @ params}
@@ -137,13 +146,13 @@ def chain(chunk_size, loss, features, params, batch, axis_name):
         penalty = jnp.sum(params["b"] ** 2) / device_count(axis_name)
         return jnp.sum(outputs**2) + penalty
 
-    value, sums = chain_rule_value_and_grad(penalized, features, outer_has_params=True, **options)(
-        params, *batch
-    )
+    value, sums = chain_rule_value_and_grad(
+        penalized, features, outer_has_params=True, **options
+    )(params, *batch)
     everything = coupled(axis_name)
-    coupled_value, coupled_sums = chain_rule_value_and_grad(everything, features, **options)(
-        params, *batch
-    )
+    coupled_value, coupled_sums = chain_rule_value_and_grad(
+        everything, features, **options
+    )(params, *batch)
     numbers = {"penalized": value, "coupled": coupled_value}
     return {}, {"penalized": sums, "coupled": coupled_sums, "numbers": numbers}
 
@@ -153,11 +162,17 @@ def curvature(chunk_size, loss, features, params, batch, axis_name):
     newton = gauss_newton_product(lambda f: jnp.sum(jnp.cosh(f)), features, **options)
     fisher = fisher_product(loss, **options)
     v = jax.tree.map(jnp.cos, params)
-    return {}, {"newton": newton(params, *batch)(v), "fisher": fisher(params, *batch)(v)}
+    return {}, {
+        "newton": newton(params, *batch)(v),
+        "fisher": fisher(params, *batch)(v),
+    }
 
 
 def coupled(axis_name):
-    """The loss that couples all examples; under ``shard_map``, each device's share of it."""
+    """The loss that couples all examples.
+
+    Under ``shard_map``, each device's share of it.
+    """
     if axis_name is None:
         return log_sum_exp
 
@@ -182,7 +197,9 @@ CALLS = {
     "kept": functools.partial(products, {}),
     "recomputed": functools.partial(products, {"recompute": True}),
     "in chunks": functools.partial(products, {"chunk_size": 16}),
-    "in uneven chunks": functools.partial(products, {"chunk_size": 12, "recompute": True}),
+    "in uneven chunks": functools.partial(
+        products, {"chunk_size": 12, "recompute": True}
+    ),
     "chain rule": functools.partial(chain, None),
     "chain rule in chunks": functools.partial(chain, 8),
     "chain rule in uneven chunks": functools.partial(chain, 12),
@@ -197,7 +214,9 @@ class Layout:
 
     devices: tuple[int, ...]
     kind: AxisType = AxisType.Auto
-    params: str = "replicated"  # or "sharded" like the batch, or "split" over a second axis
+    params: str = (
+        "replicated"  # or "sharded" like the batch, or "split" over a second axis
+    )
     manual: bool | None = None  # inside shard_map, with or without its checks
 
     def mesh(self):
@@ -214,7 +233,9 @@ class Layout:
         )
 
     def run(self, call):
-        """Numbers per row and sums, each checked to be where its rows and parameters are."""
+        """Numbers per row and sums, each checked to be where its rows and parameters
+        are.
+        """
         params, *batch = arguments()
         mesh = self.mesh()
         specs = {name: self.spec(name) for name in params}
@@ -227,7 +248,8 @@ class Layout:
 
         with jax.set_mesh(mesh):
             params = {
-                n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in params.items()
+                n: jax.device_put(x, NamedSharding(mesh, specs[n]))
+                for n, x in params.items()
             }
             batch = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in batch]
             if self.manual is not None:
@@ -243,7 +265,9 @@ class Layout:
         return numbers, sums
 
     def check_places(self, numbers: Any, sums: Any, specs: Any):
-        """Over Explicit axes, numbers are laid out as examples, and sums as parameters."""
+        """Over Explicit axes, numbers are laid out as examples, and sums as
+        parameters.
+        """
         if self.kind is not AxisType.Explicit:
             return
         for leaf in jax.tree.leaves(numbers):
@@ -252,12 +276,18 @@ class Layout:
             if isinstance(tree, dict) and tree.keys() == specs.keys():
                 for name, spec in specs.items():
                     got = tuple(tree[name].sharding.spec)
-                    assert got == (*spec, *[None] * (len(got) - len(spec))), (call, name, got)
+                    assert got == (*spec, *[None] * (len(got) - len(spec))), (
+                        call,
+                        name,
+                        got,
+                    )
 
 
 def one_device(call):
     params, *batch = arguments()
-    return jax.jit(lambda *args: call(loss, features, args[0], args[1:], None))(params, *batch)
+    return jax.jit(lambda *args: call(loss, features, args[0], args[1:], None))(
+        params, *batch
+    )
 
 
 LAYOUTS = {

@@ -16,7 +16,9 @@ def spend_little() -> None:
     """For this process and those that it starts; has to come before JAX does."""
     given = os.environ.get("XLA_FLAGS", "")
     if _FLAGS[0] not in given:
-        choices = (" ".join([given, *_FLAGS[:n]]).strip() for n in range(len(_FLAGS), -1, -1))
+        choices = (
+            " ".join([given, *_FLAGS[:n]]).strip() for n in range(len(_FLAGS), -1, -1)
+        )
         os.environ["XLA_FLAGS"] = next(filter(_are_known, choices))
 
 
@@ -24,4 +26,6 @@ def _are_known(flags: str) -> bool:
     """Whether this release of XLA knows some flags: it ends the process if not."""
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     environment = {**os.environ, "XLA_FLAGS": flags}
-    return not subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+    return not subprocess.run(
+        command, env=environment, capture_output=True, check=False
+    ).returncode

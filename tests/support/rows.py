@@ -1,4 +1,6 @@
-"""The oracle: J as plain stacked rows from `jax.vmap(jax.grad(f))`, and its products in NumPy."""
+"""The oracle: J as plain stacked rows from `jax.vmap(jax.grad(f))`, and its products in
+NumPy.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +65,9 @@ class Rows:
         """Rows times numbers; one array of them, or one for each leaf."""
         s = s * len(self.leaves) if len(s) == 1 else s
         pairs = zip(self.leaves, s, strict=True)
-        scaled = [x * np.reshape(np.asarray(a), (-1, *[1] * (x.ndim - 1))) for x, a in pairs]
+        scaled = [
+            x * np.reshape(np.asarray(a), (-1, *[1] * (x.ndim - 1))) for x, a in pairs
+        ]
         return Rows(scaled, self.treedef)
 
     def clip(self, max_norm):
@@ -73,7 +77,9 @@ class Rows:
             return self.scale(_shrink(self.norms(), whole[0]))
         factors = []
         for x, bound in zip(self.leaves, jax.tree.leaves(bounds), strict=True):
-            factors.append(_shrink(np.linalg.norm(x.reshape(len(x), -1), axis=1), bound))
+            factors.append(
+                _shrink(np.linalg.norm(x.reshape(len(x), -1), axis=1), bound)
+            )
         return self.scale(*factors)
 
     def __getitem__(self, index):
@@ -86,7 +92,9 @@ def _shrink(norms, bound):
 
 @dataclass(frozen=True)
 class Given:
-    """What products take besides J: weights c of rows, scales s, a direction v, bounds of norms."""
+    """What products take besides J: weights c of rows, scales s, a direction v, bounds
+    of norms.
+    """
 
     c: Any
     s: Any
@@ -108,7 +116,9 @@ class Given:
 
         v = jax.tree.map(lambda x: normal(x.shape, x.dtype), params)
         bounds = rows.like(map(bound, rows.leaves))
-        return cls(normal(n), normal(n), v, jnp.asarray(np.median(rows.norms()), float), bounds)
+        return cls(
+            normal(n), normal(n), v, jnp.asarray(np.median(rows.norms()), float), bounds
+        )
 
 
 jax.tree_util.register_dataclass(Given)
@@ -117,7 +127,10 @@ jax.tree_util.register_dataclass(Given)
 PRODUCTS = {
     "to_rows": (lambda J, _: J.to_rows(), lambda R, _: R.to_rows()),
     # Before norms: a sum takes rows that these have made.
-    "weighted_sum": (lambda J, g: J.weighted_sum(g.c), lambda R, g: R.weighted_sum(g.c)),
+    "weighted_sum": (
+        lambda J, g: J.weighted_sum(g.c),
+        lambda R, g: R.weighted_sum(g.c),
+    ),
     "norms": (lambda J, _: J.norms(), lambda R, _: R.norms()),
     "squared_norms": (lambda J, _: J.squared_norms(), lambda R, _: R.norms() ** 2),
     "sum": (lambda J, _: J.sum(), lambda R, _: R.weighted_sum()),
@@ -130,20 +143,39 @@ PRODUCTS = {
     ),
     "square_sum": (lambda J, _: J.square_sum(), lambda R, _: R.square_sum()),
     "square_sum(c)": (lambda J, g: J.square_sum(g.c), lambda R, g: R.square_sum(g.c)),
-    "scale": (lambda J, g: J.scale(g.s).sum(), lambda R, g: R.scale(g.s).weighted_sum()),
+    "scale": (
+        lambda J, g: J.scale(g.s).sum(),
+        lambda R, g: R.scale(g.s).weighted_sum(),
+    ),
     "scale twice": (
         lambda J, g: J.scale(g.s).scale(g.c).to_rows(),
         lambda R, g: R.scale(np.asarray(g.s * g.c)).to_rows(),
     ),
-    "clip": (lambda J, g: J.clip(g.bound).sum(), lambda R, g: R.clip(g.bound).weighted_sum()),
+    "clip": (
+        lambda J, g: J.clip(g.bound).sum(),
+        lambda R, g: R.clip(g.bound).weighted_sum(),
+    ),
     "clip each": (
         lambda J, g: J.clip(g.bounds, nan_safe=True).weighted_sum(g.c),
         lambda R, g: R.clip(g.bounds).weighted_sum(g.c),
     ),
-    "slice": (lambda J, g: J[1:4].T @ g.c[1:4], lambda R, g: R[1:4].weighted_sum(g.c[1:4])),
+    "slice": (
+        lambda J, g: J[1:4].T @ g.c[1:4],
+        lambda R, g: R[1:4].weighted_sum(g.c[1:4]),
+    ),
 }
-# Those that a mode may compute in a way of its own; the others are made from the same parts.
-CORE = ("weighted_sum", "norms", "sum", "gram", "square_sum(c)", "clip", "clip each", "J @ v")
+# Those that a mode may compute in a way of its own; the others are made from the same
+# parts.
+CORE = (
+    "weighted_sum",
+    "norms",
+    "sum",
+    "gram",
+    "square_sum(c)",
+    "clip",
+    "clip each",
+    "J @ v",
+)
 
 
 def products(J, given, names=tuple(PRODUCTS)):
@@ -155,15 +187,19 @@ def expected(rows, given, names=tuple(PRODUCTS)):
 
 
 def assert_close(got, want, rtol, *, also=0.0):
-    """Leaves agree within `rtol` times their largest entry, plus a number (or a tree of them).
+    """Leaves agree within `rtol` times their largest entry, plus a number (or a tree of
+    them).
 
-    A leaf that is all but zero beside the others (the bias of a key in attention) holds rounding
-    errors of the others' size: a thousandth of their largest entry counts for it.
+    A leaf that is all but zero beside the others (the bias of a key in attention) holds
+    rounding errors of the others' size: a thousandth of their largest entry counts for
+    it.
     """
     assert jax.tree.structure(got) == jax.tree.structure(want)
     sizes = [np.max(np.abs(x), initial=0.0) for x in jax.tree.leaves(want)]
     extra = jax.tree.leaves(jax.tree.broadcast(also, want))
-    pairs = zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), sizes, extra, strict=True)
+    pairs = zip(
+        jax.tree.leaves_with_path(got), jax.tree.leaves(want), sizes, extra, strict=True
+    )
     for (path, x), y, size, more in pairs:
         where = jax.tree_util.keystr(path)
         assert x.shape == y.shape, f"{where}: shape {x.shape} is not {y.shape}"

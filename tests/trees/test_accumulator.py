@@ -1,4 +1,6 @@
-"""``Accumulator``: weighted sums and means of gradients that arrive one after another."""
+"""``Accumulator``: weighted sums and means of gradients that arrive one after
+another.
+"""
 
 import itertools
 
@@ -40,7 +42,9 @@ def weighted_mean(grads, weights):
 
     def mean(*leaves):
         stacked = np.stack([np.asarray(x, np.float64) for x in leaves])
-        return np.asarray(np.tensordot(weights, stacked, 1) / weights.sum(), leaves[0].dtype)
+        return np.asarray(
+            np.tensordot(weights, stacked, 1) / weights.sum(), leaves[0].dtype
+        )
 
     return jax.tree.map(mean, *grads)
 
@@ -68,7 +72,9 @@ def test_by_default_every_gradient_weighs_one():
 
 
 def test_the_mean_of_means_is_another_number():
-    """Two microbatches of 1 and 7 tokens: each token has one vote, not each microbatch."""
+    """Two microbatches of 1 and 7 tokens: each token has one vote, not each
+    microbatch.
+    """
     tokens = jax.random.normal(KEY, (8, 3))
     params = jnp.ones(3)
 
@@ -79,7 +85,9 @@ def test_the_mean_of_means_is_another_number():
     parts = [tokens[:1], tokens[1:]]
     accumulator = accumulated([jax.grad(loss)(params, part) for part in parts], [1, 7])
     assert tree_allclose(accumulator.mean(), whole)
-    unweighted = accumulated([jax.grad(loss)(params, part) for part in parts], [1, 1]).mean()
+    unweighted = accumulated(
+        [jax.grad(loss)(params, part) for part in parts], [1, 1]
+    ).mean()
     assert jnp.linalg.norm(unweighted - whole) > 0.1 * jnp.linalg.norm(whole)
 
 
@@ -127,27 +135,36 @@ def test_a_thousand_ones_in_bfloat16():
     accumulator = jax.lax.fori_loop(
         0, 1000, lambda _, acc: acc.add(ones), Accumulator.zeros_like(ones)
     )
-    assert tree_allclose(accumulator.sum(), {"w": jnp.full(3, 1000, jnp.bfloat16)}, rtol=0)
+    assert tree_allclose(
+        accumulator.sum(), {"w": jnp.full(3, 1000, jnp.bfloat16)}, rtol=0
+    )
     assert tree_allclose(accumulator.mean(), ones, rtol=0)
     # Why optax's microbatching does not stand underneath.
     summed = optax.microbatching.microbatch(lambda x: x.sum(0), 0, microbatch_size=1)
     assert summed(jnp.ones((1000, 1), jnp.bfloat16)) == 256
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "complex64"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float16", "float32", "float64", "complex64"]
+)
 def test_dtypes_are_kept(dtype, x64):
     grads = gradients(3, jnp.dtype(dtype))
     accumulator = accumulated(grads, [1, 2, 3])
     assert tree_allclose(
         accumulator.sum(),
         jax.tree.map(
-            lambda a, b, c: a + jnp.asarray(2, a.dtype) * b + jnp.asarray(3, a.dtype) * c, *grads
+            lambda a, b, c: (
+                a + jnp.asarray(2, a.dtype) * b + jnp.asarray(3, a.dtype) * c
+            ),
+            *grads,
         ),
     )
     for leaf in jax.tree.leaves(accumulator.mean()):
         assert leaf.dtype == dtype
     for leaf in jax.tree.leaves(accumulator.total):
-        assert leaf.dtype == {"bfloat16": "float32", "float16": "float32"}.get(dtype, dtype)
+        assert leaf.dtype == {"bfloat16": "float32", "float16": "float32"}.get(
+            dtype, dtype
+        )
 
 
 def test_float0_leaves_pass_through():
@@ -168,11 +185,15 @@ def test_a_sum_that_was_thrown_away():
     accumulator = Accumulator.zeros_like(grads)
     accumulator.add(grads, 2)
     for read in (accumulator.mean, accumulator.sum):
-        with pytest.raises(ValueError, match="add returns another and leaves this one as it is"):
+        with pytest.raises(
+            ValueError, match="add returns another and leaves this one as it is"
+        ):
             read()
     assert tree_allclose(accumulator.add(grads, 2).mean(), grads)
     # What jit takes has no history, and what it traces is used once.
-    assert tree_allclose(jax.jit(lambda a: a.mean())(accumulator), {"w": jnp.full(2, jnp.nan)})
+    assert tree_allclose(
+        jax.jit(lambda a: a.mean())(accumulator), {"w": jnp.full(2, jnp.nan)}
+    )
     empty = Accumulator.zeros_like(grads)
     jax.jit(lambda g: empty.add(g).mean())(grads)
     assert tree_allclose(empty.sum(), {"w": jnp.zeros(2)})
@@ -222,8 +243,12 @@ def test_nothing_compiles_again():
     )
 )  # fmt: skip
 def test_merging_is_exact(entries):
-    """Sums of integers are representable: however they are spread, not one bit differs."""
-    one = accumulated([jnp.float32(g) for g, _, _ in entries], [w for _, w, _ in entries])
+    """Sums of integers are representable: however they are spread, not one bit
+    differs.
+    """
+    one = accumulated(
+        [jnp.float32(g) for g, _, _ in entries], [w for _, w, _ in entries]
+    )
     parts = [Accumulator.zeros_like(jnp.float32(0)) for _ in range(4)]
     for grad, weight, device in entries:
         parts[device] = parts[device].add(jnp.float32(grad), weight)
@@ -235,10 +260,16 @@ def test_merging_is_exact(entries):
 
 def test_merging_commutes_and_rounds_once():
     grads = gradients(7)
-    left, right = accumulated(grads[:3], [1, 5, 2]), accumulated(grads[3:], [3, 1, 0.1, 8])
+    left, right = (
+        accumulated(grads[:3], [1, 5, 2]),
+        accumulated(grads[3:], [3, 1, 0.1, 8]),
+    )
     assert bits(left.merge(right)) == bits(right.merge(left))
-    exact = jax.tree.map(lambda a, b: np.asarray(np.float64(a) + np.float64(b), np.float32),
-                         left.total, right.total)  # fmt: skip
+    exact = jax.tree.map(
+        lambda a, b: np.asarray(np.float64(a) + np.float64(b), np.float32),
+        left.total,
+        right.total,
+    )
     assert bits(left.merge(right).total) == bits(exact)
     empty = Accumulator.zeros_like(grads[0])
     assert bits(left.merge(empty)) == bits(left)
@@ -253,9 +284,9 @@ def test_devices_merge_by_psum():
         return jax.lax.psum(accumulator, "i")
 
     spec = jax.P("i")
-    merged = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=jax.P()))(
-        grads, weights
-    )
+    merged = jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=jax.P())
+    )(grads, weights)
     assert tree_allclose(merged.mean(), weighted_mean(list(grads), weights))
 
 
@@ -281,24 +312,36 @@ class TestErrors:
             Accumulator.zeros_like({"f": jnp.sin})
 
     def test_trees_that_disagree(self):
-        with pytest.raises(ValueError, match=r"grads\['w'\] .*expected float32\[3\], got .*\[3,1"):
+        with pytest.raises(
+            ValueError, match=r"grads\['w'\] .*expected float32\[3\], got .*\[3,1"
+        ):
             self.add({**self.grads, "w": jnp.ones((3, 1))})
-        with pytest.raises(ValueError, match=r"grads\['b'\] .*bfloat16\[2\], got float32"):
+        with pytest.raises(
+            ValueError, match=r"grads\['b'\] .*bfloat16\[2\], got float32"
+        ):
             self.add({**self.grads, "b": jnp.ones(2)})
         with pytest.raises(ValueError, match=r"missing keys \['b'\]"):
             self.add({"w": jnp.ones(3)})
         wide = Accumulator.zeros_like({**self.grads, "b": jnp.ones(2)})
-        with pytest.raises(ValueError, match=r"other.total\['b'\] .*bfloat16\[2\], got float32"):
+        with pytest.raises(
+            ValueError, match=r"other.total\['b'\] .*bfloat16\[2\], got float32"
+        ):
             self.add(self.grads).merge(wide)
 
     def test_weights(self):
-        with pytest.raises(ValueError, match=r"weight must be a scalar, got float32\[3\]"):
+        with pytest.raises(
+            ValueError, match=r"weight must be a scalar, got float32\[3\]"
+        ):
             self.add(self.grads, jnp.ones(3))
         with pytest.raises(TypeError, match="weight must be real, got complex64"):
             self.add(self.grads, 1j)
-        with pytest.raises(TypeError, match="weight must be a real scalar, got a value of type"):
+        with pytest.raises(
+            TypeError, match="weight must be a real scalar, got a value of type"
+        ):
             self.add(self.grads, "1")
 
     def test_merging_something_else(self):
-        with pytest.raises(TypeError, match="must be an Accumulator, got a value of type dict"):
+        with pytest.raises(
+            TypeError, match="must be an Accumulator, got a value of type dict"
+        ):
             self.add(self.grads).merge(self.grads)

@@ -19,7 +19,10 @@ def tree(key, dtype=jnp.float32):
     a, b, c = jax.random.split(key, 3)
     return {
         "w": jax.random.normal(a, (3, 4), dtype),
-        "rest": [jax.random.normal(b, (), dtype), (jax.random.normal(c, (2, 0), dtype), None)],
+        "rest": [
+            jax.random.normal(b, (), dtype),
+            (jax.random.normal(c, (2, 0), dtype), None),
+        ],
     }
 
 
@@ -41,25 +44,32 @@ def stack(trees):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64]
+)
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_sequence_and_stacked_equal_the_wide_sum(dtype, count):
     trees = [tree(key, dtype) for key in KEYS[:count]]
     coefficients = [0.5, -2, 3.25, 0, 1][:count]
     expected = oracle(coefficients, trees)
     assert tree_allclose(linear_combination(coefficients, trees), expected)
-    assert tree_allclose(linear_combination(jnp.array(coefficients), tuple(trees)), expected)
+    assert tree_allclose(
+        linear_combination(jnp.array(coefficients), tuple(trees)), expected
+    )
     assert tree_allclose(linear_combination(coefficients, stack(trees)), expected)
 
 
 def test_double_precision(x64):
     trees = [tree(key, jnp.float64) for key in KEYS[:3]]
     coefficients = [0.1, -2.5, 3]
-    assert tree_allclose(linear_combination(coefficients, trees), oracle(coefficients, trees))
+    assert tree_allclose(
+        linear_combination(coefficients, trees), oracle(coefficients, trees)
+    )
     # A float64 coefficient does not widen a float32 leaf.
     narrow = [{"w": jnp.ones(2, jnp.float32)}]
     assert tree_allclose(
-        linear_combination(jnp.array([3.0]), narrow), {"w": jnp.full(2, 3.0, jnp.float32)}
+        linear_combination(jnp.array([3.0]), narrow),
+        {"w": jnp.full(2, 3.0, jnp.float32)},
     )
 
 
@@ -69,7 +79,9 @@ def test_a_matrix_makes_many_combinations():
     expected = stack([linear_combination(row, trees) for row in matrix])
     assert tree_allclose(linear_combination(matrix, trees), expected)
     assert tree_allclose(linear_combination(matrix, stack(trees)), expected)
-    assert tree_allclose(linear_combination(np.asarray(matrix).tolist(), trees), expected)
+    assert tree_allclose(
+        linear_combination(np.asarray(matrix).tolist(), trees), expected
+    )
 
 
 def test_complex_coefficients_of_complex_leaves():
@@ -82,14 +94,18 @@ def test_complex_coefficients_of_complex_leaves():
 
 def test_a_real_coefficient_keeps_the_infinities_of_a_complex_leaf():
     leaf = jnp.array([complex(np.inf, 1.0), complex(2.0, -np.inf)], jnp.complex64)
-    expected = {"z": jnp.array([complex(np.inf, 2.0), complex(4.0, -np.inf)], jnp.complex64)}
+    expected = {
+        "z": jnp.array([complex(np.inf, 2.0), complex(4.0, -np.inf)], jnp.complex64)
+    }
     assert tree_allclose(linear_combination([2], [{"z": leaf}]), expected)
 
 
 def test_the_sum_is_carried_wide():
     ones = {"w": jnp.ones(3, jnp.bfloat16)}
     expected = {"w": jnp.full(3, 1000, jnp.bfloat16)}
-    assert tree_allclose(linear_combination([1] * 1000, [ones] * 1000), expected, rtol=0)
+    assert tree_allclose(
+        linear_combination([1] * 1000, [ones] * 1000), expected, rtol=0
+    )
     stacked = {"w": jnp.ones((1000, 3), jnp.bfloat16)}
     assert tree_allclose(linear_combination(jnp.ones(1000), stacked), expected, rtol=0)
 
@@ -99,7 +115,9 @@ def test_what_optax_does_without_a_word():
     tall, wide = {"w": jnp.ones((3, 1))}, {"w": jnp.ones((1, 4))}
     with jax.numpy_rank_promotion("allow"):
         assert optax.tree.add(tall, wide)["w"].shape == (3, 4)
-    with pytest.raises(ValueError, match=r"expected float32\[3,1\], got float32\[1,4\]"):
+    with pytest.raises(
+        ValueError, match=r"expected float32\[3,1\], got float32\[1,4\]"
+    ):
         linear_combination([1, 1], [tall, wide])
     one = {"w": jnp.ones((), jnp.bfloat16)}
     total = jax.lax.fori_loop(0, 1000, lambda _, total: optax.tree.add(total, one), one)
@@ -121,7 +139,9 @@ def test_coefficients_of_every_kind_never_change_the_dtype():
     ):
         got = linear_combination([c], [one])
         assert tree_allclose(got, {"w": jnp.full(2, float(c), jnp.bfloat16)}, rtol=0)
-    mixed = linear_combination([jnp.float32(2), 3, np.float64(4), jnp.bfloat16(1)], [one] * 4)
+    mixed = linear_combination(
+        [jnp.float32(2), 3, np.float64(4), jnp.bfloat16(1)], [one] * 4
+    )
     assert tree_allclose(mixed, {"w": jnp.full(2, 10, jnp.bfloat16)}, rtol=0)
 
 
@@ -181,7 +201,9 @@ def test_transformations(form):
     axis = 0 if form == "sequence" else 1
     doubled = jax.tree.map(lambda x: jnp.stack([x, 2 * x], axis), held)
     batched = jax.vmap(linear_combination, in_axes=(None, axis))(coefficients, doubled)
-    assert tree_allclose(batched, jax.tree.map(lambda x: jnp.stack([x, 2 * x]), expected))
+    assert tree_allclose(
+        batched, jax.tree.map(lambda x: jnp.stack([x, 2 * x]), expected)
+    )
 
     def square(coefficients, held):
         leaves = jax.tree.leaves(linear_combination(coefficients, held))
@@ -189,7 +211,10 @@ def test_transformations(form):
 
     by_coefficients, by_trees = jax.grad(square, (0, 1))(coefficients, held)
     inner = [
-        sum(jnp.sum(x * y) for x, y in zip(*map(jax.tree.leaves, (t, expected)), strict=True))
+        sum(
+            jnp.sum(x * y)
+            for x, y in zip(*map(jax.tree.leaves, (t, expected)), strict=True)
+        )
         for t in trees
     ]
     assert tree_allclose(by_coefficients, jnp.stack(inner))
@@ -208,18 +233,31 @@ def test_a_new_value_does_not_compile_again():
     with CompilationCounter() as first:
         linear_combination([1.0, 2.0], trees)
     with CompilationCounter() as others:
-        for c in ([3, 4], (5.5, 6), np.array([7, 8]), np.float32([9, 1]), [np.float64(1), 2]):
+        for c in (
+            [3, 4],
+            (5.5, 6),
+            np.array([7, 8]),
+            np.float32([9, 1]),
+            [np.float64(1), 2],
+        ):
             linear_combination(c, trees)
     assert (first.count, others.count) == (1, 0)
 
 
 def test_a_thousand_leaves_are_one_flat_program():
-    trees = [{f"layer{i}": jnp.full(2, i + k, jnp.float32) for i in range(1000)} for k in range(3)]
+    trees = [
+        {f"layer{i}": jnp.full(2, i + k, jnp.float32) for i in range(1000)}
+        for k in range(3)
+    ]
     eqns = list(equations(jax.make_jaxpr(linear_combination)(jnp.ones(3), trees)))
-    assert max(v.aval.size for eqn in eqns for v in eqn.outvars) <= 3  # no ravel and no stack
+    assert (
+        max(v.aval.size for eqn in eqns for v in eqn.outvars) <= 3
+    )  # no ravel and no stack
     assert len(eqns) <= 5 * 1000 + 10  # 3 products and 2 sums a leaf
     got = linear_combination(jnp.ones(3), trees)
-    assert tree_allclose(got, {f"layer{i}": jnp.full(2, 3.0 * i + 3) for i in range(1000)})
+    assert tree_allclose(
+        got, {f"layer{i}": jnp.full(2, 3.0 * i + 3) for i in range(1000)}
+    )
 
 
 def test_a_donated_tree_is_reused():

@@ -1,4 +1,6 @@
-"""Numbers that a user gives: of any dtype, they become floats of the width of what they meet."""
+"""Numbers that a user gives: of any dtype, they become floats of the width of what they
+meet.
+"""
 
 import re
 
@@ -59,7 +61,9 @@ def test_a_bound_of_any_dtype(bound, chunk_size):
                          J.clip({"w": 1e6, "v": 1.0}).sum())  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["int8", "uint8", "int32", "uint32", "bfloat16", "float16"]
+)
 def test_a_traced_bound_of_any_dtype(dtype):
     clipped = jax.jit(lambda bound: J.clip(bound).norms())(jnp.asarray(1, dtype))
     assert tree_allclose(clipped, J.clip(1.0).norms())
@@ -68,9 +72,13 @@ def test_a_traced_bound_of_any_dtype(dtype):
 def test_with_x64(x64):
     for bound in (np.int64(BIG), jnp.int64(BIG), jnp.uint64(BIG), jnp.float64(1e12)):
         assert tree_allclose(J.clip(bound).norms(), J.norms())
-        assert tree_allclose(jax.jit(lambda J, b: J.clip(b).norms())(J, bound), J.norms())
+        assert tree_allclose(
+            jax.jit(lambda J, b: J.clip(b).norms())(J, bound), J.norms()
+        )
     wide = jax.tree.map(lambda x: x.astype("float64"), (P, X))
-    assert tree_allclose(jacobian(f)(*wide).clip(10**40).norms(), jacobian(f)(*wide).norms())
+    assert tree_allclose(
+        jacobian(f)(*wide).clip(10**40).norms(), jacobian(f)(*wide).norms()
+    )
     with pytest.raises(ValueError, match="argument max_norm must fit float32"):
         J.clip(10**40)
     with pytest.raises(ValueError, match="argument coefficients must fit float32"):
@@ -87,7 +95,9 @@ WEIGHTS = {
     "J.T @ c": lambda c: J.T @ c,
     "coefficients": lambda c: linear_combination(c, J.to_rows()),
     "coefficients of a list": lambda c: linear_combination(list(c), [P] * N),
-    "mixed coefficients": lambda c: linear_combination([jnp.float32(1), *c], [P] * (N + 1)),
+    "mixed coefficients": lambda c: linear_combination(
+        [jnp.float32(1), *c], [P] * (N + 1)
+    ),
 }
 
 
@@ -113,10 +123,17 @@ def test_weights_of_jax(name, dtype):
     assert tree_allclose(jax.jit(WEIGHTS[name])(weights), expected)
 
 
-@pytest.mark.parametrize("number", [np.int64(BIG), BIG, 2**70, np.uint64(BIG), np.float64(2e12)])
+@pytest.mark.parametrize(
+    "number", [np.int64(BIG), BIG, 2**70, np.uint64(BIG), np.float64(2e12)]
+)
 def test_scalars(number):
-    tree, factor = {"w": jnp.ones(2), "half": jnp.full(2, 2**-30, jnp.bfloat16)}, float(number)
-    expected = jax.tree.map(lambda x: (x.astype("float32") * factor).astype(x.dtype), tree)
+    tree, factor = (
+        {"w": jnp.ones(2), "half": jnp.full(2, 2**-30, jnp.bfloat16)},
+        float(number),
+    )
+    expected = jax.tree.map(
+        lambda x: (x.astype("float32") * factor).astype(x.dtype), tree
+    )
     assert tree_allclose((number * Vector(tree)).tree, expected)
     assert tree_allclose((Vector(tree) / (1 / factor)).tree, expected)
     total = Accumulator.zeros_like(tree).add(tree, number)
@@ -124,13 +141,21 @@ def test_scalars(number):
     assert float(total.weight) == np.float32(factor)
 
 
-@pytest.mark.parametrize("leaf", [np.array([BIG, 0]), [BIG, 0.0]], ids=["array", "list"])
+@pytest.mark.parametrize(
+    "leaf", [np.array([BIG, 0]), [BIG, 0.0]], ids=["array", "list"]
+)
 def test_directions(leaf):
-    params = [jnp.ones(()), jnp.zeros(())] if isinstance(leaf, list) else jnp.array([1.0, 0.0])
+    params = (
+        [jnp.ones(()), jnp.zeros(())]
+        if isinstance(leaf, list)
+        else jnp.array([1.0, 0.0])
+    )
     fun = lambda p, x: x * (p[0] + 0 * p[1])  # noqa: E731
     x = jnp.array([1.0, 2.0])
     assert tree_allclose(jacobian(fun)(params, x) @ leaf, 1e12 * x)
-    expected = jax.tree.map(lambda y: jnp.float32(2.5) * y, jax.tree.map(jnp.float32, leaf))
+    expected = jax.tree.map(
+        lambda y: jnp.float32(2.5) * y, jax.tree.map(jnp.float32, leaf)
+    )
     assert tree_allclose(fisher_product(fun)(params, x)(leaf), expected)
     products = gauss_newton_product(lambda f: jnp.mean(f**2) / 2, fun)(params, x)(leaf)
     assert tree_allclose(products, expected)
@@ -143,7 +168,9 @@ def test_directions_of_narrow_parameters(x64):
     with pytest.raises(ValueError, match=r"expected bfloat16.3., got float32.3."):
         product(jnp.ones(3, jnp.float32))
     J = jacobian(lambda p, x: p @ x)(params, x)
-    assert tree_allclose(J @ np.array([1, 1, 1 << 40]), jnp.full(2, 2.0**40, jnp.float32), 1e-2)
+    assert tree_allclose(
+        J @ np.array([1, 1, 1 << 40]), jnp.full(2, 2.0**40, jnp.float32), 1e-2
+    )
 
 
 TOO_LARGE = {
@@ -151,11 +178,15 @@ TOO_LARGE = {
     "max_norm['w']": lambda x: J.clip({"w": x, "v": 1.0}),
     "coefficients": lambda x: linear_combination([x, 1.0], [P, P]),
     "coefficients mixed": lambda x: linear_combination([x, jnp.float32(1)], [P, P]),
-    "coefficients of a stack": lambda x: linear_combination([x], {"w": jnp.ones((1, 2))}),
+    "coefficients of a stack": lambda x: linear_combination(
+        [x], {"w": jnp.ones((1, 2))}
+    ),
     "the scalar": lambda x: x * Vector(P),
     "the scalar, divided by": lambda x: Vector(P) / x,
     "weight": lambda x: Accumulator.zeros_like(P).add(P, x),
-    "v['v'][0]": lambda x: jacobian(lambda p, x: p["v"][0] * x)({"v": [1.0]}, X[:, 0]) @ {"v": [x]},
+    "v['v'][0]": lambda x: (
+        jacobian(lambda p, x: p["v"][0] * x)({"v": [1.0]}, X[:, 0]) @ {"v": [x]}
+    ),
     "v": lambda x: fisher_product(lambda p, x: p * x)(1.0, X[:, 0])(x),
 }
 
@@ -187,6 +218,13 @@ def test_a_number_of_another_dtype_does_not_compile_again():
 
     calls(2.0)
     with CompilationCounter() as counter:
-        for number in (3, np.int64(BIG), np.uint8(3), np.float64(2), np.float16(1), 2**40):
+        for number in (
+            3,
+            np.int64(BIG),
+            np.uint8(3),
+            np.float64(2),
+            np.float16(1),
+            2**40,
+        ):
             calls(number)
     assert counter.count == 0

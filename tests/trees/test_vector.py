@@ -28,9 +28,15 @@ def trees(*coefficients):
         pytest.param(lambda u, v: -u, (-1, 0), id="neg"),
         pytest.param(lambda u, v: 2 * u + v * 3, (2, 3), id="int"),
         pytest.param(lambda u, v: u / 4 - 0.5 * v, (0.25, -0.5), id="float"),
-        pytest.param(lambda u, v: np.float32(2) * u + v / np.float64(2), (2, 0.5), id="numpy"),
-        pytest.param(lambda u, v: np.ones(()) * u + v * np.int8(2), (1, 2), id="0-d numpy"),
-        pytest.param(lambda u, v: jnp.float32(2) * u - v / jnp.int32(2), (2, -0.5), id="jax"),
+        pytest.param(
+            lambda u, v: np.float32(2) * u + v / np.float64(2), (2, 0.5), id="numpy"
+        ),
+        pytest.param(
+            lambda u, v: np.ones(()) * u + v * np.int8(2), (1, 2), id="0-d numpy"
+        ),
+        pytest.param(
+            lambda u, v: jnp.float32(2) * u - v / jnp.int32(2), (2, -0.5), id="jax"
+        ),
         pytest.param(lambda u, v: sum([u, v, u]), (2, 1), id="sum"),
         pytest.param(lambda u, v: 0 + u, (1, 0), id="0 +"),
     ],
@@ -41,7 +47,9 @@ def test_operators(expression, expected):
     assert tree_allclose(jax.jit(expression)(Vector(U), Vector(V)).tree, expected)
     doubled = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), (Vector(U), Vector(V)))
     batched = jax.vmap(expression)(*doubled).tree
-    assert tree_allclose(batched, jax.tree.map(lambda x: jnp.stack([x, 2 * x]), expected))
+    assert tree_allclose(
+        batched, jax.tree.map(lambda x: jnp.stack([x, 2 * x]), expected)
+    )
 
 
 def test_inner_product_and_norm():
@@ -57,7 +65,9 @@ def test_complex_inner_product_conjugates_the_left():
     u, v = (Vector({"z": jnp.array([z], jnp.complex64)}) for z in (1 + 2j, 3 - 1j))
     assert tree_allclose(u @ v, jnp.complex64((1 - 2j) * (3 - 1j)))
     assert tree_allclose(u.norm(), jnp.float32(np.sqrt(5)))
-    assert tree_allclose((1j * u / 2j).tree, {"z": jnp.array([0.5 + 1j], jnp.complex64)})
+    assert tree_allclose(
+        (1j * u / 2j).tree, {"z": jnp.array([0.5 + 1j], jnp.complex64)}
+    )
     assert tree_allclose((u / 2).tree, {"z": jnp.array([0.5 + 1j], jnp.complex64)})
 
 
@@ -71,7 +81,11 @@ def test_mixed_dtypes_meet_in_the_widest_carried(x64):
     )
     assert tree_allclose(v @ v, jnp.float64(4))
     assert tree_allclose(v.norm(), jnp.float64(2))
-    assert [x.dtype.name for x in jax.tree.leaves(2 * v)] == ["float64", "float32", "bfloat16"]
+    assert [x.dtype.name for x in jax.tree.leaves(2 * v)] == [
+        "float64",
+        "float32",
+        "bfloat16",
+    ]
 
 
 class TestNorm:
@@ -80,10 +94,14 @@ class TestNorm:
         v = Vector({"a": jnp.array([3 * size / 4]), "b": jnp.array([size, 0.0])})
         assert tree_allclose(v.norm(), jnp.float32(1.25 * size))
         grad = jax.grad(lambda v: v.norm())(v)
-        assert tree_allclose(grad.tree, {"a": jnp.array([0.6]), "b": jnp.array([0.8, 0.0])})
+        assert tree_allclose(
+            grad.tree, {"a": jnp.array([0.6]), "b": jnp.array([0.8, 0.0])}
+        )
 
     def test_has_gradient_zero_at_zero(self):
-        zero = Vector({"a": jnp.zeros(2), "z": jnp.zeros(1, jnp.complex64), "e": jnp.zeros((0,))})
+        zero = Vector(
+            {"a": jnp.zeros(2), "z": jnp.zeros(1, jnp.complex64), "e": jnp.zeros((0,))}
+        )
         assert tree_allclose(jax.grad(lambda v: v.norm())(zero).tree, zero.tree)
 
     @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
@@ -124,7 +142,10 @@ class TestPytree:
     def test_round_trip(self):
         leaves, treedef = jax.tree.flatten(Vector(U))
         assert tree_allclose(jax.tree.unflatten(treedef, leaves).tree, U)
-        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(Vector(U))]
+        paths = [
+            jax.tree_util.keystr(path)
+            for path, _ in jax.tree.leaves_with_path(Vector(U))
+        ]
         assert paths == [".tree['b'][0]", ".tree['w']"]
 
     def test_unflatten_takes_what_is_not_an_array(self):
@@ -138,7 +159,9 @@ class TestPytree:
         grad = jax.grad(lambda v: v @ v)(Vector(U))
         assert isinstance(grad, Vector)
         assert tree_allclose(grad.tree, trees(2, 0))
-        total, _ = jax.lax.scan(lambda t, c: (t + c * Vector(V), None), Vector(U), jnp.ones(4))
+        total, _ = jax.lax.scan(
+            lambda t, c: (t + c * Vector(V), None), Vector(U), jnp.ones(4)
+        )
         assert tree_allclose(total.tree, trees(1, 4))
         abstract = jax.eval_shape(lambda v: 2 * v, Vector(U))
         assert abstract.tree["w"].shape == (1, 2)
@@ -146,12 +169,16 @@ class TestPytree:
     def test_optax_takes_it(self):
         optimizer = optax.sgd(0.5)
         updates, _ = optimizer.update(Vector(V), optimizer.init(Vector(U)))
-        assert tree_allclose(optax.apply_updates(Vector(U), updates).tree, trees(1, -0.5))
+        assert tree_allclose(
+            optax.apply_updates(Vector(U), updates).tree, trees(1, -0.5)
+        )
 
     def test_copy_and_pickle(self):
         third = Vector({"w": jnp.ones(3, jnp.bfloat16)}) / 3
         for clone in (copy.deepcopy(third), pickle.loads(pickle.dumps(third))):
-            assert tree_allclose((3 * clone).tree, {"w": jnp.ones(3, jnp.bfloat16)}, rtol=0)
+            assert tree_allclose(
+                (3 * clone).tree, {"w": jnp.ones(3, jnp.bfloat16)}, rtol=0
+            )
 
     def test_repr(self):
         assert repr(Vector({"w": 1.5})) == "Vector({'w': 1.5})"
@@ -191,6 +218,8 @@ def test_the_question_that_started_it():
         return p["m"] * x + p["b"]
 
     params = {"m": jnp.float32(2), "b": jnp.float32(-1)}
-    (p1, g1), (p2, g2) = (jax.value_and_grad(f)(params, jnp.float32(x)) for x in (0.3, 1.5))
+    (p1, g1), (p2, g2) = (
+        jax.value_and_grad(f)(params, jnp.float32(x)) for x in (0.3, 1.5)
+    )
     combined = 2 * p1 * Vector(g1) + 2 * p2 * Vector(g2)
     assert tree_allclose(combined.tree, {"m": jnp.float32(5.76), "b": jnp.float32(3.2)})

@@ -1,4 +1,6 @@
-"""The table of models: small functions of one example, each with parameters and a batch."""
+"""The table of models: small functions of one example, each with parameters and a
+batch.
+"""
 
 import zlib
 from collections.abc import Callable
@@ -12,7 +14,9 @@ N = 5  # examples in a batch
 
 
 class Draw:
-    """Random numbers of float32 in arrays of the default precision, the same at every run."""
+    """Random numbers of float32 in arrays of the default precision, the same at every
+    run.
+    """
 
     def __init__(self, name: str):
         self.rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -32,9 +36,9 @@ class Draw:
 class Model:
     """`build(draw)` gives `(fun, params, batch)`; `fun(params, *example)` is a scalar.
 
-    `dense` names the leaves that are known to have a dense term of their size: no other leaf with
-    two wide axes may lose its factors. `promotes` says that a library promotes dtypes when it runs
-    in float64.
+    `dense` names the leaves that are known to have a dense term of their size: no other
+    leaf with two wide axes may lose its factors. `promotes` says that a library
+    promotes dtypes when it runs in float64.
     """
 
     name: str
@@ -50,7 +54,10 @@ MODELS: dict[str, Model] = {}
 
 
 def model(*dense: str, promotes: bool = False):
-    """Put a builder into the table; `dense` are key paths as `jax.tree_util.keystr` prints them."""
+    """Put a builder into the table.
+
+    `dense` are key paths as `jax.tree_util.keystr` prints them.
+    """
 
     def register(build):
         name = build.__name__

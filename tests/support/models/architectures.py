@@ -63,9 +63,13 @@ def attention_as_jax_has_it(draw):
 @model("['router']")
 def mixture_of_experts(draw):
     def fun(p, x):
-        gates = jax.nn.softmax(x @ p["router"] + jnp.sum(p["router"] ** 2), axis=-1)  # (T, E)
+        gates = jax.nn.softmax(
+            x @ p["router"] + jnp.sum(p["router"] ** 2), axis=-1
+        )  # (T, E)
         chosen, expert = jax.lax.top_k(gates, 2)
-        dispatch = jnp.sum(jax.nn.one_hot(expert, 3, dtype=x.dtype) * chosen[..., None], axis=1)
+        dispatch = jnp.sum(
+            jax.nn.one_hot(expert, 3, dtype=x.dtype) * chosen[..., None], axis=1
+        )
         hidden = jnp.tanh(jnp.einsum("te,td,edf->etf", dispatch, x, p["up"]))
         mixed = jnp.einsum("etf,efd,te->td", hidden, p["down"], dispatch)
         return jnp.sum(jnp.sin(mixed))
@@ -110,7 +114,11 @@ def segments_of_an_embedding(draw):
         bags = jax.ops.segment_sum(p["table"][tokens], segments, num_segments=3)
         return jnp.sum(jnp.sin(bags @ p["w"]))
 
-    return fun, {"table": draw(11, 3), "w": draw(3, 2)}, (draw.ints(11, N, 6), draw.ints(3, N, 6))
+    return (
+        fun,
+        {"table": draw(11, 3), "w": draw(3, 2)},
+        (draw.ints(11, N, 6), draw.ints(3, N, 6)),
+    )
 
 
 @model()

@@ -43,7 +43,10 @@ def scan_over_layers_of_padded_flipped_weights(draw):
     def fun(p, x):
         def layer(x, w):
             whole = jnp.concatenate(
-                [jnp.pad(w, ((0, 0), (1, 1)))[:, :4], jnp.pad(w[::-1], ((0, 0), (0, 1)))]
+                [
+                    jnp.pad(w, ((0, 0), (1, 1)))[:, :4],
+                    jnp.pad(w[::-1], ((0, 0), (0, 1))),
+                ]
             )
             return jnp.tanh(x @ whole), w[0]
 
@@ -68,7 +71,9 @@ def scan_over_layers_with_tied_tables(draw):
 @model()
 def scan_over_layers_with_tables(draw):
     def fun(p, tokens):
-        x, _ = lax.scan(lambda x, table: (jnp.tanh(x + table[tokens]), 1.0), jnp.zeros((4, 2)), p)
+        x, _ = lax.scan(
+            lambda x, table: (jnp.tanh(x + table[tokens]), 1.0), jnp.zeros((4, 2)), p
+        )
         return jnp.sum(jnp.sin(x))
 
     return fun, draw(3, 5, 2), (draw.ints(5, N, 4),)
@@ -99,7 +104,9 @@ def scan_over_time(draw):
 
 @model()
 def gated_recurrence_backwards(draw):
-    """One weight used three times in every step, once by its transpose, in a reversed scan."""
+    """One weight used three times in every step, once by its transpose, in a reversed
+    scan.
+    """
 
     def fun(p, x):
         def step(h, x):
@@ -126,7 +133,12 @@ def scan_over_layers_of_scans_over_time(draw):
         x, _ = lax.scan(layer, x, {name: p[name] for name in "wub"})
         return jnp.sum(jnp.sin(x))
 
-    params = {"w": draw(2, 3, 3), "u": draw(2, 3, 3), "b": draw(2, 3), "out": draw(3, 3)}
+    params = {
+        "w": draw(2, 3, 3),
+        "u": draw(2, 3, 3),
+        "b": draw(2, 3),
+        "out": draw(3, 3),
+    }
     return fun, params, (draw(N, 4, 3),)
 
 
@@ -145,7 +157,11 @@ def scan_over_time_of_scans_over_layers(draw):
         _, hs = lax.scan(step, jnp.zeros(3), x)
         return jnp.sum(jnp.sin(hs))
 
-    return fun, {"w": draw(2, 3, 3), "b": draw(2, 3), "mix": draw(3, 3)}, (draw(N, 4, 3),)
+    return (
+        fun,
+        {"w": draw(2, 3, 3), "b": draw(2, 3), "mix": draw(3, 3)},
+        (draw(N, 4, 3),),
+    )
 
 
 @model()
@@ -188,7 +204,11 @@ def remat_around_and_in_a_scan(draw):
 @model()
 def remat_in_a_scan_over_time(draw):
     def fun(p, x):
-        @partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+        @partial(
+            jax.checkpoint,
+            policy=jax.checkpoint_policies.nothing_saveable,
+            prevent_cse=False,
+        )
         def step(h, x):
             h = jnp.tanh(x @ p["w"] + h @ p["u"])
             return h, jnp.sum(jnp.sin(h @ p["w"].T))
@@ -221,7 +241,8 @@ def _matmul(x, w):
 
 
 _matmul.defvjp(
-    lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, 2 * jnp.outer(saved[0], g))
+    lambda x, w: (x @ w, (x, w)),
+    lambda saved, g: (g @ saved[1].T, 2 * jnp.outer(saved[0], g)),
 )
 
 
@@ -250,7 +271,9 @@ def custom_rules(draw):
 
     def fun(p, x):
         hidden = _smooth(_matmul(x, p["w"]))
-        hidden = jax.nn.relu(hidden @ p["v"]) + jax.nn.gelu(hidden @ _clipped(p["clipped"]))
+        hidden = jax.nn.relu(hidden @ p["v"]) + jax.nn.gelu(
+            hidden @ _clipped(p["clipped"])
+        )
         return jnp.sum(jax.nn.log_softmax(hidden) * jnp.arange(2.0))
 
     return fun, {"w": draw(3, 5), "v": draw(5, 2), "clipped": draw(5, 2)}, (draw(N, 3),)
@@ -265,11 +288,15 @@ def branches(draw):
             lambda: x @ p["right"] @ p["either"],
         )
         switched = lax.switch(
-            n, [lambda x: x, lambda x: jnp.sin(x @ p["choice"]), lambda x: x * p["scale"]], hidden
+            n,
+            [lambda x: x, lambda x: jnp.sin(x @ p["choice"]), lambda x: x * p["scale"]],
+            hidden,
         )
         return jnp.sum(jnp.sin(switched @ p["after"]))
 
-    params = {name: draw(3, 3) for name in ("left", "right", "either", "choice", "after")}
+    params = {
+        name: draw(3, 3) for name in ("left", "right", "either", "choice", "after")
+    }
     return fun, params | {"scale": draw(3)}, (draw(N, 3), draw.ints(3, N))
 
 
@@ -277,7 +304,9 @@ def branches(draw):
 def loops(draw):
     def fun(p, x):
         x = lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ p["w"]), x)
-        steps = lax.while_loop(lambda i: i < jnp.abs(x[0]) * 5, lambda i: i + 1, jnp.zeros(()))
+        steps = lax.while_loop(
+            lambda i: i < jnp.abs(x[0]) * 5, lambda i: i + 1, jnp.zeros(())
+        )
         halves = lax.stop_gradient(steps)
         return jnp.sum(jnp.sin(x @ p["v"])) * (1 + halves)
 
@@ -288,12 +317,18 @@ def loops(draw):
 def branches_in_a_scan(draw):
     def fun(p, x):
         def step(h, x):
-            return lax.cond(x[0] > 0, lambda: jnp.tanh(h @ p["w"]), lambda: x @ p["v"]), None
+            return lax.cond(
+                x[0] > 0, lambda: jnp.tanh(h @ p["w"]), lambda: x @ p["v"]
+            ), None
 
         h, _ = lax.scan(step, x[0], x)
         return jnp.sum(h * p["decay"][0])
 
-    return fun, {"w": draw(3, 3), "v": draw(3, 3), "decay": draw(2, 3)}, (draw(N, 4, 3),)
+    return (
+        fun,
+        {"w": draw(3, 3), "v": draw(3, 3), "decay": draw(2, 3)},
+        (draw(N, 4, 3),),
+    )
 
 
 @model()
@@ -304,7 +339,10 @@ def prefix_sums_and_sorting(draw):
         states = lax.associative_scan(
             lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (gates, inputs)
         )[1]
-        total = jnp.cumsum(states @ p["v"], axis=0) + lax.cumlogsumexp(states, axis=0)[:, :2]
+        total = (
+            jnp.cumsum(states @ p["v"], axis=0)
+            + lax.cumlogsumexp(states, axis=0)[:, :2]
+        )
         ranked = jnp.sort(total @ p["rank"]) * jnp.arange(4.0)
         best = lax.top_k(states[:, 0], 2)[0] + jnp.sort(p["sorted"])[:2]
         return jnp.sum(jnp.sin(total)) + jnp.sum(ranked) + jnp.sum(best**2)
@@ -354,7 +392,9 @@ def no_layers_over_a_sequence(draw):
 
 @model()
 def accumulators_in_a_scan(draw):
-    """Carries that do more than add: one passes through, one is scaled, two are exchanged."""
+    """Carries that do more than add: one passes through, one is scaled, two are
+    exchanged.
+    """
 
     def fun(p, x):
         def step(carry, x):
@@ -378,7 +418,11 @@ def weights_in_an_unrolled_loop(draw):
             x = jnp.sin(x @ p["w"]) @ p["w"].T
         return jnp.sum(h) + jnp.sum(x)
 
-    return fun, {"w": draw(3, 3), "table": draw(7, 3)}, (draw(N, 2, 3), draw.ints(7, N, 6))
+    return (
+        fun,
+        {"w": draw(3, 3), "table": draw(7, 3)},
+        (draw(N, 2, 3), draw.ints(7, N, 6)),
+    )
 
 
 @model()
@@ -389,7 +433,9 @@ def scans_nested_deeply(draw):
                 return lambda h: jnp.tanh(h @ p["w"])
             inner = nested(depth - 1)
             length = 2 if depth < 4 else 1
-            return lambda h: lax.scan(lambda h, _: (inner(h), None), h, length=length)[0]
+            return lambda h: lax.scan(lambda h, _: (inner(h), None), h, length=length)[
+                0
+            ]
 
         return jnp.sum(nested(9)(x))
 

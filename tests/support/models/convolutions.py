@@ -44,7 +44,9 @@ def grouped_dilated_and_transposed_convolutions(draw):
         x = jnp.tanh(_conv(x, p["grouped"], numbers=FLAT, feature_group_count=2))
         x = jnp.tanh(_conv(x, p["depthwise"], numbers=FLAT, feature_group_count=6))
         x = jnp.tanh(_conv(x, p["dilated"], numbers=FLAT, rhs_dilation=(2,)))
-        x = lax.conv_transpose(x[None], p["transposed"], (2,), "SAME", dimension_numbers=FLAT)[0]
+        x = lax.conv_transpose(
+            x[None], p["transposed"], (2,), "SAME", dimension_numbers=FLAT
+        )[0]
         return jnp.sum(jnp.sin(x))
 
     params = {
@@ -101,7 +103,9 @@ def convolutions_in_scans(draw):
 
         def step(h, _):
             h = jnp.tanh(conv(h, p["time"]) + x)
-            return lax.scan(lambda h, _: (jnp.sin(conv(h, p["time"])), None), h, length=2)
+            return lax.scan(
+                lambda h, _: (jnp.sin(conv(h, p["time"])), None), h, length=2
+            )
 
         h, _ = lax.scan(step, x, length=3)
         return jnp.sum(jnp.sin(h))

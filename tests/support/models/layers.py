@@ -1,4 +1,6 @@
-"""Dense layers in every spelling, biases, scales, norms, embeddings and fused projections."""
+"""Dense layers in every spelling, biases, scales, norms, embeddings and fused
+projections.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,13 @@ def sequence_of_a_perceptron(draw):
         hidden = jnp.tanh(x @ p["w"] + p["b"][None]) * p["gain"][None] + p["scalar"]
         return jnp.sum(jnp.sin(hidden @ p["v"]))
 
-    params = {"w": draw(3, 7), "b": draw(7), "gain": draw(7), "scalar": draw(), "v": draw(7, 2)}
+    params = {
+        "w": draw(3, 7),
+        "b": draw(7),
+        "gain": draw(7),
+        "scalar": draw(),
+        "v": draw(7, 2),
+    }
     return fun, params, (draw(N, 4, 3),)
 
 
@@ -42,7 +50,9 @@ def _spelled(specs, sizes):
 
         def fun(p, *xs):
             made = zip(specs, xs, strict=True)
-            return sum(jnp.sum(jnp.sin(jnp.einsum(spec, x, p[spec]))) for spec, x in made)
+            return sum(
+                jnp.sum(jnp.sin(jnp.einsum(spec, x, p[spec]))) for spec, x in made
+            )
 
         return fun, params, tuple(batch)
 
@@ -51,19 +61,40 @@ def _spelled(specs, sizes):
 
 @model()
 def einsums_of_matrices(draw):
-    specs = ["i,io->o", "i,oi->o", "ti,io->to", "ti,oi->ot", "bti,io->bto", "bti,oi->tob"]
+    specs = [
+        "i,io->o",
+        "i,oi->o",
+        "ti,io->to",
+        "ti,oi->ot",
+        "bti,io->bto",
+        "bti,oi->tob",
+    ]
     return _spelled(specs, {"i": 3, "o": 5, "t": 4, "b": 2})(draw)
 
 
 @model("['td,khd->k']")
 def einsums_of_heads(draw):
-    specs = ["td,dhk->thk", "td,hdk->htk", "thk,hkd->td", "thk,khd->td", "hk,hkd->d", "td,khd->k"]
+    specs = [
+        "td,dhk->thk",
+        "td,hdk->htk",
+        "thk,hkd->td",
+        "thk,khd->td",
+        "hk,hkd->d",
+        "td,khd->k",
+    ]
     return _spelled(specs, {"t": 4, "d": 3, "h": 2, "k": 5})(draw)
 
 
 @model()
 def einsums_with_blocks(draw):
-    specs = ["td,tdo->to", "etd,edf->etf", "td,td->t", "td,d->td", "ted,ed->t", "d,eo->deo"]
+    specs = [
+        "td,tdo->to",
+        "etd,edf->etf",
+        "td,td->t",
+        "td,d->td",
+        "ted,ed->t",
+        "d,eo->deo",
+    ]
     return _spelled(specs, {"t": 4, "d": 3, "o": 2, "e": 3, "f": 5})(draw)
 
 
@@ -122,7 +153,10 @@ def contractions_by_other_names(draw):
 def layer_norm_rms_norm_group_norm(draw):
     def layer_norm(x, scale, bias):
         centered = x - x.mean(-1, keepdims=True)
-        return centered * lax.rsqrt((centered**2).mean(-1, keepdims=True) + 1e-3) * scale + bias
+        return (
+            centered * lax.rsqrt((centered**2).mean(-1, keepdims=True) + 1e-3) * scale
+            + bias
+        )
 
     def fun(p, x):
         x = layer_norm(x @ p["w"], p["scale"][None], p["bias"][None])
@@ -133,7 +167,9 @@ def layer_norm_rms_norm_group_norm(draw):
         x = groups.reshape(4, 6) * p["group scale"][None] + p["group bias"][None]
         return jnp.sum(jnp.sin(x))
 
-    vectors = {name: draw(6) for name in ("scale", "bias", "rms", "group scale", "group bias")}
+    vectors = {
+        name: draw(6) for name in ("scale", "bias", "rms", "group scale", "group bias")
+    }
     return fun, {"w": draw(3, 6), **vectors}, (draw(N, 4, 3),)
 
 
@@ -152,7 +188,9 @@ def embeddings(draw):
         ]
         return sum(jnp.sum(jnp.sin(part * x)) for part in parts)
 
-    params = {name: draw(11, 3) for name in ("take", "one-hot", "index", "twice", "bag")}
+    params = {
+        name: draw(11, 3) for name in ("take", "one-hot", "index", "twice", "bag")
+    }
     params |= {"columns": draw(3, 11), "heads": draw(11, 2, 3)}
     return fun, params, (draw.ints(11, N, 4), draw(N, 4, 3))
 
@@ -174,14 +212,18 @@ def gathers_at_the_edges(draw):
         ]
         return sum(jnp.sum(jnp.sin(part)) for part in parts)
 
-    params = {name: draw(11, 3) for name in ("negative", "fill", "clip", "scalar", "two axes")}
+    params = {
+        name: draw(11, 3) for name in ("negative", "fill", "clip", "scalar", "two axes")
+    }
     params |= {"pairs": draw(11, 11), "points": draw(11, 2), "vector": draw(11)}
     return fun, params, (draw.ints(11, N, 4), draw(N, 4, 3))
 
 
 @model()
 def gathers_of_several_indices(draw):
-    """One fixed index and others that are read, of adjacent axes or not, clipped, and in a scan."""
+    """One fixed index and others that are read, of adjacent axes or not, clipped, and
+    in a scan.
+    """
 
     def fun(p, tokens, x):
         parts = [
@@ -197,7 +239,11 @@ def gathers_of_several_indices(draw):
         one = jnp.sin(p["one"][tokens[0], tokens[1]] + p["one"][tokens[2], 3] + x[0, 0])
         return jax.lax.scan(step, one + sum(map(jnp.sum, parts)), p["scanned"])[0]
 
-    params = {"levels": draw(2, 11, 3), "apart": draw(11, 3, 11), "clip": draw(11, 2, 11)}
+    params = {
+        "levels": draw(2, 11, 3),
+        "apart": draw(11, 3, 11),
+        "clip": draw(11, 2, 11),
+    }
     params |= {"one": draw(11, 11)}
     params |= {"last": draw(3, 11, 11), "scanned": draw(2, 11, 11, 3)}
     return fun, params, (draw.ints(11, N, 4), draw(N, 4, 3))
@@ -211,7 +257,9 @@ def means_of_words_in_a_scan(draw):
         def step(h, words):
             of_pairs = jnp.sum(p["pairs"][words, words[::-1]] * x[:1], 0)
             of_clipped = jnp.mean(p["clip"].at[words + 5].get(mode="clip"), 0)
-            return jnp.tanh(h + jnp.mean(p["mean"][words], 0) + of_pairs + of_clipped), None
+            return jnp.tanh(
+                h + jnp.mean(p["mean"][words], 0) + of_pairs + of_clipped
+            ), None
 
         return jnp.sum(jax.lax.scan(step, x[1], tokens)[0])
 
@@ -221,12 +269,21 @@ def means_of_words_in_a_scan(draw):
 
 @model()
 def many_look_ups(draw):
-    """More pairs of places than lines, so that lines of one index are found by the lines."""
+    """More pairs of places than lines, so that lines of one index are found by the
+    lines.
+    """
 
     def fun(p, tokens, x):
         whole, once = p["narrow"][tokens], p["once"][tokens]
-        parts = [whole * x, p["twice"][tokens[:9]], p["twice"][tokens[9:]] * x[9:], once * x[:1]]
-        return sum(jnp.sum(jnp.sin(part)) for part in parts) + jnp.sum(p["mean"][tokens])
+        parts = [
+            whole * x,
+            p["twice"][tokens[:9]],
+            p["twice"][tokens[9:]] * x[9:],
+            once * x[:1],
+        ]
+        return sum(jnp.sum(jnp.sin(part)) for part in parts) + jnp.sum(
+            p["mean"][tokens]
+        )
 
     names = ("narrow", "once", "twice", "mean")
     params = {name: draw(11, 2) for name in names}
@@ -235,7 +292,10 @@ def many_look_ups(draw):
 
 @model()
 def indices_that_break_their_promise(draw):
-    """Plain indexing takes indices to be in bounds; gradients of those that are not are dropped."""
+    """Plain indexing takes indices to be in bounds.
+
+    Gradients of those that are not are dropped.
+    """
 
     def fun(p, tokens, x):
         parts = [
@@ -258,7 +318,11 @@ def bytes_as_tokens(draw):
         return sum(jnp.sum(jnp.sin(part * x)) for part in parts)
 
     tokens = draw.ints(256, N, 4).astype("uint8")
-    return fun, {name: draw(256, 3) for name in ("index", "take")}, (tokens, draw(N, 4, 3))
+    return (
+        fun,
+        {name: draw(256, 3) for name in ("index", "take")},
+        (tokens, draw(N, 4, 3)),
+    )
 
 
 @model()
@@ -266,7 +330,9 @@ def linear_in_the_table(draw):
     """The cotangents are the same for all examples, the indices are not."""
 
     def fun(p, tokens):
-        return jnp.sum(p["table"][tokens]) + jnp.sum(p["w"][tokens[0]] * jnp.arange(3, dtype=float))
+        return jnp.sum(p["table"][tokens]) + jnp.sum(
+            p["w"][tokens[0]] * jnp.arange(3, dtype=float)
+        )
 
     return fun, {"table": draw(7, 3), "w": draw(7, 3)}, (draw.ints(7, N, 4),)
 
@@ -327,7 +393,16 @@ def slices_of_a_weight(draw):
         ]
         return sum(jnp.sum(jnp.sin(part)) for part in parts)
 
-    names = ("rows", "columns", "reversed", "flipped", "rolled", "overlap", "wide", "middle")
+    names = (
+        "rows",
+        "columns",
+        "reversed",
+        "flipped",
+        "rolled",
+        "overlap",
+        "wide",
+        "middle",
+    )
     params = {name: draw(3, 5) for name in names}
     params |= {"strided": draw(4, 5), "padded": draw(2, 3), "transposed": draw(5, 3)}
     params |= {"squeezed": draw(3, 1, 5), "listed": draw(4, 3)}

@@ -14,7 +14,9 @@ KEY = jax.random.key(0)
 
 def _as_default(tree):
     """Frameworks start in float32; the tests also run in float64."""
-    return jax.tree.map(lambda x: x.astype(float) if eqx.is_inexact_array(x) else x, tree)
+    return jax.tree.map(
+        lambda x: x.astype(float) if eqx.is_inexact_array(x) else x, tree
+    )
 
 
 class _Linen(nn.Module):
@@ -28,7 +30,10 @@ class _Linen(nn.Module):
 ATTENTION = "['params']['MultiHeadDotProductAttention_0']"
 
 
-@model(*(f"{ATTENTION}['{name}']['bias']" for name in ("query", "key", "value")), promotes=True)
+@model(
+    *(f"{ATTENTION}['{name}']['bias']" for name in ("query", "key", "value")),
+    promotes=True,
+)
 def flax_linen(draw):
     tokens = draw.ints(7, N, 4)
     net = _Linen()
@@ -43,7 +48,10 @@ class _LinenScan(nn.Module):
             return jnp.tanh(layer(x)), None
 
         scanned = nn.scan(
-            nn.remat(body), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            nn.remat(body),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
         )
         return scanned(nn.Dense(4), x, None)[0]
 
@@ -74,7 +82,11 @@ class _Nnx(nnx.Module):
 def flax_nnx(draw):
     graph, params = nnx.split(_Nnx(nnx.Rngs(0)), nnx.Param)
     params = _as_default(params)
-    return lambda p, x: jnp.sum(jnp.sin(nnx.merge(graph, p)(x))), params, (draw(N, 5, 2),)
+    return (
+        lambda p, x: jnp.sum(jnp.sin(nnx.merge(graph, p)(x))),
+        params,
+        (draw(N, 5, 2),),
+    )
 
 
 class _BatchNormed(nnx.Module):
@@ -92,7 +104,9 @@ class _BatchNormed(nnx.Module):
 
 @model("['conv']['kernel'].value", promotes=True)
 def flax_nnx_batch_norm(draw):
-    """In evaluation mode, where the statistics are constants: see docs/batch_norm.md."""
+    """In evaluation mode, where the statistics are constants: see
+    docs/batch_norm.md.
+    """
     net = _BatchNormed(nnx.Rngs(0))
     net.eval()
     graph, params, statistics = map(_as_default, nnx.split(net, nnx.Param, ...))

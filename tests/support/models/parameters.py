@@ -1,4 +1,6 @@
-"""What is done with parameters before they are used: ties, reuse, constants, dtypes, nothing."""
+"""What is done with parameters before they are used: ties, reuse, constants, dtypes,
+nothing.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,9 @@ def tied_embedding(draw):
 def tied_by_one_hot(draw):
     def fun(p, tokens):
         hidden = jnp.tanh(jax.nn.one_hot(tokens, 11, dtype=float) @ p["table"])
-        return jnp.sum(jax.nn.logsumexp(jnp.einsum("td,vd->tv", hidden, p["table"]), -1))
+        return jnp.sum(
+            jax.nn.logsumexp(jnp.einsum("td,vd->tv", hidden, p["table"]), -1)
+        )
 
     return fun, {"table": draw(11, 3)}, (draw.ints(11, N, 4),)
 
@@ -41,7 +45,9 @@ def one_weight_many_times(draw):
             x = jnp.tanh(x @ p["w"])  # (3,): T = 1
         y = jnp.sin(y @ p["w"]) @ p["w"]  # (4, 3): T = 4
         turned = jnp.einsum("td,ed->te", y, p["w"])
-        return jnp.sum(x) + jnp.sum(y**2) + jnp.sum(jnp.sin(turned)) + jnp.sum(p["w"] ** 2)
+        return (
+            jnp.sum(x) + jnp.sum(y**2) + jnp.sum(jnp.sin(turned)) + jnp.sum(p["w"] ** 2)
+        )
 
     return fun, {"w": draw(3, 3)}, (draw(N, 3), draw(N, 4, 3))
 
@@ -83,9 +89,20 @@ def merged_adapter(draw):
 @model()
 def multiples_of_a_weight(draw):
     def fun(p, x):
-        w, scale = p["w"], np.float64(0.25) if x.dtype == jnp.float64 else np.float32(0.25)
-        parts = [x @ (2 * w), x @ -w, (x @ w) / 3, 0.1 * (x @ (w / 7)), -(-x @ (w * scale))]
-        return sum(jnp.sum(jnp.sin(part)) for part in parts) - jnp.sum(x @ p["v"] - x @ p["v"] * 2)
+        w, scale = (
+            p["w"],
+            np.float64(0.25) if x.dtype == jnp.float64 else np.float32(0.25),
+        )
+        parts = [
+            x @ (2 * w),
+            x @ -w,
+            (x @ w) / 3,
+            0.1 * (x @ (w / 7)),
+            -(-x @ (w * scale)),
+        ]
+        return sum(jnp.sum(jnp.sin(part)) for part in parts) - jnp.sum(
+            x @ p["v"] - x @ p["v"] * 2
+        )
 
     return fun, {"w": draw(3, 5), "v": draw(3, 2)}, (draw(N, 3),)
 
@@ -159,9 +176,15 @@ def broadcast_parameters(draw):
         tall = jnp.broadcast_to(p["row"], (4, 3))
         tiled = jnp.tile(p["tile"], (2, 1))
         repeated = jnp.repeat(p["repeat"], 2, axis=0)
-        return jnp.sum(jnp.sin(x * tall)) + jnp.sum(jnp.sin(x @ tiled.T + x @ repeated.T))
+        return jnp.sum(jnp.sin(x * tall)) + jnp.sum(
+            jnp.sin(x @ tiled.T + x @ repeated.T)
+        )
 
-    return fun, {"row": draw(3), "tile": draw(2, 3), "repeat": draw(2, 3)}, (draw(N, 4, 3),)
+    return (
+        fun,
+        {"row": draw(3), "tile": draw(2, 3), "repeat": draw(2, 3)},
+        (draw(N, 4, 3),),
+    )
 
 
 @model("['whole']", "['conj']")
@@ -188,14 +211,18 @@ def complex_parameters(draw):
 
 @model()
 def gradients_inside(draw):
-    """A loss that holds derivatives of the network by its input, as in physics or meta-learning."""
+    """A loss that holds derivatives of the network by its input, as in physics or meta-
+    learning.
+    """
 
     def net(p, x):
         return jnp.sum(jnp.tanh(x @ p["v"]) * p["u"])
 
     def fun(p, x):
         slope = jax.grad(net, argnums=1)(p, x)
-        _, curvature = jax.jvp(lambda x: jax.grad(net, argnums=1)(p, x), (x,), (jnp.ones(3),))
+        _, curvature = jax.jvp(
+            lambda x: jax.grad(net, argnums=1)(p, x), (x,), (jnp.ones(3),)
+        )
         fast = p["w"] - 0.1 * jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w)))(p["w"])
         return jnp.sum(slope**2) + jnp.sum(curvature) + jnp.sum(jnp.sin(x @ fast))
 
@@ -206,6 +233,8 @@ def gradients_inside(draw):
 def ensemble(draw):
     def fun(p, x):
         member = jax.vmap(lambda w, b: jnp.sin(x @ w + b[None]))
-        return jnp.sum(member(p["w"], p["b"])) + jnp.sum(jax.vmap(jnp.dot, (0, None))(p["v"], x[0]))
+        return jnp.sum(member(p["w"], p["b"])) + jnp.sum(
+            jax.vmap(jnp.dot, (0, None))(p["v"], x[0])
+        )
 
     return fun, {"w": draw(3, 3, 5), "b": draw(3, 5), "v": draw(2, 3)}, (draw(N, 4, 3),)
