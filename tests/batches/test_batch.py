@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import tree_allclose
 
-from pytree_grads._batches import batch as _batch
+from pytree_grads._batches import loops
 from pytree_grads._batches.chunks import Chunks, Place
 
 N = 7
@@ -59,7 +59,7 @@ def test_every_row_is_folded_once(chunk_size):
     batch = resolved()
     rows = batch.vmap(call)
     for apart in (False, True):
-        mapped = _batch.map_chunks(
+        mapped = loops.map_chunks(
             lambda c: c.vmap(call), batch, chunk_size, apart=apart
         )
         assert tree_allclose(mapped, rows)
@@ -73,7 +73,7 @@ def test_every_row_is_folded_once(chunk_size):
         return total, own
 
     init = {"sum": jnp.zeros(()), "seen": jnp.zeros(N, jnp.int32)}
-    total, folded = _batch.fold_chunks(step, init, batch, chunk_size)
+    total, folded = loops.fold_chunks(step, init, batch, chunk_size)
     assert tree_allclose(folded, rows)
     assert tree_allclose(total, {"sum": jnp.sum(rows), "seen": jnp.ones(N, jnp.int32)})
 
