@@ -9,6 +9,7 @@ import pytest
 from helpers import tree_allclose
 
 from pytree_grads._batches import loops
+from pytree_grads._batches.batch import resolve
 from pytree_grads._batches.chunks import Chunks, Place
 
 N = 7
@@ -24,7 +25,7 @@ def resolved(in_axes=(None, {"x": -1, "key": 0}, None)):
     params = {"w": jnp.arange(3.0), "none": None}
     batch = {"x": np.arange(3.0 * N, dtype=np.float32).reshape(3, N), "key": KEYS}
     weight = jnp.arange(N, dtype=jnp.float32)
-    return _batch.resolve(
+    return resolve(
         fun, (params, batch, jnp.tanh), {"weight": weight}, 0, in_axes, shared=True
     )
 
@@ -91,14 +92,12 @@ def test_rows_of_chunks_are_joined_in_their_order(devices):
 
 
 def test_parameters_that_differ_by_example():
-    batch = _batch.resolve(
-        fun, ({"w": jnp.ones((3, N))}, jnp.ones(N)), {}, 0, ({"w": -1}, 0)
-    )
+    batch = resolve(fun, ({"w": jnp.ones((3, N))}, jnp.ones(N)), {}, 0, ({"w": -1}, 0))
     assert batch.primal_axes == (1,)
     with pytest.raises(
         ValueError, match=r"argument p\['w'\] is differentiated and mapped"
     ):
-        _batch.resolve(lambda p, x: 0.0, batch.args, {}, 0, ({"w": -1}, 0), shared=True)
+        resolve(lambda p, x: 0.0, batch.args, {}, 0, ({"w": -1}, 0), shared=True)
 
 
 @pytest.mark.parametrize(
