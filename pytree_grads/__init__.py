@@ -1,11 +1,11 @@
 """Linear algebra on gradients: combine them, take them per example, apply the chain rule.
 
-Parameters and gradients are plain pytrees; ``f(params, *example)`` is a function of one example.
-J is the matrix whose row i is the gradient of ``f`` at example i.
+Parameters and gradients are plain pytrees; ``f(params, *example)`` is a function of one
+example. J is the matrix whose row i is the gradient of ``f`` at example i.
 
-=======================================  =========================================================
+=======================================  ===============================================
 what you want                            call
-=======================================  =========================================================
+=======================================  ===============================================
 a sum of gradients that you hold         ``linear_combination(coefficients, trees)``
 the same, written with + and *           ``(2 * Vector(g1) - Vector(g2)).tree``
 the mean of what arrives bit by bit      ``Accumulator.zeros_like(g).add(g, weight).mean()``
@@ -16,11 +16,11 @@ the gradient of a loss of all outputs    ``chain_rule_grad(outer, f)(params, *ba
 the same, from rows that you hold        ``reassemble(outer, outputs, rows)``
 products with the Gauss-Newton matrix    ``gauss_newton_product(outer, f)(params, *batch)(v)``
 products with the empirical Fisher       ``fisher_product(f)(params, *batch)(v)``
-=======================================  =========================================================
+=======================================  ===============================================
 
-The outputs or the loss come too from ``per_example_value_and_grad``, ``value_and_jacobian`` and
-``chain_rule_value_and_grad``. J is no tree of rows: ``help(Jacobian)`` lists what it computes, and
-``J.to_rows()`` gives the rows.
+The outputs or the loss come too from ``per_example_value_and_grad``,
+``value_and_jacobian`` and ``chain_rule_value_and_grad``. J is no tree of rows:
+``help(Jacobian)`` lists what it computes, and ``J.to_rows()`` gives the rows.
 """
 
 from importlib import metadata as _metadata
@@ -41,7 +41,8 @@ from ._trees.accumulator import Accumulator as Accumulator
 from ._trees.combine import linear_combination as linear_combination
 from ._trees.vector import Vector as Vector
 
-# ``help(pytree_grads)`` shows what is listed here, in spite of the modules where it is defined.
+# ``help(pytree_grads)`` shows what is listed here, in spite of the modules where it is
+# defined.
 __all__ = [
     "Accumulator",
     "Jacobian",
@@ -60,5 +61,7 @@ __all__ = [
 
 try:
     __version__ = _metadata.version("pytree_grads")
-except _metadata.PackageNotFoundError:  # a checkout on the path that was never installed
+except (
+    _metadata.PackageNotFoundError
+):  # a checkout on the path that was never installed
     __version__ = "0+unknown"

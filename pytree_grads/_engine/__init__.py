@@ -1,11 +1,12 @@
 """Rows of one gradient leaf in factored form.
 
-The backward pass of one example is traced, cut where the leaves of the gradient are put together,
-and mapped over the batch. What it returns are factors: two vectors for an outer product, say.
+The backward pass of one example is traced, cut where the leaves of the gradient are put
+together, and mapped over the batch. What it returns are factors: two vectors for an
+outer product, say.
 
 From a function to its factors:
 
-===============  ===================================================================================
+===============  =======================================================================
 ``trace``        from a function and a batch to the leaves of J: trace one example, cut, map
 ``graph``        a jaxpr as a graph to walk backwards in
 ``facts``        what is known of a value before anything runs
@@ -15,11 +16,11 @@ From a function to its factors:
 ``layout``       how the operands of an equation become factors
 ``plan``         for each leaf, which summands are kept, and in which form
 ``evaluate``     running the cut graph, with nothing evaluated that is not asked for
-===============  ===================================================================================
+===============  =======================================================================
 
 From factors to products:
 
-===============  ===================================================================================
+===============  =======================================================================
 ``terms``        what one row is made of: a class for each kind of term
 ``products``     sums, squares, norms and Gramians of the rows of leaves
 ``leaf``         all rows of one leaf, and how functions map over them
@@ -28,5 +29,5 @@ From factors to products:
 ``scaling``      powers of two that keep squares in range, from the bits of floats
 ``weighing``     arrays with an axis of rows, times weights, and their sums
 ``einsum``       products of arrays, accumulated in float32 or wider
-===============  ===================================================================================
+===============  =======================================================================
 """

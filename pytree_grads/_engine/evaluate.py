@@ -6,7 +6,7 @@ that the keys need: the accumulators that factored terms replace are gone.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
@@ -92,12 +92,12 @@ def rows_axis(site: Site) -> int:
 
 
 def assemble(
-    site: Site, arrays: Sequence[jax.Array], levels: Sequence[int]
+    site: Site, arrays: Sequence[jax.Array], row_axes: Sequence[int]
 ) -> tuple[Term, tuple[int, ...]]:
     """The term at a site, from the arrays that `keys_of` names.
 
     Each array has the axes of the steps that it is stacked over first, then as many
-    axes of rows as `levels` says. Those of outer and scatter terms become (B, *rows, T,
+    axes of rows as `row_axes` says. Those of outer and scatter terms become (B, *rows, T,
     ...). The second result says how many axes of rows each array of the term has.
     """
     stacked: tuple[bool, ...] = ()
@@ -105,10 +105,10 @@ def assemble(
         stacked += (site.stacked,)
         site = site.site
     if isinstance(site, AtTerm):
-        frames = [Frame(stacked, level) for level in levels]
-        return site.layout(arrays, frames), site.layout.levels(*levels)
+        frames = [Frame(stacked, count) for count in row_axes]
+        return site.layout(arrays, frames), site.layout.row_axes(*row_axes)
     (value,) = arrays
-    return Dense(value), tuple(levels)
+    return Dense(value), tuple(row_axes)
 
 
 # --------------------------------------------------------------------------------------
@@ -131,9 +131,37 @@ class _ScanNeeds:
     body: _Needs
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of the body of one scan, each key once and in order."""
+
+    stacks: dict[Key, None] = field(default_factory=dict)
+    totals: dict[Key, None] = field(default_factory=dict)
+
+
 def _needs(graph: Graph, keys: Iterable[Key]) -> _Needs:
+    """Walk back from the keys, into the bodies of the scans that they name."""
+    atoms, asked = _seeds(keys)
+    scans: dict[Equation, _ScanNeeds] = {}
+    for equation in reversed(graph.equations):
+        if equation in asked:
+            own = asked[equation]
+            scans[equation] = needs = _scan_needs(
+                equation, list(own.stacks), list(own.totals), atoms
+            )
+            operands = zip(equation.inputs, equation.body.inputs, strict=True)
+            atoms.update(
+                outer for outer, inner in operands if inner in needs.body.atoms
+            )
+        elif any(output in atoms for output in equation.outputs):
+            atoms.update(equation.inputs)
+    return _Needs(atoms, scans)
+
+
+def _seeds(keys: Iterable[Key]) -> tuple[set[Atom], dict[Equation, _Asked]]:
+    """The atoms that keys name in a graph, and what they ask of each scan in it."""
     atoms: set[Atom] = set()
-    inside: dict[Equation, tuple[dict[Key, None], dict[Key, None]]] = {}
+    asked: dict[Equation, _Asked] = {}
     todo = list(keys)
     while todo:
         key = todo.pop()
@@ -145,23 +173,10 @@ def _needs(graph: Graph, keys: Iterable[Key]) -> _Needs:
             case Norm(site) | Row(site):
                 todo += keys_of(site)
             case Stacked(equation, inner):
-                inside.setdefault(equation, ({}, {}))[0][inner] = None
+                asked.setdefault(equation, _Asked()).stacks[inner] = None
             case Total(equation, inner):
-                inside.setdefault(equation, ({}, {}))[1][inner] = None
-    scans: dict[Equation, _ScanNeeds] = {}
-    for equation in reversed(graph.equations):
-        if equation in inside:
-            stacks, totals = inside[equation]
-            scans[equation] = needs = _scan_needs(
-                equation, list(stacks), list(totals), atoms
-            )
-            operands = zip(equation.inputs, equation.body.inputs, strict=True)
-            atoms.update(
-                outer for outer, inner in operands if inner in needs.body.atoms
-            )
-        elif any(output in atoms for output in equation.outputs):
-            atoms.update(equation.inputs)
-    return _Needs(atoms, scans)
+                asked.setdefault(equation, _Asked()).totals[inner] = None
+    return atoms, asked
 
 
 def _scan_needs(

@@ -49,7 +49,7 @@ class Layout(Protocol):
         """The term, from operands that have the axes of a frame before their own."""
         ...
 
-    def levels(self, *levels: int) -> tuple[int, ...]:
+    def row_axes(self, *counts: int) -> tuple[int, ...]:
         """How many axes of rows the term's arrays have, given those of the operands."""
         ...
 

@@ -101,8 +101,7 @@ def _as_rows(terms: Cuts, leaf: Atom, varying: Container[Atom]) -> Cuts:
     reason = ", ".join(stops) or "factors are larger than the row"
     if all(_is_convolution(cut.site) for cut in terms):
         return tuple(
-            replace(cut, site=_row_at(cut.site), reason=reason)
-            for cut in terms
+            replace(cut, site=_row_at(cut.site), reason=reason) for cut in terms
         )
     return (Cut(AtValue(leaf), reason=reason),)
 

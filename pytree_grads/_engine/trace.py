@@ -16,7 +16,7 @@ from .._batches.functions import Fun
 from .._jax.effects import made_pure
 from .._jax.sharding import placed_like
 from .._trees.checks import check_arrays, describe
-from . import evaluate as _execute
+from . import evaluate as _evaluate
 from . import graph as _graph
 from . import plan as _plan
 from .leaf import Leaf, Summand
@@ -231,9 +231,9 @@ def factor(
 
     @cache
     def term(site: _plan.Site) -> tuple[Term, tuple[int, ...]]:
-        keys = _execute.keys_of(site)
-        levels = [places[key].level for key in keys]
-        return _execute.assemble(site, [arrays[key] for key in keys], levels)
+        keys = _evaluate.keys_of(site)
+        row_axes = [places[key].row_axes for key in keys]
+        return _evaluate.assemble(site, [arrays[key] for key in keys], row_axes)
 
     count = _count(trace.output_avals)
     primals = jax.tree.leaves(batch.primals)
@@ -260,29 +260,27 @@ def factor(
 class _Place(NamedTuple):
     """Where an array leaves the maps over outputs and examples."""
 
-    level: (
-        int  # 2: it may differ between outputs, 1: between examples only, 0: not at all
-    )
-    depth: int  # its axes of scan steps, which stay in front of those of rows
+    row_axes: int  # 2 if it may differ between outputs, 1 between examples alone, or 0
+    depth: int  # how many axes of scan steps it has, in front of the row axes
 
 
-def _places(trace: Trace, sites: Sequence[_plan.Site]) -> dict[_execute.Key, _Place]:
+def _places(trace: Trace, sites: Sequence[_plan.Site]) -> dict[_evaluate.Key, _Place]:
     """The arrays from which the terms at some sites are put together."""
-    keys = list(dict.fromkeys(key for site in sites for key in _execute.keys_of(site)))
-    by_output = _execute.depends(keys, trace.graph, trace.cotangents)
-    by_example = _execute.depends(keys, trace.graph, trace.of_one_example)
+    keys = list(dict.fromkeys(key for site in sites for key in _evaluate.keys_of(site)))
+    by_output = _evaluate.depends(keys, trace.graph, trace.cotangents)
+    by_example = _evaluate.depends(keys, trace.graph, trace.of_one_example)
     return {
-        key: _Place(2 if own else int(differs), _execute.depth(key))
+        key: _Place(2 if own else int(differs), _evaluate.depth(key))
         for key, own, differs in zip(keys, by_output, by_example, strict=True)
     }
 
 
 def _run(
-    trace: Trace, batch: Batch, places: dict[_execute.Key, _Place]
-) -> tuple[dict[_execute.Key, jax.Array], list[jax.Array]]:
+    trace: Trace, batch: Batch, places: dict[_evaluate.Key, _Place]
+) -> tuple[dict[_evaluate.Key, jax.Array], list[jax.Array]]:
     """The arrays that some keys name, and the outputs and aux, for all examples.
 
-    Those of level 2 have axes of examples, then of outputs, behind the axes of steps.
+    An array has its axes of steps first, then examples, then outputs.
     """
     keys, basis = list(places), _basis(trace.output_avals)
     values_at = (*batch.primal_positions, *batch.value_positions)
@@ -293,15 +291,15 @@ def _run(
 
         def backward(cotangents: Sequence[jax.Array]) -> Any:
             inputs = [*values, *cotangents]
-            found = _execute.run(trace.graph, inputs, [*keys, *trace.results])
+            found = _evaluate.run(trace.graph, inputs, [*keys, *trace.results])
             return found[: len(keys)], found[len(keys) :]
 
         if basis is None:
             return backward([])
-        axes = [x.depth if x.level == 2 else None for x in places.values()]
+        axes = [x.depth if x.row_axes == 2 else None for x in places.values()]
         return jax.vmap(backward, out_axes=(axes, None))(basis)
 
-    axes = [x.depth if x.level else None for x in places.values()]
+    axes = [x.depth if x.row_axes else None for x in places.values()]
     arrays, results = batch.vmap(example, out_axes=(axes, 0))
     return dict(zip(keys, arrays, strict=True)), results
 
@@ -318,7 +316,7 @@ def _leaf(
         Summand(
             term=term(cut.site)[0],
             shape=cut.site.shape,
-            axis=_execute.rows_axis(cut.site),
+            axis=_evaluate.rows_axis(cut.site),
             view=cut.view,
             factor=cut.factor,
             row_axes=term(cut.site)[1],

@@ -1,7 +1,7 @@
 """Everything that depends on the JAX release: reading jaxprs and evaluating one equation.
 
-JAX 0.12 made `ClosedJaxpr` and `Jaxpr` one class and describes the operands of `scan` by
-`ft_in` instead of `num_consts` and `num_carry`. Nothing outside this file may know.
+JAX 0.12 made `ClosedJaxpr` and `Jaxpr` one class and describes the operands of `scan`
+by `ft_in` instead of `num_consts` and `num_carry`. Nothing outside this file may know.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,8 +44,9 @@ def all_equations(jaxpr: Any) -> Iterator[core.JaxprEqn]:
 def custom_rule(jaxpr: Any) -> str | None:
     """What in a function makes JAX differentiate it right one example at a time only, if anything.
 
-    A `jax.custom_vjp` may close over the example, or not be linear in its cotangent. Products of
-    the sparse matrices of `jax.experimental.sparse` lose their gradient under `jax.vmap`.
+    A `jax.custom_vjp` may close over the example, or not be linear in its cotangent.
+    Products of the sparse matrices of `jax.experimental.sparse` lose their gradient
+    under `jax.vmap`.
     """
     for equation in all_equations(jaxpr):
         if equation.primitive is primitives.custom_vjp_call_p:
@@ -65,7 +66,10 @@ def has_custom_calls(jaxpr: Any) -> bool:
 
 
 def effectful_equations(jaxpr: Any) -> Iterator[core.JaxprEqn]:
-    """The equations that have effects of their own, at every depth; not the calls around them."""
+    """The equations that have effects of their own, at every depth.
+
+    Not the calls around them.
+    """
     for equation in open_jaxpr(jaxpr)[0].eqns:
         if not equation.effects:
             continue
@@ -93,17 +97,21 @@ def is_reference(value: Any) -> bool:
     return isinstance(value, jax.Ref)
 
 
-# `discharge_state` turns reads and writes of references into pure values. It is not public.
+# `discharge_state` turns reads and writes of references into pure values. It is not
+# public.
 try:
     from jax._src.state.discharge import discharge_state as _discharge_state
-except ImportError:  # a future release may move it: functions with references are refused then
+except (
+    ImportError
+):  # a future release may move it: functions with references are refused then
     _discharge_state = None
 
 
 def without_references(jaxpr: Any) -> Any:
     """A closed jaxpr whose references, made inside of it, have become pure values.
 
-    References from outside that are only read are read now. What is left keeps its effects.
+    References from outside that are only read are read now. What is left keeps its
+    effects.
     """
     if _discharge_state is None:
         return jaxpr
@@ -121,7 +129,8 @@ def _with_references_of_its_own(jaxpr: Any, values: Sequence[Any]) -> Any:
 
     def copied(*args: Any) -> Any:
         own = [
-            jax.new_ref(x) if is_reference(was) else x for x, was in zip(found, values, strict=True)
+            jax.new_ref(x) if is_reference(was) else x
+            for x, was in zip(found, values, strict=True)
         ]
         return core.jaxpr_as_fun(core.ClosedJaxpr(opened, own))(*args)
 
@@ -176,7 +185,9 @@ def varying_axes(value: Any) -> frozenset[str]:
     """The mesh axes over which a value varies inside `jax.shard_map`; empty outside."""
     aval = value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
     kind = getattr(aval, "manual_axis_type", None)
-    return frozenset((getattr(aval, "vma", None) or ()) if kind is None else kind.varying)
+    return frozenset(
+        (getattr(aval, "vma", None) or ()) if kind is None else kind.varying
+    )
 
 
 def as_varying(value: jax.Array, axes: frozenset[str]) -> jax.Array:
@@ -187,7 +198,9 @@ def as_varying(value: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 def varying_zeros(shape: tuple[int, ...], dtype: Any, *values: Any) -> jax.Array:
     """Zeros to start a loop from that adds up something of some values: they vary as these do."""
-    return as_varying(jnp.zeros(shape, dtype), frozenset[str]().union(*map(varying_axes, values)))
+    return as_varying(
+        jnp.zeros(shape, dtype), frozenset[str]().union(*map(varying_axes, values))
+    )
 
 
 def abstract_like(value: jax.Array, shape: tuple[int, ...]) -> Any:

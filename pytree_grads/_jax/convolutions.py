@@ -1,10 +1,10 @@
 """Convolutions inside of loops and branches, in the one order of axes that XLA knows fast there.
 
-XLA for CPU has fast convolutions for images (N, *space, features) and kernels (*space, in, out).
-It brings others into this order by transposing their operands, but only outside of loops and
-branches; the plain loops that it writes for the rest take some ten times as long. Gradients of
-kernels are never in this order, so what runs chunk by chunk is rewritten here. Elsewhere XLA
-folds the transposes back into the convolutions.
+XLA for CPU has fast convolutions for images (N, *space, features) and kernels (*space,
+in, out). It brings others into this order by transposing their operands, but only
+outside of loops and branches; the plain loops that it writes for the rest take some ten
+times as long. Gradients of kernels are never in this order, so what runs chunk by chunk
+is rewritten here. Elsewhere XLA folds the transposes back into the convolutions.
 """
 
 import operator
@@ -32,7 +32,10 @@ def with_canonical_convolutions(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rewritten(jaxpr: Any) -> Any:
-    """A jaxpr, open or closed, with its convolutions rewritten; the same object if it has none."""
+    """A jaxpr, open or closed, with its convolutions rewritten.
+
+    The same object if it has none.
+    """
     opened, _ = compat.open_jaxpr(jaxpr)
     equations = [_rewritten_equation(equation) for equation in opened.eqns]
     if all(map(operator.is_, equations, opened.eqns)):
@@ -52,7 +55,8 @@ def _rewritten_equation(equation: core.JaxprEqn) -> core.JaxprEqn:
 def _with_rewritten(value: Any) -> Any:
     """A parameter of an equation: the body of a loop, the branches of a condition, or another.
 
-    The parts of a linear solver stay as they are: they have names, and must fit one another.
+    The parts of a linear solver stay as they are: they have names, and must fit one
+    another.
     """
     if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
         return _rewritten(value)
@@ -81,7 +85,9 @@ def _rewritten_convolution(equation: core.JaxprEqn) -> core.JaxprEqn:
         result = primitives.conv_general_dilated_p.bind(image, kernel, **params)
         return lax.transpose(result, np.argsort(_features_last(numbers.out_spec)))
 
-    with equation.ctx.manager:  # its axes of a mesh may be Auto where those around it are Explicit
+    with (
+        equation.ctx.manager
+    ):  # its axes of a mesh may be Auto where those around it are Explicit
         (made,) = jax.make_jaxpr(call)(*(var.aval for var in equation.invars)).eqns
     return made.replace(invars=equation.invars, outvars=equation.outvars)
 

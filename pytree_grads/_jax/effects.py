@@ -1,8 +1,9 @@
 """What a function does besides returning values: references made pure, other effects judged.
 
-The engine evaluates only what is asked, as often as it is asked. That is right for values. So state
-in references is turned into values first; an effect that no result depends on (a debug print) may
-take place or not; and what could change a result is refused by name.
+The engine evaluates only what is asked, as often as it is asked. That is right for
+values. So state in references is turned into values first; an effect that no result
+depends on (a debug print) may take place or not; and what could change a result is
+refused by name.
 """
 
 from typing import Any
@@ -20,9 +21,12 @@ _PASSIVE = frozenset(
         "ShapeAssertionEffect",  # of exported programs
     }
 )
-# Calls out of the program. Their results are values like others if they are called once.
+# Calls out of the program. Their results are values like others if they are called
+# once.
 _CALLS = frozenset({"IOEffect", "OrderedIOEffect", "FfiEffect", "BufferCallbackEffect"})
-_REFERENCES = frozenset({"ReadEffect", "WriteEffect", "AccumEffect", "InternalMutableArrayEffect"})
+_REFERENCES = frozenset(
+    {"ReadEffect", "WriteEffect", "AccumEffect", "InternalMutableArrayEffect"}
+)
 
 
 def made_pure(jaxpr: Any, *, runs_again: bool) -> Any:
@@ -30,7 +34,8 @@ def made_pure(jaxpr: Any, *, runs_again: bool) -> Any:
 
     Args:
       jaxpr: of the function of one example, or of its backward pass.
-      runs_again: whether each product runs it anew, so that all runs must give the same.
+      runs_again: whether each product runs it anew, so that all runs must give the
+        same.
 
     Raises:
       NotImplementedError: an effect that changes results remains; the message names it.
@@ -38,10 +43,14 @@ def made_pure(jaxpr: Any, *, runs_again: bool) -> Any:
     if not jaxpr.effects:
         return jaxpr
     if _holds_references(jaxpr):
-        if runs_again and any(compat.is_reference(x) for x in compat.open_jaxpr(jaxpr)[1]):
+        if runs_again and any(
+            compat.is_reference(x) for x in compat.open_jaxpr(jaxpr)[1]
+        ):
             raise NotImplementedError(
-                "the function reads a reference (jax.new_ref) that was made outside of it, and "
-                "each product would read it again, changed perhaps: pass its value, ref[...], as "
+                "the function reads a reference (jax.new_ref) that was made outside of "
+                "it, and "
+                "each product would read it again, changed perhaps: pass its value, "
+                "ref[...], as "
                 "an argument"
             )
         _refuse_writes_outside(jaxpr)
@@ -60,8 +69,10 @@ def _refuse_writes_outside(jaxpr: Any) -> None:
     written = {"WriteEffect", "AccumEffect"}
     if any(compat.effect_name(effect) in written for effect in jaxpr.effects):
         raise NotImplementedError(
-            "the function writes to a reference (jax.new_ref) that was made outside of it, and it "
-            "may run never or several times: return the new value with has_aux=True, and write it "
+            "the function writes to a reference (jax.new_ref) that was made outside of "
+            "it, and it "
+            "may run never or several times: return the new value with has_aux=True, "
+            "and write it "
             "after the call"
         )
 
@@ -75,11 +86,15 @@ def _check(equation: Any, runs_again: bool) -> None:
             continue
         if name in _CALLS:
             raise NotImplementedError(
-                f"the function calls {equation.primitive} for a result, and each product would "
-                "call it again, for another result perhaps: take it out of the function and pass "
-                "the result as an argument, or keep the rows (no recompute, no chunk_size)"
+                f"the function calls {equation.primitive} for a result, and each "
+                "product would "
+                "call it again, for another result perhaps: take it out of the "
+                "function and pass "
+                "the result as an argument, or keep the rows (no recompute, no "
+                "chunk_size)"
             )
         raise NotImplementedError(
-            f"the function has the effect {effect}, of {equation.primitive}, which may change "
+            f"the function has the effect {effect}, of {equation.primitive}, which may "
+            "change "
             "results: take it out of the function to differentiate"
         )

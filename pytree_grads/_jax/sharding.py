@@ -1,10 +1,11 @@
 """Where values live on a mesh, as their types say it: Explicit axes, and axes under ``shard_map``.
 
-An array that is sharded over Auto axes says nothing, and needs nothing: XLA finds the layout. Over
-Explicit axes its type has the layout, and an operation whose result has no layout of its own, such
-as a sum over examples that are sharded, must be told one. The arithmetic of this package runs as if
-Explicit axes were Auto, and its results are laid out as rows or parameters are; functions of the
-user run in the user's mode. Inside ``jax.shard_map`` a type has the axes over which a value varies.
+An array that is sharded over Auto axes says nothing, and needs nothing: XLA finds the
+layout. Over Explicit axes its type has the layout, and an operation whose result has no
+layout of its own, such as a sum over examples that are sharded, must be told one. The
+arithmetic of this package runs as if Explicit axes were Auto, and its results are laid
+out as rows or parameters are; functions of the user run in the user's mode. Inside
+``jax.shard_map`` a type has the axes over which a value varies.
 """
 
 import math
@@ -17,7 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .compat import as_varying, varying_axes
 
 PyTree = Any
-Names: TypeAlias = tuple[str, ...]  # of mesh axes, over which one axis of an array is sharded
+Names: TypeAlias = tuple[
+    str, ...
+]  # of mesh axes, over which one axis of an array is sharded
 AxisName: TypeAlias = str | tuple[str, ...] | None
 
 
@@ -39,7 +42,9 @@ def layout(leaf: Any) -> PartitionSpec:
     if mesh is None:
         return PartitionSpec()
     parts = map(_names, _typed(leaf).sharding.spec)
-    return PartitionSpec(*(tuple(n for n in own if n in mesh.explicit_axes) for own in parts))
+    return PartitionSpec(
+        *(tuple(n for n in own if n in mesh.explicit_axes) for own in parts)
+    )
 
 
 def _names(part: Any) -> Names:
@@ -60,7 +65,9 @@ def count_at(leaf: Any, axis: int) -> int:
 
 def without(parts: PartitionSpec, names: Names) -> PartitionSpec:
     """A layout that leaves some mesh axes alone."""
-    return PartitionSpec(*(tuple(n for n in _names(own) if n not in names) for own in parts))
+    return PartitionSpec(
+        *(tuple(n for n in _names(own) if n not in names) for own in parts)
+    )
 
 
 def rest(leaf: Any, drop: int) -> PartitionSpec:
@@ -71,7 +78,9 @@ def rest(leaf: Any, drop: int) -> PartitionSpec:
 def laid_out(leaf: Any, parts: PartitionSpec) -> Any:
     """The same array in a layout; as it is where its type has none."""
     mesh = _mesh(leaf)
-    return leaf if mesh is None else jax.sharding.reshard(leaf, NamedSharding(mesh, parts))
+    return (
+        leaf if mesh is None else jax.sharding.reshard(leaf, NamedSharding(mesh, parts))
+    )
 
 
 def take(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
@@ -90,8 +99,13 @@ def placed_like(tree: PyTree, other: PyTree) -> PyTree:
 
 def zeros(aval: Any, shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
     """Zeros of some shape, laid out, and varying, as a leaf is."""
-    # The sharding of an abstract leaf may say of Auto axes what arrays cannot be made with.
-    bare = aval if isinstance(aval, jax.Array) else jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    # The sharding of an abstract leaf may say of Auto axes what arrays cannot be made
+    # with.
+    bare = (
+        aval
+        if isinstance(aval, jax.Array)
+        else jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    )
     array = jax.lax.full_like(bare, 0, dtype=dtype, shape=shape)
     mesh = _mesh(aval)
     if mesh is not None:
@@ -111,13 +125,18 @@ def in_auto(fun: Callable[..., PyTree], out: PyTree) -> Callable[..., PyTree]:
         if mesh is None:
             return fun(*args)
         shardings = jax.tree.map(lambda parts: NamedSharding(mesh, parts), out)
-        return jax.sharding.auto_axes(fun, axes=mesh.explicit_axes, out_sharding=shardings)(*args)
+        return jax.sharding.auto_axes(
+            fun, axes=mesh.explicit_axes, out_sharding=shardings
+        )(*args)
 
     return call
 
 
 def sum_over(tree: PyTree, axis_name: AxisName) -> PyTree:
-    """The sum over the devices along mesh axes; what each device has, where there is no name."""
+    """The sum over the devices along mesh axes.
+
+    What each device has, where there is no name.
+    """
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 

@@ -19,9 +19,7 @@ from .table import rule
 
 
 @rule(p.conv_general_dilated_p)
-def convolution(
-    equation: Equation, value: Value, view: View
-) -> Sequence[Cut] | None:
+def convolution(equation: Equation, value: Value, view: View) -> Sequence[Cut] | None:
     layout = patches_layout(equation)
     if layout is None:
         return None
@@ -75,9 +73,9 @@ class PatchesLayout:
         order = (*outer, wide, *rows, *added, depth, *space, wide + 1)
         return arranged(x, order, sizes)
 
-    def levels(self, *levels: int) -> tuple[int, ...]:
+    def row_axes(self, *counts: int) -> tuple[int, ...]:
         """How many axes of rows the term's arrays have, given those of the operands."""
-        return levels
+        return counts
 
     @property
     def shape(self) -> Shape:

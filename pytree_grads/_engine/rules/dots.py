@@ -44,9 +44,9 @@ class DotLayout:
         left, right = reversed(factors) if self.swapped else factors
         return Outer(left, right, self.precision)
 
-    def levels(self, *levels: int) -> tuple[int, ...]:
+    def row_axes(self, *counts: int) -> tuple[int, ...]:
         """How many axes of rows the term's arrays have, given those of the operands."""
-        return levels[::-1] if self.swapped else levels
+        return counts[::-1] if self.swapped else counts
 
     @property
     def shape(self) -> Shape:

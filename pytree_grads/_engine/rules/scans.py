@@ -41,9 +41,7 @@ def _added_up(
     return found
 
 
-def _stacked(
-    equation: Equation, cuts: Sequence[Cut], view: View
-) -> list[Cut]:
+def _stacked(equation: Equation, cuts: Sequence[Cut], view: View) -> list[Cut]:
     """The stacks of terms, and the operands that go through the scan step by step."""
     body, length = equation.body, equation.params["length"]
     _, steps_from = equation.splits

@@ -21,9 +21,7 @@ from .table import rule, through
 
 
 @rule(p.scatter_add_p)
-def scatter_add(
-    equation: Equation, value: Value, view: View
-) -> Sequence[Cut] | None:
+def scatter_add(equation: Equation, value: Value, view: View) -> Sequence[Cut] | None:
     """The lines, scattered, and the array that they are added to."""
     layout = scatter_layout(equation)
     if layout is None:
@@ -128,9 +126,9 @@ class ScatterLayout:
         count = self.index.sizes[2]
         return [self.index] * (len(self.lengths) // count) + [self.lines]
 
-    def levels(self, *levels: int) -> tuple[int, int]:
+    def row_axes(self, *counts: int) -> tuple[int, int]:
         """How many axes of rows the term's arrays have, given those of the operands."""
-        *indices, lines = levels
+        *indices, lines = counts
         index = max(indices)
         return index, lines if self.clips else max(index, lines)
 
