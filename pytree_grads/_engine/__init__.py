@@ -10,7 +10,7 @@ From a function to its factors, in the order of the work:
 ``trace``       a function and a batch in, the leaves of J out: trace, cut, map
 ``graph``       a jaxpr as a graph that can be walked backwards
 ``facts``       what is known about a value before anything runs, such as zeros
-``rules/``      one table: for each primitive, the cuts that add up to its output
+``rules``       one table: for each primitive, the cuts that add up to its output
 ``sites``       where the backward pass can be cut, and the cuts
 ``views``       the linear steps from a term to its leaf
 ``layout``      how the operands of an equation become the factors of a term
@@ -22,9 +22,9 @@ From factors to products, from the whole to the parts:
 
 ==============  ========================================================================
 ``matrix``      the rows of all leaves, with weights
-``products/``   sums, norms and Gramians of one leaf, and the routes to them
+``products``    sums, norms and Gramians of one leaf, and the routes to them
 ``leaf``        all rows of one leaf, and maps over these rows
-``terms/``      what a row is made of: one class for each kind of term
+``terms``       what a row is made of: one class for each kind of term
 ``thresholds``  the numbers that decide between two ways, for each platform
 ==============  ========================================================================
 

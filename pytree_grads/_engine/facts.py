@@ -1,4 +1,4 @@
-"""What is known about a value before anything runs: zeros, numbers, repeated entries."""
+"""What is known of a value before anything runs: zeros, numbers, repeated entries."""
 
 from collections.abc import Callable
 from typing import TypeAlias

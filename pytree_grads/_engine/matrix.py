@@ -54,7 +54,7 @@ class Matrix:
         return replace(self, valid=valid if self.valid is None else valid & self.valid)
 
     def selected(self) -> "Matrix":
-        """Replace `valid`: rows that do not count get zeros as factors, and weight 0."""
+        """Replace `valid`: rows that do not count get zero factors and weight 0."""
         if self.valid is None:
             return self
         leaves = tuple(_select(leaf, self.valid) for leaf in self.leaves)

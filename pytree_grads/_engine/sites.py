@@ -136,7 +136,7 @@ def innermost(site: Site) -> Site:
 
 
 def origin(site: Site) -> str:
-    """The name of the primitive that makes a term, with `scan/` for each scan around."""
+    """The name of the primitive that makes a term, with the scans around it."""
     match site:
         case AtScan(_, inner):
             return f"scan/{origin(inner)}"
