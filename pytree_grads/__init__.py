@@ -42,8 +42,7 @@ from ._trees.accumulator import Accumulator as Accumulator
 from ._trees.combine import linear_combination as linear_combination
 from ._trees.vector import Vector as Vector
 
-# ``help(pytree_grads)`` shows what is listed here, in spite of the modules where it is
-# defined.
+# ``help(pytree_grads)`` shows these names, although other modules define them.
 __all__ = [
     "Accumulator",
     "Jacobian",

@@ -32,7 +32,7 @@ Arithmetic that both share:
 
 ==============  ========================================================================
 ``einsum``      products of arrays, accumulated in float32 or wider
-``weighing``    arrays with an axis of rows: times weights, and summed
+``weighing``    arrays with a row axis: times weights, and summed
 ``scaling``     powers of two that keep squares in range, from the bits of floats
 ==============  ========================================================================
 """

@@ -1,4 +1,4 @@
-"""Weighted arrays: multiply along an axis of rows, and sum over it."""
+"""Arrays with a row axis: multiply them by weights, and sum over rows."""
 
 import jax
 import jax.numpy as jnp
