@@ -238,7 +238,7 @@ def _run(
 def _run_scan(
     equation: Equation, needs: _ScanNeeds, env: dict[Key, Any]
 ) -> dict[Key, Any]:
-    """Run a scan: its outputs that are read, and the arrays of its body that are asked.
+    """Run a scan: the outputs that are read, and the keys inside its body.
 
     Only the carries and steps that are needed run. The scan also carries the totals,
     and stacks what is asked for at each step.

@@ -151,8 +151,8 @@ def widened(leaf: Leaf, dtype: Any) -> Leaf:
 def weighted(leaf: Leaf, weights: jax.Array | None) -> tuple[Leaf, jax.Array | None]:
     """Multiply factors by the weights of their rows, if no two rows share a factor.
 
-    Each factor of a pair takes about the square root of the weight. So the square of a
-    factor is scaled no more than the row.
+    Each factor of a pair takes about the square root of the weight, so that its square
+    is scaled by about the weight, like the row.
 
     Returns:
       The leaf, and the weights that remain: None, or all of them if rows share factors.

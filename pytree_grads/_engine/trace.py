@@ -74,7 +74,7 @@ class Trace:
 
 
 def trace(fun: Fun, batch: Batch, *, runs_again: bool) -> Trace:
-    """Trace the function of one example, and its backward pass; call it once.
+    """Trace the function of one example, called once, and its backward pass.
 
     `runs_again` means that each product will evaluate the trace again, so that effects
     must not change results.
