@@ -1,11 +1,13 @@
-"""Time both sides of each number in `pytree_grads/_engine/thresholds.py`, on the device at hand.
+"""Time both sides of each number in `pytree_grads/_engine/thresholds.py`.
 
-    python benchmarks/constants.py [--only apart narrow ...] [--seconds 2] [--save [NAME]]
+    python benchmarks/constants.py [--only apart narrow ...] [--seconds 2]
+                                   [--save [NAME]]
 
-A row of the table is a small model in which one number decides between two ways. `below` is what is
-done where the size is less than the number, `above` what is done otherwise; quotients are those of
-the way above by the way below, measured in the same run, so a number is well placed where they fall
-under 1. What the package does is marked.
+Each row of the table is a small model in which one number decides between two ways. The
+package works in the way called `below` if the size is less than the number, and in the
+way called `above` otherwise. Each ratio divides what `above` takes by what `below`
+takes, in the same run. A number is well placed if the ratio falls below 1 at that size.
+The column `taken` says which way the package takes.
 """
 
 from __future__ import annotations
@@ -37,23 +39,23 @@ HUGE = thresholds.NEVER
 
 @dataclass(frozen=True)
 class Case:
-    """A model in which a threshold decides, of a size that is compared with it."""
+    """A model in which a threshold decides, and the size that is compared with it."""
 
     name: str
     size: int
     problem: Problem
     product: str
-    below: int = HUGE  # the number with which the way of smaller sizes is taken
-    above: int = 0
+    below: int = HUGE  # a threshold at which the model takes the way `below`
+    above: int = 0  # and one at which it takes the way `above`
 
     @property
     def is_above(self) -> bool:
-        """Which way the package takes."""
+        """Whether the package takes the way `above`."""
         limit = getattr(thresholds.current(), self.name)
         return self.size > limit if self.name in LAST else self.size >= limit
 
 
-# The last sizes below; all others are the first above.
+# A size equal to one of these numbers is below it; for all other numbers it is above.
 LAST = (
     "dearer",
     "entries_at_once",
@@ -68,10 +70,12 @@ LAST = (
 
 def compiled(case: Case, value: int) -> Program:
     with thresholds.changed(**{case.name: value}):
-        return compile_program(ours(case.problem, case.product), *case.problem.args, repeats=3)
+        return compile_program(
+            ours(case.problem, case.product), *case.problem.args, repeats=3
+        )
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Models
 
 
@@ -109,7 +113,7 @@ def uses(n: int, times: int, d: int) -> Problem:
 
 
 def scales(n: int, d: int) -> Problem:
-    """Rows as they are: those of a scale."""
+    """The scale of a normalisation: its rows are vectors, stored as they are."""
     draw = Draw("scales")
     return Problem(lambda p, x: jnp.sum(jnp.tanh(p * x)), draw(d), (draw(n, d),))
 
@@ -134,24 +138,28 @@ def convolution(n: int, pixels: int, channels: int, kernel: int = 3) -> Problem:
 
 
 def cases() -> Iterator[Case]:
-    """From a quarter of the number, or less, to four times it, or more."""
+    """For each number, sizes from at most a quarter of it to at least four times it."""
+    yield from convolution_cases()
+    yield from memory_cases()
+    yield from program_cases()
+    yield from sum_cases()
+
+
+def convolution_cases() -> Iterator[Case]:
+    """Whether the factors of a convolution are kept."""
     for pixels, channels in ((16, 16), (8, 32), (8, 64), (4, 64), (2, 64)):
         problem = convolution(16, pixels, channels)
         yield Case("dearer", 9 * channels // (2 * pixels**2), problem, "clipped")
+
+
+def memory_cases() -> Iterator[Case]:
+    """How many rows are materialised at a time, and how look-ups are compared."""
     for n in (4, 32):
         most = thresholds.current().entries_at_once
         yield Case("entries_at_once", n * 512**2, uses(n, 3, 512), "gram", above=most)
     for n in (1, 8, 32):
         few = thresholds.current().squares_at_once
         yield Case("squares_at_once", n * 512**2, uses(n, 3, 512), "square", above=few)
-    for layers in (2, 4, 8, 16):
-        yield Case("many", layers, many_layers(32, layers, 8), "clipped")
-    for d in (8, 32, 128):
-        yield Case("small", 32 * d, many_layers(32, 12, d), "clipped", above=-1)
-    for times in (2, 4, 8, 16):
-        yield Case("apart", times, uses(64, times, 128), "clipped")
-    for d in (1 << 10, 1 << 13, 1 << 16):
-        yield Case("large_product", 128 * d, scales(128, d), "weighted")
     for count, words, d in (
         (8, 1000, 16),
         (32, 8000, 64),
@@ -159,7 +167,24 @@ def cases() -> Iterator[Case]:
         (64, 4000, 256),
         (256, 4000, 8),
     ):
-        yield Case("pairs", count**2 * (16 + d) // words, look_ups(32, count, words, d), "clipped")
+        problem = look_ups(32, count, words, d)
+        yield Case("pairs", count**2 * (16 + d) // words, problem, "clipped")
+
+
+def program_cases() -> Iterator[Case]:
+    """How many leaves, or uses of a weight, are worked on as one array."""
+    for layers in (2, 4, 8, 16):
+        yield Case("many", layers, many_layers(32, layers, 8), "clipped")
+    for d in (8, 32, 128):
+        yield Case("small", 32 * d, many_layers(32, 12, d), "clipped", above=-1)
+    for times in (2, 4, 8, 16):
+        yield Case("apart", times, uses(64, times, 128), "clipped")
+
+
+def sum_cases() -> Iterator[Case]:
+    """In which form a weighted sum of rows is taken."""
+    for d in (1 << 10, 1 << 13, 1 << 16):
+        yield Case("large_product", 128 * d, scales(128, d), "weighted")
     for columns in (8, 32, 64, 128, 192, 256):
         yield Case("narrow", columns, layer(512, 1024, columns), "weighted")
     for n in (8, 32, 128):
@@ -170,14 +195,14 @@ def cases() -> Iterator[Case]:
         yield Case("shared", columns // 256, layer(1024, 256, columns), "weighted")
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def row(case: Case, seconds: float) -> list[str]:
     below, above = (compiled(case, value) for value in (case.below, case.above))
     ways: dict[str, Callable[[], Any]] = {"below": below, "above": above}
     timing = interleaved(ways, seconds=seconds, rounds=5)
-    quotients = [
+    ratios = [
         timing["above"].over(timing["below"]),
         (above.temp_bytes + 1) / (below.temp_bytes + 1),
         above.build_seconds / below.build_seconds,
@@ -188,7 +213,7 @@ def row(case: Case, seconds: float) -> list[str]:
         f"{case.size:,}",
         "above" if case.is_above else "below",
         human_seconds(timing["below"].median),
-        *(f"{x:.2f}" for x in quotients),
+        *(f"{x:.2f}" for x in ratios),
     ]
 
 
@@ -196,10 +221,12 @@ HEADER = ["number", "value", "size", "taken", "below", "time", "memory", "compil
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print what it ran on and the table."""
+    """Time the cases; print the environment and the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=[], help="numbers of these names")
-    parser.add_argument("--seconds", type=float, default=2.0, help="a row (%(default)s)")
+    parser.add_argument("--only", nargs="+", default=[], help="names of thresholds")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="for each row (%(default)s)"
+    )
     add_save_option(parser, "constants")
     options = parser.parse_args(argv)
     rows = []
@@ -210,7 +237,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(row(case, options.seconds))
             log_progress(" ".join(rows[-1]))
         except Exception as error:  # a table with a gap is better than none
-            log_progress(f"{case.name} {case.size}: {type(error).__name__}: {str(error)[:300]}")
+            log_progress(
+                f"{case.name} {case.size}: {type(error).__name__}: {str(error)[:300]}"
+            )
     ran_on, table = f"{environment()}.", markdown_table(HEADER, rows)
     print(f"{ran_on}\n\n{table}")
     if options.save:

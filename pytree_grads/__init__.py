@@ -1,26 +1,27 @@
-"""Linear algebra on gradients: combine them, take them per example, apply the chain rule.
+"""Linear algebra on gradients: combine them, take them per example, apply a chain rule.
 
-Parameters and gradients are plain pytrees; ``f(params, *example)`` is a function of one example.
-J is the matrix whose row i is the gradient of ``f`` at example i.
+Parameters and gradients are plain pytrees; ``f(params, *example)`` is a function of one
+example. J is the matrix whose row i is the gradient of ``f`` at example i.
 
-=======================================  =========================================================
-what you want                            call
-=======================================  =========================================================
-a sum of gradients that you hold         ``linear_combination(coefficients, trees)``
-the same, written with + and *           ``(2 * Vector(g1) - Vector(g2)).tree``
-the mean of gradients, one by one        ``Accumulator.zeros_like(g).add(g, weight).mean()``
-the gradient of every example, stacked   ``per_example_grad(f)(params, *batch)``
-their norms                              ``J = jacobian(f)(params, *batch)``, then ``J.norms()``
-their clipped sum                        ``J.clip(max_norm).sum()``
-the gradient of a loss of all outputs    ``chain_rule_grad(outer, f)(params, *batch)``
-the same, from rows that you hold        ``reassemble(outer, outputs, rows)``
-products with the Gauss-Newton matrix    ``gauss_newton_product(outer, f)(params, *batch)(v)``
-products with the empirical Fisher       ``fisher_product(f)(params, *batch)(v)``
-=======================================  =========================================================
+================================  ======================================================
+what you want                     call
+================================  ======================================================
+a sum of gradients that you hold  ``linear_combination(coefficients, trees)``
+the same, written with + and *    ``(2 * Vector(g1) - Vector(g2)).tree``
+a mean of gradients in turn       ``Accumulator.zeros_like(g).add(g, weight).mean()``
+each example's gradient, stacked  ``per_example_grad(f)(params, *batch)``
+J, without its rows as arrays     ``J = jacobian(f)(params, *batch)``
+the norms of the rows             ``J.norms()``
+their clipped sum, and the norms  ``J.clipped_sum(max_norm)``
+a gradient through all outputs    ``chain_rule_grad(outer, f)(params, *batch)``
+the same, from rows you hold      ``reassemble(outer, outputs, rows)``
+products: Gauss-Newton matrix     ``gauss_newton_product(outer, f)(params, *batch)(v)``
+products: empirical Fisher        ``fisher_product(f)(params, *batch)(v)``
+================================  ======================================================
 
-The outputs or the loss come too from ``per_example_value_and_grad``, ``value_and_jacobian`` and
-``chain_rule_value_and_grad``. J is no tree of rows: ``help(Jacobian)`` lists what it computes, and
-``J.to_rows()`` gives the rows.
+``per_example_value_and_grad``, ``value_and_jacobian`` and
+``chain_rule_value_and_grad`` return the outputs, or the loss, in addition.
+``help(Jacobian)`` lists what J computes; ``J.to_rows()`` returns its rows as arrays.
 """
 
 from importlib import metadata as _metadata
@@ -41,7 +42,7 @@ from ._trees.accumulator import Accumulator as Accumulator
 from ._trees.combine import linear_combination as linear_combination
 from ._trees.vector import Vector as Vector
 
-# ``help(pytree_grads)`` shows what is listed here, in spite of the modules where it is defined.
+# ``help(pytree_grads)`` shows these names, although other modules define them.
 __all__ = [
     "Accumulator",
     "Jacobian",
@@ -60,5 +61,7 @@ __all__ = [
 
 try:
     __version__ = _metadata.version("pytree_grads")
-except _metadata.PackageNotFoundError:  # a checkout on the path that was never installed
+except (
+    _metadata.PackageNotFoundError
+):  # a checkout on the path that was never installed
     __version__ = "0+unknown"

@@ -1,32 +1,38 @@
 """Rows of one gradient leaf in factored form.
 
-The backward pass of one example is traced, cut where the leaves of the gradient are put together,
-and mapped over the batch. What it returns are factors: two vectors for an outer product, say.
+The backward pass of one example is traced, cut just before it builds the gradient, and
+mapped over the batch. The arrays at the cut are factors: two vectors for an outer
+product, for example. All products are computed from factors.
 
-From a function to its factors:
+From a function to its factors, in the order of the work:
 
-===============  ===================================================================================
-``trace``        from a function and a batch to the leaves of J: trace one example, cut, map
-``graph``        a jaxpr as a graph to walk backwards in
-``facts``        what is known of a value before anything runs
-``rules``        a table: for each primitive, which summands make up its output
-``sites``        the places in the backward pass where terms are made
-``views``        the linear steps from a term to its leaf
-``layout``       how the operands of an equation become factors
-``plan``         for each leaf, which summands are kept, and in which form
-``evaluate``     running the cut graph, with nothing evaluated that is not asked for
-===============  ===================================================================================
+==============  ========================================================================
+``trace``       a function and a batch in, the leaves of J out: trace, cut, map
+``graph``       a jaxpr as a graph that can be walked backwards
+``facts``       what is known about a value before anything runs, such as zeros
+``rules``       one table: for each primitive, the cuts that add up to its output
+``sites``       where the backward pass can be cut, and the cuts
+``views``       the linear steps from a term to its leaf
+``layout``      how the operands of an equation become the factors of a term
+``plan``        for each leaf, which cuts are kept, and in which form
+``evaluate``    the cut graph runs, and nothing is evaluated that no term needs
+==============  ========================================================================
 
-From factors to products:
+From factors to products, from the whole to the parts:
 
-===============  ===================================================================================
-``terms``        what one row is made of: a class for each kind of term
-``products``     sums, squares, norms and Gramians of the rows of leaves
-``leaf``         all rows of one leaf, and how functions map over them
-``matrix``       the rows of all leaves together, each with a weight
-``thresholds``   the numbers on which choices rest, for each platform
-``scaling``      powers of two that keep squares in range, from the bits of floats
-``weighing``     arrays with an axis of rows, times weights, and their sums
-``einsum``       products of arrays, accumulated in float32 or wider
-===============  ===================================================================================
+==============  ========================================================================
+``matrix``      the rows of all leaves, with weights
+``products``    sums, norms and Gramians of one leaf, and the routes to them
+``leaf``        all rows of one leaf, and maps over these rows
+``terms``       what a row is made of: one class for each kind of term
+``thresholds``  the numbers that decide between two ways, for each platform
+==============  ========================================================================
+
+Arithmetic that both share:
+
+==============  ========================================================================
+``einsum``      products of arrays, accumulated in float32 or wider
+``weighing``    arrays with a row axis: times weights, and summed
+``scaling``     powers of two that keep squares in range, from the bits of floats
+==============  ========================================================================
 """

@@ -1,4 +1,4 @@
-"""Products of arrays, accumulated in float32 or wider, that are quick to trace."""
+"""Products of arrays, accumulated in float32 or wider, and quick to trace."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from .._trees.algebra import common_dtype
 def dot(
     spec: str, x: jax.Array, y: jax.Array, *, precision: Any = lax.Precision.HIGHEST
 ) -> jax.Array:
-    """An einsum of two arrays; letters that the result lacks are summed over."""
+    """An einsum of two arrays; axes that only the operands have are summed over."""
     dtype = common_dtype(x.dtype, y.dtype)
-    if x.dtype != y.dtype:  # else products of narrow floats are exact as they are
+    if x.dtype != y.dtype:  # equal narrow dtypes need no cast: products are exact
         x, y = (lax.convert_element_type(operand, dtype) for operand in (x, y))
     operands, result = spec.split("->")
     left, right = operands.split(",")
@@ -34,18 +34,18 @@ def dot(
 
 
 def times_rows(x: jax.Array, numbers: jax.Array, first: int) -> jax.Array:
-    """An array times numbers for its axes from `first` on, of the same dtype."""
+    """An array times numbers along its axes from `first` on, of the same dtype."""
     return lax.mul(x, _of_rows(numbers, x, first))
 
 
 def times_rows_twice(x: jax.Array, scale: jax.Array, first: int) -> jax.Array:
-    """`times_rows` with the square of each number, which may overflow or underflow."""
+    """An array multiplied twice by numbers whose squares may overflow or underflow."""
     factors = _of_rows(lax.convert_element_type(scale, x.dtype), x, first)
     return lax.mul(lax.mul(x, factors), factors)
 
 
 def times_counts(counts: jax.Array, products: jax.Array) -> jax.Array:
-    """Inner products of lines times how often they meet: 0, not NaN, if they do not."""
+    """Products times counts: a count of 0 gives 0, even if the product is NaN."""
     zeros = jnp.zeros_like(products)
     return jnp.where(counts == 0, zeros, counts.astype(products.dtype) * products)
 

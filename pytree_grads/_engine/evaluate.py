@@ -1,12 +1,12 @@
-"""Run a backward pass up to its terms: only what is asked is evaluated.
+"""Run a backward pass up to its terms, and evaluate nothing that no term needs.
 
-What is asked is named by keys: an atom of the graph, or something inside the body of a
-scan, stacked or added up over its steps. A scan runs with only the carries and steps
-that the keys need: the accumulators that factored terms replace are gone.
+Keys name the arrays that are needed: an atom of the graph, or an array inside the body
+of a scan, stacked or added up over the steps. A scan runs only with the carries and
+steps that the keys need. So it no longer carries the gradients that factors replace.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
@@ -24,7 +24,7 @@ from .terms import Dense, Term
 
 @dataclass(frozen=True)
 class Stacked:
-    """A key of a scan's body, stacked over its steps."""
+    """An array in the body of a scan, stacked over the steps."""
 
     equation: Equation
     key: "Key"
@@ -32,7 +32,7 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Total:
-    """A key of a scan's body, added up over its steps."""
+    """An array in the body of a scan, added up over the steps."""
 
     equation: Equation
     key: "Key"
@@ -56,7 +56,7 @@ Key: TypeAlias = Value | Known | Stacked | Total | Norm | Row
 
 
 def keys_of(site: Site) -> tuple[Key, ...]:
-    """The arrays from which a site's term is put together."""
+    """The keys of the arrays from which the term at a site is assembled."""
     match site:
         case AtNorm(inner):
             return (Norm(inner),)
@@ -69,7 +69,10 @@ def keys_of(site: Site) -> tuple[Key, ...]:
 
 
 def _went_in(key: Key) -> Atom | None:
-    """The atom that holds what a key names: a value, or an operand of its scan."""
+    """The atom that holds what a key names, if one does.
+
+    A stack of what a scan reads step by step is an operand of the scan.
+    """
     match key:
         case Stacked(equation, inner):
             value, (_, steps_from) = _went_in(inner), equation.splits
@@ -82,33 +85,33 @@ def _went_in(key: Key) -> Atom | None:
 
 
 def depth(key: Key) -> int:
-    """How many axes of steps an array has in front."""
+    """How many axes of scan steps the array of a key has in front."""
     return 1 + depth(key.key) if isinstance(key, Stacked) else 0
 
 
 def rows_axis(site: Site) -> int:
-    """The first axis of rows in a term's arrays: behind steps, or behind blocks."""
+    """The first row axis of a term's arrays: behind the steps, or behind the blocks."""
     return depth(keys_of(site)[0]) if is_dense(site) else 1
 
 
 def assemble(
-    site: Site, arrays: Sequence[jax.Array], levels: Sequence[int]
+    site: Site, arrays: Sequence[jax.Array], row_axes: Sequence[int]
 ) -> tuple[Term, tuple[int, ...]]:
     """The term at a site, from the arrays that `keys_of` names.
 
-    Each array has the axes of the steps that it is stacked over first, then as many
-    axes of rows as `levels` says. Those of outer and scatter terms become (B, *rows, T,
-    ...). The second result says how many axes of rows each array of the term has.
+    Each array has its axes of scan steps first, then as many row axes as `row_axes`
+    says. The factors of outer and scatter terms become (B, *rows, T, ...). The second
+    result is the number of row axes of each array of the term.
     """
     stacked: tuple[bool, ...] = ()
     while isinstance(site, AtScan) and not is_dense(site):
         stacked += (site.stacked,)
         site = site.site
     if isinstance(site, AtTerm):
-        frames = [Frame(stacked, level) for level in levels]
-        return site.layout(arrays, frames), site.layout.levels(*levels)
+        frames = [Frame(stacked, count) for count in row_axes]
+        return site.layout(arrays, frames), site.layout.row_axes(*row_axes)
     (value,) = arrays
-    return Dense(value), tuple(levels)
+    return Dense(value), tuple(row_axes)
 
 
 # --------------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ def assemble(
 
 @dataclass(frozen=True)
 class _Needs:
-    """What a graph must evaluate for some keys."""
+    """What must be evaluated in a graph for some keys."""
 
     atoms: set[Atom]
     scans: dict[Equation, "_ScanNeeds"]
@@ -124,16 +127,44 @@ class _Needs:
 
 @dataclass(frozen=True)
 class _ScanNeeds:
-    stacks: list[Key]  # of the body
-    totals: list[Key]
-    carries: list[int]  # carries that run
-    steps: list[int]  # per-step outputs that are read
+    stacks: list[Key]  # arrays of the body to stack
+    totals: list[Key]  # arrays of the body to add up
+    carries: list[int]  # the carries that run
+    steps: list[int]  # the per-step outputs that are read
     body: _Needs
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of the body of a scan: each key once, in order."""
+
+    stacks: dict[Key, None] = field(default_factory=dict)
+    totals: dict[Key, None] = field(default_factory=dict)
+
+
 def _needs(graph: Graph, keys: Iterable[Key]) -> _Needs:
+    """Walk back from the keys, into the bodies of the scans that they name."""
+    atoms, asked = _seeds(keys)
+    scans: dict[Equation, _ScanNeeds] = {}
+    for equation in reversed(graph.equations):
+        if equation in asked:
+            own = asked[equation]
+            scans[equation] = needs = _scan_needs(
+                equation, list(own.stacks), list(own.totals), atoms
+            )
+            operands = zip(equation.inputs, equation.body.inputs, strict=True)
+            atoms.update(
+                outer for outer, inner in operands if inner in needs.body.atoms
+            )
+        elif any(output in atoms for output in equation.outputs):
+            atoms.update(equation.inputs)
+    return _Needs(atoms, scans)
+
+
+def _seeds(keys: Iterable[Key]) -> tuple[set[Atom], dict[Equation, _Asked]]:
+    """The atoms of a graph that keys name, and the keys inside each of its scans."""
     atoms: set[Atom] = set()
-    inside: dict[Equation, tuple[dict[Key, None], dict[Key, None]]] = {}
+    asked: dict[Equation, _Asked] = {}
     todo = list(keys)
     while todo:
         key = todo.pop()
@@ -145,23 +176,10 @@ def _needs(graph: Graph, keys: Iterable[Key]) -> _Needs:
             case Norm(site) | Row(site):
                 todo += keys_of(site)
             case Stacked(equation, inner):
-                inside.setdefault(equation, ({}, {}))[0][inner] = None
+                asked.setdefault(equation, _Asked()).stacks[inner] = None
             case Total(equation, inner):
-                inside.setdefault(equation, ({}, {}))[1][inner] = None
-    scans: dict[Equation, _ScanNeeds] = {}
-    for equation in reversed(graph.equations):
-        if equation in inside:
-            stacks, totals = inside[equation]
-            scans[equation] = needs = _scan_needs(
-                equation, list(stacks), list(totals), atoms
-            )
-            operands = zip(equation.inputs, equation.body.inputs, strict=True)
-            atoms.update(
-                outer for outer, inner in operands if inner in needs.body.atoms
-            )
-        elif any(output in atoms for output in equation.outputs):
-            atoms.update(equation.inputs)
-    return _Needs(atoms, scans)
+                asked.setdefault(equation, _Asked()).totals[inner] = None
+    return atoms, asked
 
 
 def _scan_needs(
@@ -183,7 +201,7 @@ def _scan_needs(
 
 
 def run(graph: Graph, inputs: Sequence[Any], keys: Sequence[Key]) -> list[Any]:
-    """The arrays that some keys name."""
+    """Evaluate the arrays that some keys name."""
     env: dict[Key, Any] = dict(zip(graph.inputs, inputs, strict=True))
     return _run(graph, env, keys, _needs(graph, keys))
 
@@ -220,15 +238,15 @@ def _run(
 def _run_scan(
     equation: Equation, needs: _ScanNeeds, env: dict[Key, Any]
 ) -> dict[Key, Any]:
-    """The keys that a scan's body makes, and the scan's outputs that are read.
+    """Run a scan: the outputs that are read, and the keys inside its body.
 
-    The scan runs with the carries and steps that are needed, and no others. It carries
-    totals as well, and stacks what is asked for of each step.
+    Only the carries and steps that are needed run. The scan also carries the totals,
+    and stacks what is asked for at each step.
     """
     body, params = equation.body, equation.params
     carry_from, steps_from = equation.splits
     used = [i for i, value in enumerate(body.inputs) if value in needs.body.atoms]
-    # Which inputs of the scan run, by kind.
+    # The inputs of the scan that are needed, by kind.
     consts_at = [i for i in used if i < carry_from]
     carries_at = [carry_from + i for i in needs.carries]
     steps_at = [i for i in used if i >= steps_from]
@@ -237,7 +255,7 @@ def _run_scan(
         atom = equation.inputs[i]
         return jnp.asarray(atom.value) if isinstance(atom, Known) else env[atom]
 
-    # What a step evaluates, by where it goes.
+    # What a step evaluates, in the order of its destinations.
     carried = [body.outputs[i] for i in needs.carries]
     per_step = [body.outputs[i] for i in needs.steps]
     asked = [*carried, *per_step, *needs.totals, *needs.stacks]
@@ -291,7 +309,7 @@ def _shape_dtype(key: Key) -> tuple[tuple[int, ...], Any]:
 
 
 def depends(keys: Sequence[Key], graph: Graph, seeds: Iterable[Atom]) -> list[bool]:
-    """Whether what each key names may depend on one of the seeds."""
+    """For each key, whether its array may depend on one of the seeds."""
     reached = graph.downstream(seeds)
     return [_depends(key, reached) for key in keys]
 

@@ -34,7 +34,7 @@ def concrete_scalar(atom: Atom) -> float | None:
 
 Axes: TypeAlias = frozenset[int]
 
-_DEPTH = 16  # how many equations the walk goes back
+_DEPTH = 16  # how many equations the walk goes back at most
 _ELEMENTWISE = {
     p.mul_p, p.div_p, p.neg_p, p.add_p, p.add_jaxvals_p, p.sub_p, p.select_n_p,
     p.convert_element_type_p, p.copy_p, p.name_p, p.stop_gradient_p,
@@ -63,7 +63,7 @@ def _same_along(atom: Atom, known: dict[Atom, Axes], depth: int) -> Axes:
 
 
 def _same_along_output(made: Equation, along: Callable[[Atom], Axes]) -> Axes:
-    """The axes of an equation's output, given those of its operands."""
+    """The axes along which an output repeats its entries, given those of operands."""
     if made.primitive is p.broadcast_in_dim_p:
         return _same_along_broadcast(made, along)
     if made.primitive is p.transpose_p:
@@ -76,7 +76,7 @@ def _same_along_output(made: Equation, along: Callable[[Atom], Axes]) -> Axes:
 
 
 def _same_along_broadcast(made: Equation, along: Callable[[Atom], Axes]) -> Axes:
-    """All axes but those that hold different entries of the operand."""
+    """All axes, except those along which the operand's entries differ."""
     (operand, *_), shape = made.inputs, made.outputs[0].aval.shape
     inner, sizes = along(operand), operand.aval.shape
     differs = {

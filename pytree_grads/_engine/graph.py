@@ -1,4 +1,7 @@
-"""A jaxpr as a graph to walk back in: calls inlined, each value knows what made it."""
+"""A jaxpr as a graph that can be walked backwards: each value knows its producer.
+
+Calls are inlined.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +26,7 @@ class Value:
 
 @dataclass(eq=False)
 class Known:
-    """A literal or a constant: a value that is there before the graph runs."""
+    """A literal or a constant: a value that is known before the graph runs."""
 
     value: Any
 
@@ -37,7 +40,7 @@ Atom: TypeAlias = Value | Known
 
 @dataclass(eq=False)
 class Equation:
-    """`outputs = primitive(inputs)`; a barrier around a remat body has no `source`."""
+    """`outputs = primitive(inputs)`; a barrier before a remat body has no `source`."""
 
     source: core.JaxprEqn | None
     inputs: Sequence[Atom]
@@ -53,12 +56,12 @@ class Equation:
 
     @cached_property
     def body(self) -> "Graph":
-        """The body of a scan, as a graph of its own."""
+        """The body of a scan, as a separate graph."""
         return build(self.params["jaxpr"])
 
     @property
     def splits(self) -> tuple[int, int]:
-        """Where a scan's inputs are split: constants, carry, then per-step inputs."""
+        """Where a scan's inputs split into constants, carry and per-step inputs."""
         consts, carry = compat.scan_counts(self.params)
         return consts, consts + carry
 
@@ -108,13 +111,13 @@ def build(jaxpr: Any) -> Graph:
 def _add_broadcasts_first(graph: Graph) -> None:
     """Add a broadcast to the last summand of a sum: (a + b) + c becomes a + (b + c).
 
-    Habit: XLA takes an array plus a broadcast to be as cheap as the array. It computes
-    the sum again at each use, with all such sums inside it. The cotangents of a
-    residual stream of normalised layers then cost the square of its depth.
+    Habit: XLA treats an array plus a broadcast as if it were as cheap as the array. It
+      computes the sum again at each use, with all such sums inside it. The cotangents
+      of a residual stream of normalised layers then cost the square of its depth.
     Seen on: jax 0.10.2, XLA for CPU.
-    Gain: clipped sums of transformers whose layers stand in a list run 2 to 4 % faster
-    and compile in up to a quarter less time.
-    Can go when `test_a_cotangent_of_a_residual_stream_is_made_once` passes without it.
+    Gain: time 0.96 to 0.98, and compile time down to 0.75, for clipped sums of
+      transformers whose layers stand in a list.
+    May go when: `test_a_cotangent_of_a_residual_stream_is_made_once` passes without it.
     """
     add, broadcast = p.add_jaxvals_p, p.broadcast_in_dim_p
     ordered: dict[Equation, None] = {}
@@ -129,14 +132,14 @@ def _add_broadcasts_first(graph: Graph) -> None:
             if inner and made_by(broadcast, last) and graph.uses[total] == 1:
                 other, summand = sorted(inner.inputs, key=lambda x: not made_by(add, x))
                 inner.inputs, equation.inputs = [summand, last], [other, total]
-                del ordered[inner]  # to stand behind what makes its inputs
+                del ordered[inner]  # moved behind the equations that make its inputs
                 ordered[inner] = None
         ordered[equation] = None
     graph.equations = list(ordered)
 
 
 def _producer(primitive: core.Primitive, atom: Atom) -> Equation | None:
-    """The equation of a primitive that makes an atom, if there is one."""
+    """The equation that makes an atom, if it is one of this primitive."""
     producer = atom.producer if isinstance(atom, Value) else None
     return producer if producer and producer.primitive is primitive else None
 
@@ -170,7 +173,7 @@ def _inline(
 
 
 def _barrier(operands: Sequence[Atom], emit: Callable[[Equation], None]) -> list[Atom]:
-    """Keep what a remat body recomputes apart from its first computation."""
+    """Keep XLA from merging what a remat body recomputes with its first computation."""
     values = [a for a in operands if isinstance(a, Value)]
     equation = Equation(None, values)
     equation.outputs = [Value(v.aval, equation, i) for i, v in enumerate(values)]

@@ -1,7 +1,8 @@
 """Layouts: how the operands of an equation become the factors of a term.
 
-Each rule for a product has a layout of its own, beside the rule. Here stands what they
-share: the protocol, the axes around an operand, and how one operand becomes a factor.
+Each rule that makes a term has a layout, next to the rule. This file has what the
+layouts share: their protocol, the axes in front of an operand, and the way in which one
+operand becomes a factor.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,8 +24,8 @@ from .views import Shape, slice_length
 class Frame:
     """The axes in front of an operand's own: steps of the scans around it, then rows.
 
-    `stacked` says of each scan, from the outside in, whether its steps become blocks or
-    add up. There are up to two axes of rows, N and K.
+    `stacked` has an entry for each scan, the outermost first: whether its steps become
+    blocks. Otherwise they add up. `rows` counts the row axes: none, N, or N and K.
     """
 
     stacked: tuple[bool, ...] = ()
@@ -36,7 +37,7 @@ class Frame:
 
     @property
     def parted(self) -> tuple[list[int], range, list[int]]:
-        """The axes of steps that are blocks, of rows, and of steps that add up."""
+        """The axes of steps that become blocks, of rows, and of steps that add up."""
         outer = [i for i, stacked in enumerate(self.stacked) if stacked]
         added = [i for i, stacked in enumerate(self.stacked) if not stacked]
         return outer, range(len(self.stacked), self.axes), added
@@ -46,11 +47,11 @@ class Layout(Protocol):
     """How the operands of an equation become the factors of a term; hashable."""
 
     def __call__(self, operands: Sequence[jax.Array], frames: Sequence[Frame]) -> Term:
-        """The term, from operands that have the axes of a frame before their own."""
+        """The term, from operands that have the axes of their frames in front."""
         ...
 
-    def levels(self, *levels: int) -> tuple[int, ...]:
-        """How many axes of rows the term's arrays have, given those of the operands."""
+    def row_axes(self, *counts: int) -> tuple[int, ...]:
+        """How many row axes the term's arrays have, given the operands' row axes."""
         ...
 
     @property
@@ -60,13 +61,13 @@ class Layout(Protocol):
 
     @property
     def size(self) -> int:
-        """How many numbers the factors of one row hold."""
+        """How many entries the factors of one row have."""
         ...
 
 
 @dataclass(frozen=True)
 class Side:
-    """How one operand becomes a factor: slices, then three groups of its axes."""
+    """How one operand becomes a factor: sliced, then with its axes in three groups."""
 
     start: Shape
     limit: Shape
@@ -74,11 +75,11 @@ class Side:
     blocks: Shape  # axes that become B
     steps: Shape  # axes that become T
     free: Shape  # axes that become m
-    summed: Shape = ()  # axes to add up, since the other factor repeats along them
+    summed: Shape = ()  # axes to sum over, since the other factor repeats along them
 
     @property
     def sizes(self) -> Shape:
-        """(B, T, m), without the steps of scans."""
+        """(B, T, m), not counting the steps of scans."""
         bounds = zip(self.start, self.limit, self.strides, strict=True)
         sizes = [
             1 if axis in self.summed else slice_length(*bound)
@@ -88,7 +89,7 @@ class Side:
         return tuple(prod(sizes[axis] for axis in group) for group in groups)
 
     def __call__(self, x: jax.Array, frame: Frame) -> jax.Array:
-        """The factor (B, *rows, T, m) of an operand with the axes of a frame."""
+        """The factor (B, *rows, T, m), from an operand with the axes of a frame."""
         x = self._added_up(self._sliced(x, frame), frame)
         outer, rows, added = frame.parted
         blocks, steps, free = (
@@ -118,6 +119,6 @@ class Side:
 
 
 def whole_side(shape: Shape, steps: Iterable[int], free: Iterable[int]) -> Side:
-    """The side of an operand that is taken as it is, in one block."""
+    """The side of an operand that is taken whole, as one block."""
     zeros, ones = (0,) * len(shape), (1,) * len(shape)
     return Side(zeros, tuple(shape), ones, (), tuple(steps), tuple(free))

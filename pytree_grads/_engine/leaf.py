@@ -1,4 +1,4 @@
-"""Leaves in factored form: all rows of one gradient leaf, and maps over these rows."""
+"""All rows of one gradient leaf in factored form, and maps over these rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,10 +30,10 @@ from .weighing import times
 class Summand:
     """`factor * view(term)` for every row.
 
-    The arrays of the term have up to two axes of rows, N examples and K outputs of
-    each, which begin at `axis`. `row_axes` says how many, for each array in
-    flattening order: 2 for both, 1 for N alone (the outputs share it), 0 for none
-    (all rows share it).
+    The arrays of the term have up to two row axes, which begin at `axis`: N examples,
+    and K outputs of each. `row_axes` says how many each array has, in flattening order:
+    2 for both, 1 for N alone (the outputs share the array), 0 for none (all rows share
+    it).
     """
 
     term: Term
@@ -64,14 +64,14 @@ class Summand:
 
     @property
     def factor_positions(self) -> list[int]:
-        """Where the term's factors stand among its arrays in flattening order."""
+        """The positions of the term's factors among its arrays, in flattening order."""
         factors = self.term.factors
         arrays = enumerate(jax.tree.leaves(self.term))
         return [i for i, x in arrays if any(x is factor for factor in factors)]
 
     @property
     def factor_row_axes(self) -> list[int]:
-        """How many axes of rows each factor has."""
+        """How many row axes each factor has."""
         return [self.row_axes[i] for i in self.factor_positions]
 
     @property
@@ -93,7 +93,7 @@ class Leaf:
     shape: Shape
     dtype: Any
     size: int  # N
-    outputs: int | None  # K, or None for a scalar function: there is no axis then
+    outputs: int | None  # K; None for a scalar function, which has no such axis
 
     @property
     def carried(self) -> Any:
@@ -107,7 +107,7 @@ class Leaf:
 
     @property
     def rows(self) -> Shape:
-        """The shape of one number per row."""
+        """The shape of an array of one number per row."""
         return (self.size,) if self.outputs is None else (self.size, self.outputs)
 
     @property
@@ -116,9 +116,9 @@ class Leaf:
 
 
 def zeros_of(shape: Shape, dtype: Any, *leaves: Leaf) -> jax.Array:
-    """Zeros to add rows of some leaves to.
+    """Zeros to which rows of some leaves are added.
 
-    Inside `jax.shard_map` they vary over the same devices as the leaves.
+    Inside `jax.shard_map`, they vary over the same mesh axes as the leaves.
     """
     return varying_zeros(shape, dtype, *jax.tree.leaves(leaves))
 
@@ -138,7 +138,7 @@ def take(leaf: Leaf, start: Any, size: int) -> Leaf:
 
 
 def widened(leaf: Leaf, dtype: Any) -> Leaf:
-    """The same rows, kept and accumulated in a wider dtype."""
+    """The rows in a wider dtype, in which they are also accumulated."""
     if leaf.carried == dtype:
         return leaf
 
@@ -149,13 +149,13 @@ def widened(leaf: Leaf, dtype: Any) -> Leaf:
 
 
 def weighted(leaf: Leaf, weights: jax.Array | None) -> tuple[Leaf, jax.Array | None]:
-    """Multiply rows by weights in their factors, if every row has factors of its own.
+    """Multiply factors by the weights of their rows, if no two rows share a factor.
 
-    Each vector of a pair takes about the root of the weight, so that its square stays
-    near that of its row.
+    Each factor of a pair takes about the square root of the weight, so that its square
+    is scaled by about the weight, like the row.
 
     Returns:
-      The leaf, and the weights that remain: None, or all if rows share factors.
+      The leaf, and the weights that remain: None, or all of them if rows share factors.
     """
     own = [_factors_of_each_row(x, len(leaf.rows)) for x in leaf.summands]
     if weights is None or not all(own):
@@ -176,7 +176,7 @@ def weighted(leaf: Leaf, weights: jax.Array | None) -> tuple[Leaf, jax.Array | N
 
 
 def _factors_of_each_row(summand: Summand, depth: int) -> list[int]:
-    """Which arrays of a term are factors that differ from row to row."""
+    """The positions of the factors that differ from row to row."""
     return [i for i in summand.factor_positions if summand.row_axes[i] == depth]
 
 
@@ -185,7 +185,7 @@ def _factors_of_each_row(summand: Summand, depth: int) -> list[int]:
 
 
 def at_once(leaf: Leaf, entries: int) -> int:
-    """How many examples have rows of so many entries together; at least 1."""
+    """How many examples have rows of at most so many entries together; at least 1."""
     per_example = prod(leaf.shape) * (leaf.outputs or 1)
     if not thresholds.exceeds(per_example, 0):
         return entries
@@ -195,10 +195,11 @@ def at_once(leaf: Leaf, entries: int) -> int:
 def over_rows(
     fun: Callable[..., Any], leaf: Leaf, *numbers: Any, materializes: bool = False
 ) -> Any:
-    """`fun(terms of one row, *numbers of it)` for each row.
+    """Map `fun(terms, *numbers)` over rows.
 
-    Trees of numbers have arrays of shape (N, K), (N,) or (), for rows, for examples
-    or for all. If `fun` materializes rows, it runs for only some examples at a time.
+    The terms are those of one row. Trees of numbers have arrays of shape (N, K), (N,)
+    or (): a number for each row, for each example, or for all. If `fun` materializes
+    rows, it runs for some examples at a time.
     """
     for count in (2, 1)[leaf.outputs is None :]:
         own = jax.tree.map(lambda x, n=count: 0 if x.ndim >= n else None, numbers)
@@ -215,7 +216,7 @@ def over_rows(
 def _some_at_once(
     fun: Callable[..., Any], in_axes: Any, size: int, at_once: int
 ) -> Callable[..., Any]:
-    """`jax.vmap` of a function, for so many examples at a time."""
+    """Like `jax.vmap` of a function, but for `at_once` examples at a time."""
     flat_axes = jax.tree.leaves(in_axes, is_leaf=lambda x: x is None)
     mapped_at = [i for i, axis in enumerate(flat_axes) if axis is not None]
     if not mapped_at or not thresholds.exceeds(size, at_once):
@@ -249,7 +250,7 @@ def row(leaf: Leaf, terms: Sequence[Term]) -> jax.Array:
 
 
 def inner(one: Leaf, xs: Sequence[Term], other: Leaf, ys: Sequence[Term]) -> jax.Array:
-    """The inner product of two rows; the left one is conjugated."""
+    """The inner product of two rows; the first is conjugated."""
     total = jnp.zeros((), one.carried)
     for a, x in zip(one.summands, xs, strict=True):
         for b, y in zip(other.summands, ys, strict=True):
@@ -259,7 +260,7 @@ def inner(one: Leaf, xs: Sequence[Term], other: Leaf, ys: Sequence[Term]) -> jax
 
 
 def _inner_of_summands(a: Summand, x: Term, b: Summand, y: Term) -> jax.Array:
-    """<x, y> through the tails of two summands, without their factors."""
+    """<x, y> behind the views of two summands, without their factors."""
     if disjoint(a.view, b.view):
         return jnp.zeros((), x.dtype)
     if are_alike(a, b):
@@ -286,12 +287,12 @@ def inner_cost(a: Summand, b: Summand) -> int:
 
 
 def are_alike(x: Summand, y: Summand) -> bool:
-    """Whether inner products of two summands can be taken before their tails."""
+    """Whether inner products of two summands can be taken before their views."""
     return x.shape == y.shape and x.view == y.view and isometric(x.view)
 
 
 def needs_rows(one: Leaf, other: Leaf) -> bool:
-    """Whether inner products of rows of two leaves need rows as arrays."""
+    """Whether inner products of rows of two leaves need rows that must be built."""
 
     def needs(a: Summand, b: Summand) -> bool:
         if a.term.is_dense or b.term.is_dense or disjoint(a.view, b.view):
@@ -307,5 +308,5 @@ def _block(summand: Summand, term: Term) -> jax.Array:
 
 
 def _pulled(summand: Summand, term: Term, v: jax.Array) -> jax.Array:
-    """An array behind the view of a summand, pulled back to before it."""
+    """Pull an array back through the view of a summand."""
     return transposed(summand.view, summand.shape, v.astype(term.dtype))

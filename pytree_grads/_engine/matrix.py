@@ -24,12 +24,12 @@ from .products.scaled_norms import Norms
 )
 @dataclass(frozen=True)
 class Matrix:
-    """Rows of all leaves with weights.
+    """The rows of all leaves, with weights.
 
     Arrays of one number per row have shape (N,), or (N, K) if an example has K outputs.
     `weights` has such an array for each leaf, since a clip per group differs between
-    leaves. A row that is not `valid` counts as zero, whatever it holds. None means ones
-    for `weights`, and True for `valid`.
+    leaves; None means ones. A row that is not `valid` counts as zero, whatever it
+    holds; None means that all rows are valid.
     """
 
     leaves: tuple[Leaf, ...]
@@ -38,11 +38,11 @@ class Matrix:
 
     @property
     def dtype(self) -> Any:
-        """The accumulation dtype of numbers of all leaves, real."""
+        """The real accumulation dtype of what is summed over all leaves."""
         return common_dtype(*(leaf.real for leaf in self.leaves))
 
     def scaled(self, factors: Sequence[jax.Array]) -> "Matrix":
-        """The rows times numbers for each row and leaf."""
+        """The rows, multiplied by a number for each row and leaf."""
         if self.weights is not None:
             factors = [
                 product(f, w) for f, w in zip(factors, self.weights, strict=True)
@@ -50,11 +50,11 @@ class Matrix:
         return replace(self, weights=tuple(factors))
 
     def only(self, valid: jax.Array) -> "Matrix":
-        """The rows, with zero for those that are not valid."""
+        """The rows, of which those that are not valid count as zero."""
         return replace(self, valid=valid if self.valid is None else valid & self.valid)
 
     def selected(self) -> "Matrix":
-        """The rows without `valid`: those that do not count have zeros and weight 0."""
+        """Replace `valid`: rows that do not count get zero factors and weight 0."""
         if self.valid is None:
             return self
         leaves = tuple(_select(leaf, self.valid) for leaf in self.leaves)
@@ -65,7 +65,7 @@ class Matrix:
         return Matrix(leaves, tuple(weights))
 
     def weight(self, i: int, extra: jax.Array | None = None) -> jax.Array | None:
-        """The weights of the rows of leaf i, times some others."""
+        """The weights of the rows of leaf i, multiplied by `extra`."""
         own = (
             None
             if self.weights is None
@@ -83,7 +83,7 @@ class Matrix:
         return [x.scaled([rows.weight(i) for i in x.leaves]) for x in norms]
 
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
-        """One array per leaf, in its accumulation dtype."""
+        """The weighted sum of rows: one array per leaf, in its accumulation dtype."""
         rows = self.selected()
         return [
             _sums.weighted_sum(leaf, rows.weight(i, weights))
@@ -112,7 +112,7 @@ class Matrix:
         return total
 
     def gram(self, other: "Matrix") -> jax.Array:
-        """Shape (*rows, *other rows)."""
+        """The inner products with the rows of `other`: (*rows, *other rows)."""
         total, rows = None, self.selected()
         others = rows if other is self else other.selected()
         for i, (leaf, theirs) in enumerate(
@@ -138,7 +138,7 @@ class Matrix:
         return total
 
     def rows(self) -> list[jax.Array]:
-        """One array per leaf, rows stacked, in the leaf's dtype."""
+        """The stacked rows: one array per leaf, in the leaf's dtype."""
         stacks, rows = [], self.selected()
         for i, leaf in enumerate(rows.leaves):
             weight = rows.weight(i)
@@ -160,7 +160,7 @@ class Matrix:
 
 
 def product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The product of two numbers for each row, in the accumulation dtype."""
+    """Multiply two arrays of a number per row, in the accumulation dtype."""
     dtype = common_dtype(x.dtype, y.dtype)
     return x.astype(dtype) * y.astype(dtype)
 
@@ -170,7 +170,7 @@ def _leading(x: jax.Array, ndim: int) -> jax.Array:
 
 
 def _select(leaf: Leaf, valid: jax.Array) -> Leaf:
-    """The leaf with zeros in rows that are not valid: 0 * NaN would not do."""
+    """The leaf with zeros in rows that are not valid; a weight 0 would keep NaN."""
     masks = [jnp.any(valid), valid, valid]
     if leaf.outputs is not None:
         masks[1] = jnp.any(valid, axis=1)

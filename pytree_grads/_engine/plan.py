@@ -1,7 +1,7 @@
-"""The plan: for each gradient leaf, which cuts of it are kept, and in which form.
+"""The plan: for each gradient leaf, which cuts are kept, and in which form.
 
-`rules.decompose` finds the terms of a leaf. The plan compares their
-size with the leaf's.
+`rules.decompose` finds the terms of a leaf. The plan compares their size with the size
+of the leaf.
 """
 
 from collections.abc import Container, Sequence
@@ -34,9 +34,9 @@ Cuts: TypeAlias = tuple[Cut, ...]
 
 @dataclass(frozen=True)
 class LeafPlan:
-    """The cuts of a leaf: for all products, and for a sum of rows alone.
+    """The cuts of a leaf: for all products, and for a single sum of rows.
 
-    A sum alone may cost least from other cuts.
+    A single sum may cost less from other cuts.
     """
 
     for_rows: Cuts
@@ -44,11 +44,11 @@ class LeafPlan:
 
 
 def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> LeafPlan:
-    """The cuts of a leaf: its terms, or the leaf itself if those are no smaller.
+    """The cuts of a leaf: its terms, or the leaf itself if the terms are no smaller.
 
-    A sum alone takes the terms in both cases, unless one of them is made in a scan: the
-    sum over its steps then takes less memory. `varying` holds what differs between
-    examples.
+    A single sum takes the terms in either case, unless one of them is made in a scan.
+    The sum over the steps then takes less memory. `varying` holds the atoms that differ
+    between examples.
     """
     if route == "rows":
         rows = (Cut(AtValue(leaf), reason="asked for"),)
@@ -65,22 +65,22 @@ def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> LeafPlan:
 
 
 def _with_reason(cut: Cut) -> Cut:
-    """A cut that says where the walk stopped, if its term is dense."""
+    """The cut with a reason, if its term is dense: where the walk stopped."""
     if not is_dense(cut.site):
         return cut
     return replace(cut, reason=f"stopped at {origin(cut.site)}")
 
 
 def _differs(cut: Cut, varying: Container[Atom]) -> bool:
-    """Whether what a cut keeps differs between examples."""
+    """Whether the term of a cut differs between examples."""
     site = cut.site
     return not isinstance(site, AtValue) or site.value in varying
 
 
 def _are_larger(terms: Cuts, leaf: Atom, varying: Container[Atom]) -> bool:
-    """Whether terms take no less memory than the leaf.
+    """Whether the terms take at least as much memory as the leaf.
 
-    What is the same for all examples is kept once, so its size does not count.
+    A term that all examples share is kept once, so its size does not count.
     """
     kept = 0
     for cut in terms:
@@ -92,17 +92,17 @@ def _are_larger(terms: Cuts, leaf: Atom, varying: Container[Atom]) -> bool:
 
 
 def _as_rows(terms: Cuts, leaf: Atom, varying: Container[Atom]) -> Cuts:
-    """The leaf as an array, and why.
+    """The leaf as an array, with the reason.
 
-    Convolutions are materialised one by one, since theirs is a faster way than JAX's.
+    If all terms are convolutions, each is materialised on its own. That is faster than
+    JAX's gradient of a kernel.
     """
     differ = [x for x in terms if x.reason and _differs(x, varying)]
     stops = dict.fromkeys(x.reason for x in differ)
     reason = ", ".join(stops) or "factors are larger than the row"
     if all(_is_convolution(cut.site) for cut in terms):
         return tuple(
-            replace(cut, site=_row_at(cut.site), reason=reason)
-            for cut in terms
+            replace(cut, site=_row_at(cut.site), reason=reason) for cut in terms
         )
     return (Cut(AtValue(leaf), reason=reason),)
 
@@ -113,7 +113,7 @@ def _is_convolution(site: Site) -> bool:
 
 
 def _row_at(site: Site) -> Site:
-    """A row as an array, made where its term arises."""
+    """A site for the row as an array, in the same scans."""
     if isinstance(site, AtScan):
         return replace(site, site=_row_at(site.site))
     return AtRow(site)
@@ -124,11 +124,11 @@ def _row_at(site: Site) -> Site:
 
 
 def _norms_of(cuts: Cuts) -> Cuts:
-    """Cuts whose rows have the same norms, and hold little more than norms.
+    """Cuts whose rows have the same norms but hold only the norms of terms.
 
-    They stand side by side in one vector. That is right if the views of the given
-    cuts keep inner products and write to parts of the leaf that do not meet. If
-    not, the given cuts are returned.
+    These norms stand side by side in one vector. That is right if the given views
+    preserve inner products and write to separate parts of the leaf. Otherwise, the
+    given cuts are returned.
     """
     views = [cut.view for cut in cuts]
     are_apart = all(disjoint(x, y) for x, y in combinations(views, 2))
@@ -146,14 +146,14 @@ def _norms_of(cuts: Cuts) -> Cuts:
 
 
 def _norm_at(site: Site) -> Site:
-    """A norm, taken in the body of a scan if each step is a row of its own."""
+    """A site for the norm, inside the scan if the steps are stacked."""
     if isinstance(site, AtScan) and site.stacked:
         return replace(site, site=_norm_at(site.site))
     return AtNorm(site)
 
 
 def shape_of(cuts: Sequence[Cut], leaf_shape: Shape) -> Shape:
-    """The shape of what cuts add up to: the leaf's, unless only norms are left."""
+    """The shape that the cuts add up to: the leaf's, unless only norms are kept."""
     for cut in cuts:
         if isinstance(innermost(cut.site), AtNorm):
             padded = cut.view[-1]

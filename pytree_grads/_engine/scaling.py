@@ -1,25 +1,24 @@
 """Scales: powers of two from the bits of floats, and roots with safe derivatives.
 
-A squared norm overflows in float32 if a row's norm exceeds 1e19, and underflows below
-1e-19, although the norm itself is representable up to 1e38 and down to 1e-38. That
-is what scales are worth: norms of rows beyond 1e±19. A scale is a power of two, so it
-adds no rounding. A number is multiplied by it twice, since the inverse of a large
-float is not a normal number.
+In float32, a squared norm overflows if the norm exceeds 1e19, and underflows if it is
+below 1e-19. The norm itself is representable up to 1e38 and down to 1e-38. Scales make
+the norms between these limits right. A scale is a power of two, so it adds no rounding.
+A number is multiplied by its scale twice, since the inverse of a large float is not a
+normal number.
 
-How a power of two comes from bits. A float x > 0 with exponent e and mantissa 1 + f
-has, read as an integer, the bits (e + bias + f) * 2**nmant. That is about
+How to compute a power of two from bits. Take a float x > 0 with exponent e and mantissa
+1 + f. Its bits, read as an integer, are (e + bias + f) * 2**nmant. That is about
 
     bits(x) = (log2(x) + bias) * 2**nmant,    bias = maxexp - 1
 
-so the bits of x**(-p) are about (1 + p) * bias * 2**nmant - p * bits(x). For p = 1/2
-these are 3/2 of the bits of one, less half of the bits of x; for p = 1/4, 5/4 of
-them, less a quarter. Keeping the exponent alone rounds the result down to a power of
-two. A start that is up to one exponent higher sets which multiples of the next power
-are rounded down.
+so the bits of x**(-p) are about (1 + p) * bias * 2**nmant - p * bits(x). The bits of
+1.0 are bias * 2**nmant. For p = 1/2, the result is 3/2 of the bits of 1.0, less half
+the bits of x; for p = 1/4, it is 5/4 of them, less a quarter of the bits of x. Dropping
+the mantissa rounds the result down to a power of two. A constant that is larger by up
+to one exponent moves the point from which the result is the next power.
 
-This is written in `lax`: there is much of it, and `jnp` takes several times as long to
-trace. What is called for every factor or leaf is a `jit` of its own, traced and
-lowered once for a shape.
+The code uses `lax`, since `jnp` takes several times as long to trace. Functions that
+run for every factor or leaf are jitted, so each is traced and lowered once per shape.
 """
 
 import jax
@@ -30,10 +29,10 @@ from jax import lax
 
 @jax.jit
 def power(size: jax.Array) -> jax.Array:
-    """About 1 / the root of a positive normal number, or of zero: a power of two.
+    """A power of two near 1 / sqrt(size), for a positive normal number or zero.
 
-    Multiplied by it twice, the number is from 1 up to 4, or zero. The operations are
-    cheap enough to be computed again wherever the scale is used.
+    Multiplied by it twice, the number is at least 1 and below 4, or zero. The
+    operations are so cheap that XLA may repeat them wherever the scale is used.
     """
     limits = jnp.finfo(size.dtype)
     return _power_of_two(size, 1, ((3 * limits.maxexp - 1) << (limits.nmant - 1)) - 1)
@@ -41,13 +40,14 @@ def power(size: jax.Array) -> jax.Array:
 
 @jax.jit
 def root_of(square: jax.Array) -> jax.Array:
-    """About 1 / the root of a norm, from its square: a power of two.
+    """A power of two near 1 / sqrt(norm), from the square of the norm.
 
-    Multiplied by it twice, the norm is from 1/2 to 2. A square that underflowed counts
-    as the smallest number: then the square of every entry that is a normal number is
-    in range. A square that overflowed has a scale of its own: the norm may overflow as
-    well, since it adds up many entries, and the other factor may still make the norm of
-    the row finite.
+    Multiplied by it twice, the norm is between 1/2 and 2.
+
+    A square that underflowed counts as the smallest number. The squares of all entries
+    that are normal numbers are then in range. A square that overflowed gets a fixed
+    scale. The norm of this factor may overflow too, since many entries add up to it,
+    while the other factor still makes the norm of the row finite.
     """
     limits = jnp.finfo(square.dtype)
     scale = _power_of_two(square, 2, (5 * limits.maxexp - 3) << (limits.nmant - 2))
@@ -64,7 +64,7 @@ def inverse(power: jax.Array) -> jax.Array:
 
 
 def _power_of_two(x: jax.Array, halvings: int, start: int) -> jax.Array:
-    """The power of two at or below the float with bits `start - (bits(x) >> halvings)`.
+    """Round down to a power of two: the float of bits `start - (bits(x) >> halvings)`.
 
     The module's docstring derives which powers of x these are.
     """
@@ -77,9 +77,9 @@ def _power_of_two(x: jax.Array, halvings: int, start: int) -> jax.Array:
 
 
 def not_too_small(square: jax.Array, rounding: jax.Array) -> jax.Array:
-    """A squared norm plus its rounding error, if that is significant.
+    """A squared norm, plus its rounding error if that is significant.
 
-    It is if it exceeds a thousandth of the square; see `Norms`.
+    It is significant if it exceeds a thousandth of the square; see `Norms`.
     """
     is_small = lax.gt(rounding, lax.mul(square, lax.full_like(square, 1e-3)))
     more = lax.add(lax.max(square, lax.full_like(square, 0)), rounding)
@@ -88,7 +88,7 @@ def not_too_small(square: jax.Array, rounding: jax.Array) -> jax.Array:
 
 @jax.jit
 def safe_sqrt(x: jax.Array) -> jax.Array:
-    """The square root of x; 0, with derivative 0, if x is not positive; keeps NaN."""
+    """The square root of x: 0 with derivative 0 if x <= 0, and NaN if x is NaN."""
     zeros = lax.full_like(x, 0)
     idle = lax.le(x, zeros)
     root = lax.sqrt(lax.select(idle, lax.full_like(x, 1), x))

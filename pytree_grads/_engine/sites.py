@@ -1,4 +1,9 @@
-"""Sites: the places in the backward pass where the terms of a leaf are made."""
+"""Sites and cuts: where the backward pass is cut, and which terms are made there.
+
+A site is a place in the backward pass of one example where a term is made. A cut is a
+site with the view from there to the leaf. Evaluated for all examples, a cut becomes a
+`Summand` of a `Leaf`.
+"""
 
 from dataclasses import dataclass
 from math import prod
@@ -34,7 +39,7 @@ class AtValue:
 
 @dataclass(frozen=True)
 class AtTerm:
-    """A term in factors, made from operands of the equation that would add it up."""
+    """A term in factors: the operands of an equation that is not evaluated itself."""
 
     equation: Equation
     layout: Layout
@@ -51,7 +56,7 @@ class AtTerm:
 
 @dataclass(frozen=True)
 class AtScan:
-    """A term in the body of a scan, stacked over the steps or added up over them."""
+    """A term in the body of a scan, stacked or added up over the steps."""
 
     equation: Equation
     site: "Site"
@@ -83,7 +88,7 @@ class AtScan:
 
 @dataclass(frozen=True)
 class AtNorm:
-    """The norm of a row of another term, which is not kept itself: a dense term."""
+    """A dense term: the norm of a row of another term, which is not kept."""
 
     site: "Site"
     shape: Shape = ()
@@ -92,7 +97,7 @@ class AtNorm:
 
 @dataclass(frozen=True)
 class AtRow:
-    """A row of another term as an array: a dense term."""
+    """A dense term: a row of another term, as an array."""
 
     site: "Site"
 
@@ -110,7 +115,7 @@ Site: TypeAlias = AtValue | AtTerm | AtScan | AtNorm | AtRow
 
 @dataclass(frozen=True)
 class Cut:
-    """`factor * view(term)`: what one site adds to a value."""
+    """`factor * view(term)`: what the term at one site adds to a value."""
 
     site: Site
     view: View = ()
@@ -124,7 +129,7 @@ def is_dense(site: Site) -> bool:
 
 
 def innermost(site: Site) -> Site:
-    """The site in the innermost of the scans around it."""
+    """The site itself, without the scans around it."""
     while isinstance(site, AtScan):
         site = site.site
     return site
@@ -141,5 +146,5 @@ def origin(site: Site) -> str:
             equation = site.producer
         case AtTerm(equation):
             pass
-    # An equation without a primitive is the barrier around a remat body.
+    # An equation without a primitive is the barrier before a remat body.
     return str(equation.primitive or "remat") if equation else "input"

@@ -1,8 +1,8 @@
-"""The numbers on which the choice between ways of computing one thing rests.
+"""The numbers that decide between two ways to compute the same thing.
 
 There is one record for each platform. No number changes a result beyond rounding.
-`benchmarks/constants.py` times the ways on both sides of each, on whatever device there
-is, and `benchmarks/README.md` has its tables.
+`benchmarks/constants.py` times both ways for each number, on the device at hand.
+`benchmarks/results/constants.md` has the table.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,12 @@ NEVER = 1 << 60  # larger than any size
 
 # Limits to the size of a program, on any platform.
 
-# Summands of a leaf, at most: sums of sums of one value double them each time.
+# The most summands of a leaf: a chain of sums of a value with itself doubles them at
+# each step.
 MOST_SUMMANDS = 512
 
-# Offsets of a kernel for each position of its cotangent, up to which patches are a
-# term; each offset is an operation of its own in the program.
+# The most offsets of a kernel, for each position of its cotangent, for which patches
+# are a term. Each offset is a separate step.
 MOST_OFFSETS = 16
 
 
@@ -30,45 +31,47 @@ MOST_OFFSETS = 16
 class Thresholds:
     """The numbers of one platform. The defaults were measured on CPUs."""
 
-    # The factors of a convolution are kept only if they are that many times smaller
-    # than its row: each product goes through all patches again, which costs as much
-    # as the row.
+    # The factors of a convolution are kept only if they are so many times smaller than
+    # its row. Each product goes through all patches again, which costs as much as
+    # building the row.
     dearer: int = 4
 
-    # Entries of materialised rows in loops that materialise some rows at a time:
-    # 16 MiB of float32, enough work for one turn of a loop, and little next to a
-    # backward pass.
+    # Entries of the rows that a loop materialises at a time. They take 16 MiB in
+    # float32: enough work for one iteration, and little next to a backward pass.
     entries_at_once: int = 1 << 22
 
-    # Entries of rows that are squared at a time. The squares take as much space as
-    # the rows, and a few at a time are as fast.
+    # Entries of rows that are squared at a time. The squares take as much memory as
+    # the rows, and a few rows at a time are as fast.
     squares_at_once: int = 1 << 19
 
-    # Outer products of one form that stay apart in a leaf: joining copies them, but
-    # norms and Gramians take pairs of summands.
+    # The most outer terms of one form that stay separate summands of a leaf. Joining
+    # them copies their factors; without it, norms and Gramians take all pairs.
     apart: int = 3
 
-    # Leaves whose vectors have one form are worked on as one array if there are that
-    # many, of at most so many entries: copies then cost less than loops to compile.
+    # Leaves whose factors are vectors of one form are stacked if there are at least
+    # `many` of them, of at most `small` entries. The copies then cost less than
+    # compiling a loop for each.
     many: int = 4
     small: int = 1 << 11
 
-    # Entries from which on the weighted sum of vectors is a product of a matrix and a
-    # vector, which takes longer to compile.
+    # The number of entries from which a weighted sum of vectors is computed as a
+    # product of a matrix and a vector, which takes longer to compile.
     large_product: int = 1 << 20
 
-    # A sum over rows weights the left of two vectors if the right one is more than
-    # so many times as long; otherwise the right one, as the sum of the bias does.
+    # In a sum over rows, the weights multiply the left of two vectors if the right one
+    # is more than so many times as long. Otherwise they multiply the right one, as in
+    # the sum for the bias.
     shared: int = 8
 
-    # Look-ups that share an index are found by comparing all pairs if that costs at
-    # most so many multiplications for each line of the table; otherwise by an array
-    # with a number for each line.
+    # Look-ups that share an index are found by comparing all pairs, if that costs at
+    # most so many multiplications for each line of the table. Otherwise they are found
+    # with an array of one number for each line.
     pairs: int = 20
 
-    # A sum over rows with at most so many columns is multiplied the other way round,
-    # from so many multiplications on, and if there are so many times as many lines
-    # and rows. Turning the result back takes as long to compile as three loops.
+    # A sum over rows is computed as the transpose of the transposed product if it has
+    # at most `narrow` columns, takes at least `large_narrow` multiplications, and has
+    # `fewer` times as many lines and rows as columns. The transpose of the result
+    # takes as long to compile as three loops.
     narrow: int = 128
     large_narrow: int = 1 << 17
     fewer: int = 4
@@ -76,13 +79,13 @@ class Thresholds:
 
 _CPU = Thresholds()
 
-# Measured on an H200: weighting the left vectors takes 0.53 to 0.68 of the time, and
-# neither narrow products nor weighted sums gain from another form. The other numbers
-# made the same choice there as on CPUs, or a choice within a tenth of the best.
+# Measured on an H200. Weights on the left vectors take 0.53 to 0.68 of the time; narrow
+# products and weighted sums gain nothing from another form. With the other numbers, the
+# better way is the same as on CPUs, or the difference is less than a tenth.
 _GPU = Thresholds(shared=1, narrow=0, large_product=NEVER)
 
-# Not measured: no TPU was at hand. Like a GPU, it has no use for what is done for the
-# loops that XLA writes for CPUs.
+# Not measured, for lack of a TPU. These numbers assume that a TPU, like a GPU, does not
+# need the workarounds for the loops that XLA writes for CPUs.
 _TPU = _GPU
 
 _RECORDS = {"cpu": _CPU, "gpu": _GPU, "cuda": _GPU, "rocm": _GPU, "tpu": _TPU}
@@ -96,20 +99,19 @@ def of(platform: str) -> Thresholds:
 
 
 def current() -> Thresholds:
-    """The record of the default backend, at the time of tracing.
+    """The record of the default backend at trace time.
 
-    A program for another device, or one that is exported for several platforms, takes
-    these numbers too: its results are the same, at worst it is slower.
+    A program for another device, or one exported for several platforms, uses these
+    numbers too. Its results are the same; at worst it is slower.
     """
     return _changed.get() or of(jax.default_backend())
 
 
 @contextmanager
 def changed(**numbers: int) -> Iterator[None]:
-    """Replace numbers of the current record for a while: for tests and benchmarks.
+    """Replace numbers of the current record inside a `with`: for tests and benchmarks.
 
-    It acts on what is traced inside. Programs that were compiled before stay as they
-    are.
+    This acts on what is traced inside, not on programs that were compiled before.
     """
     token = _changed.set(replace(current(), **numbers))
     try:
@@ -121,10 +123,10 @@ def changed(**numbers: int) -> Iterator[None]:
 def exceeds(size: Any, bound: Any) -> bool:
     """Whether a size is known to be larger than a bound.
 
-    In a program that is exported for any batch size, sizes are symbolic. A size that
-    may be larger or not does not exceed the bound: the way for small sizes needs no
-    number, has no loops over parts, and does no quadratic work that the way for large
-    sizes avoids.
+    In a program that is exported for any batch size, sizes are symbolic. If it is not
+    known whether a symbolic size is larger, it does not exceed the bound. The way for
+    small sizes is then right: it works for any size, has no loops over tiles, and does
+    no quadratic work that the way for large sizes avoids.
     """
     try:
         return bool(size > bound)

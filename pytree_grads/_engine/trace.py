@@ -1,4 +1,4 @@
-"""From a function and a batch to its outputs and the leaves of J: trace, cut, map."""
+"""From a function and a batch to the outputs and the leaves of J: trace, cut, map."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,14 +16,14 @@ from .._batches.functions import Fun
 from .._jax.effects import made_pure
 from .._jax.sharding import placed_like
 from .._trees.checks import check_arrays, describe
-from . import evaluate as _execute
+from . import evaluate as _evaluate
 from . import graph as _graph
 from . import plan as _plan
 from .leaf import Leaf, Summand
 from .terms import Term
 
 PyTree = Any
-# A route, or the form of the leaves that one sum of rows alone costs least from.
+# A route, or "sum": the form of leaves from which a single sum of rows costs least.
 Form: TypeAlias = _plan.Route | Literal["sum"]
 
 
@@ -36,18 +36,19 @@ Form: TypeAlias = _plan.Route | Literal["sum"]
 class Trace:
     """The forward and backward pass of one example, as a graph.
 
-    Its inputs are the leaves of the differentiated arguments, other values of the
-    example, and cotangents of the outputs. A scalar output has the cotangent 1, which
-    is no input. Its outputs are the gradient's leaves, then those of `(outputs, aux)`.
+    Its inputs are the leaves of the differentiated arguments, then the other values of
+    the example, then the cotangents of the outputs. A scalar output has the cotangent
+    1, which is not an input. Its outputs are the gradient's leaves, then the leaves of
+    `(outputs, aux)`.
 
     It is a pytree without leaves, so that a mapped function can return it.
     """
 
     fun: Fun
     graph: _graph.Graph
-    primal_count: int
-    value_count: int  # of the differentiated arguments, and of other values
-    leaf_count: int  # of the gradient
+    primal_count: int  # leaves of the differentiated arguments
+    value_count: int  # these, and the other values of the example
+    leaf_count: int  # leaves of the gradient
     result_tree: Any  # the structure of (outputs, aux)
     output_avals: PyTree  # of one example
 
@@ -73,10 +74,10 @@ class Trace:
 
 
 def trace(fun: Fun, batch: Batch, *, runs_again: bool) -> Trace:
-    """Trace the function of one example, and its backward pass. It is called once.
+    """Trace the function of one example, called once, and its backward pass.
 
-    `runs_again` says that each product evaluates it anew, so that effects must not
-    change results.
+    `runs_again` means that each product will evaluate the trace again, so that effects
+    must not change results.
     """
 
     def example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
@@ -127,17 +128,17 @@ def _trace_example(
 
 
 def _placeholders(outputs: PyTree) -> PyTree:
-    """Arrays like the outputs that stand for their cotangents while these are traced.
+    """Arrays like the outputs, which stand for their cotangents during the trace.
 
-    How many there are is known when the outputs are, too late for arguments of the
-    trace. So one equation makes all of them, and `_with_inputs` takes it out of the
-    graph.
+    The number of outputs is known only inside the trace, too late to add arguments to
+    it. So one equation makes all placeholders. `_with_inputs` later removes that
+    equation, and makes them inputs of the graph.
     """
     return jax.lax.optimization_barrier(outputs)
 
 
 def _with_inputs(graph: _graph.Graph, count: int) -> _graph.Graph:
-    """The graph whose last outputs, of one equation, are inputs instead."""
+    """The graph in which the last `count` outputs, of one equation, become inputs."""
     if not count:
         return graph
     kept, made = graph.outputs[:-count], graph.outputs[-count:]
@@ -202,18 +203,17 @@ class Factored:
     outputs: PyTree  # leaves (N, *k)
     aux: PyTree  # leaves (N, ...)
     leaves: tuple[Leaf, ...]
-    # The leaves in the form "sum", put together when asked for. None if they are the
-    # same.
+    # Builds the leaves in the form "sum". None if that form is no different.
     for_sum: Callable[[], tuple[Leaf, ...]] | None
 
 
 def factor(
     trace: Trace, batch: Batch, form: Form = "auto", *, with_sum: bool = False
 ) -> Factored:
-    """Outputs, aux and all rows of J, each leaf in the form that is asked for.
+    """The outputs, aux and all rows of J, with each leaf in the form asked for.
 
-    `with_sum` asks for the leaves in the form "sum" as well, inside a trace, where XLA
-    drops what nothing uses.
+    `with_sum` also asks for the leaves in the form "sum". It acts only inside a trace,
+    since XLA then drops the form that nothing uses.
     """
     varying = trace.graph.downstream(trace.of_one_example)
     route = "auto" if form == "sum" else form
@@ -231,9 +231,9 @@ def factor(
 
     @cache
     def term(site: _plan.Site) -> tuple[Term, tuple[int, ...]]:
-        keys = _execute.keys_of(site)
-        levels = [places[key].level for key in keys]
-        return _execute.assemble(site, [arrays[key] for key in keys], levels)
+        keys = _evaluate.keys_of(site)
+        row_axes = [places[key].row_axes for key in keys]
+        return _evaluate.assemble(site, [arrays[key] for key in keys], row_axes)
 
     count = _count(trace.output_avals)
     primals = jax.tree.leaves(batch.primals)
@@ -258,31 +258,31 @@ def factor(
 
 
 class _Place(NamedTuple):
-    """Where an array leaves the maps over outputs and examples."""
+    """The axes that an array has in front of its own."""
 
-    level: (
-        int  # 2: it may differ between outputs, 1: between examples only, 0: not at all
-    )
-    depth: int  # its axes of scan steps, which stay in front of those of rows
+    # 2 if it may differ between outputs, 1 if only between examples, 0 if all rows
+    # share it.
+    row_axes: int
+    depth: int  # how many axes of scan steps it has, in front of the row axes
 
 
-def _places(trace: Trace, sites: Sequence[_plan.Site]) -> dict[_execute.Key, _Place]:
-    """The arrays from which the terms at some sites are put together."""
-    keys = list(dict.fromkeys(key for site in sites for key in _execute.keys_of(site)))
-    by_output = _execute.depends(keys, trace.graph, trace.cotangents)
-    by_example = _execute.depends(keys, trace.graph, trace.of_one_example)
+def _places(trace: Trace, sites: Sequence[_plan.Site]) -> dict[_evaluate.Key, _Place]:
+    """The arrays from which the terms at some sites are assembled, with their axes."""
+    keys = list(dict.fromkeys(key for site in sites for key in _evaluate.keys_of(site)))
+    by_output = _evaluate.depends(keys, trace.graph, trace.cotangents)
+    by_example = _evaluate.depends(keys, trace.graph, trace.of_one_example)
     return {
-        key: _Place(2 if own else int(differs), _execute.depth(key))
+        key: _Place(2 if own else int(differs), _evaluate.depth(key))
         for key, own, differs in zip(keys, by_output, by_example, strict=True)
     }
 
 
 def _run(
-    trace: Trace, batch: Batch, places: dict[_execute.Key, _Place]
-) -> tuple[dict[_execute.Key, jax.Array], list[jax.Array]]:
-    """The arrays that some keys name, and the outputs and aux, for all examples.
+    trace: Trace, batch: Batch, places: dict[_evaluate.Key, _Place]
+) -> tuple[dict[_evaluate.Key, jax.Array], list[jax.Array]]:
+    """The arrays that the keys name, and the outputs and aux, for all examples.
 
-    Those of level 2 have axes of examples, then of outputs, behind the axes of steps.
+    An array has its axes of steps first, then of examples, then of outputs.
     """
     keys, basis = list(places), _basis(trace.output_avals)
     values_at = (*batch.primal_positions, *batch.value_positions)
@@ -293,15 +293,15 @@ def _run(
 
         def backward(cotangents: Sequence[jax.Array]) -> Any:
             inputs = [*values, *cotangents]
-            found = _execute.run(trace.graph, inputs, [*keys, *trace.results])
+            found = _evaluate.run(trace.graph, inputs, [*keys, *trace.results])
             return found[: len(keys)], found[len(keys) :]
 
         if basis is None:
             return backward([])
-        axes = [x.depth if x.level == 2 else None for x in places.values()]
+        axes = [x.depth if x.row_axes == 2 else None for x in places.values()]
         return jax.vmap(backward, out_axes=(axes, None))(basis)
 
-    axes = [x.depth if x.level else None for x in places.values()]
+    axes = [x.depth if x.row_axes else None for x in places.values()]
     arrays, results = batch.vmap(example, out_axes=(axes, 0))
     return dict(zip(keys, arrays, strict=True)), results
 
@@ -318,7 +318,7 @@ def _leaf(
         Summand(
             term=term(cut.site)[0],
             shape=cut.site.shape,
-            axis=_execute.rows_axis(cut.site),
+            axis=_evaluate.rows_axis(cut.site),
             view=cut.view,
             factor=cut.factor,
             row_axes=term(cut.site)[1],
@@ -331,7 +331,7 @@ def _leaf(
 
 
 def _joined(leaf: Leaf) -> Leaf:
-    """A leaf whose summands of one form are one summand, if there are many of them.
+    """Join summands of one form into one summand, if there are many of them.
 
     A weight that is used in an unrolled loop has such summands.
     """

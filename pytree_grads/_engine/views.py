@@ -1,7 +1,7 @@
 """Views: the linear steps from a term to its gradient leaf, the same for all examples.
 
-A view is a tuple of steps, applied in order. All steps but `Slice` keep inner products:
-they move entries or add zeros. So a norm may be taken before such a view.
+A view is a tuple of steps, applied in order. All steps except `Slice` preserve inner
+products: they move entries or add zeros. So a norm can be taken before such a view.
 """
 
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ class Pad:
         )
 
     def misses(self, other: "Pad") -> bool:
-        """Whether the boxes around the two have no entry in common."""
+        """Whether the two write to boxes that have no entry in common."""
         pairs = zip(self.start, self.limit, other.start, other.limit, strict=True)
         return any(start >= end or begin >= limit for start, limit, begin, end in pairs)
 
@@ -139,7 +139,7 @@ def shape_after(view: View, shape: Shape) -> Shape:
 
 
 def transposed(view: View, shape: Sequence[int], v: jax.Array) -> jax.Array:
-    """The transpose of a view that takes arrays of `shape`, applied to `v`."""
+    """Apply the transpose of a view to `v`; the view takes arrays of `shape`."""
     if not view:
         return v
     taken = abstract_like(v, tuple(shape))
@@ -148,7 +148,7 @@ def transposed(view: View, shape: Sequence[int], v: jax.Array) -> jax.Array:
 
 
 def isometric(view: View) -> bool:
-    """Whether the view keeps inner products."""
+    """Whether the view preserves inner products."""
     return not any(isinstance(step, Slice) for step in view)
 
 
@@ -158,16 +158,16 @@ def mapped(view: View, length: int) -> View:
 
 
 def disjoint(one: View, other: View) -> bool:
-    """Whether two views write to parts of the leaf that cannot meet."""
+    """Whether two views are known to write to separate parts of the leaf."""
     if one and other and isinstance(one[-1], Pad) and isinstance(other[-1], Pad):
         return one[-1].misses(other[-1])
     return False
 
 
 def simplified(view: View, shape: Shape) -> View:
-    """An equal view of arrays of `shape`, without idle or repeated reshapes."""
+    """An equal view of arrays of `shape`, without redundant reshapes."""
     steps: list[Step] = []
-    before = [shape]  # before[i] enters steps[i]
+    before = [shape]  # steps[i] takes an array of shape before[i]
     for step in view:
         if isinstance(step, Reshape):
             if steps and isinstance(steps[-1], Reshape):

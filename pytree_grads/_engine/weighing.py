@@ -1,4 +1,4 @@
-"""Arrays with an axis of rows: times weights, and summed over that axis."""
+"""Arrays with a row axis: multiply them by weights, and sum over rows."""
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,15 @@ from .einsum import times_rows
 
 
 def times(x: jax.Array, factor: float) -> jax.Array:
-    """An array times a number that is known while tracing; 1 costs nothing."""
+    """An array times a number that is known at trace time; 1 costs nothing."""
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 def squeezed(x: jax.Array, axis: int, row_axes: int = 1) -> tuple[jax.Array, int]:
-    """An array without axes of size 1, except axes of rows, and where these begin.
+    """Drop the axes of size 1, except row axes; return also where these begin.
 
-    What a weight and its bias have in common then has one form, and XLA computes it
-    once.
+    A computation that a weight and its bias have in common then has the same form for
+    both, and XLA does it once.
     """
     rows = range(axis, axis + row_axes)
     idle = [i for i, n in enumerate(x.shape) if n == 1 and i not in rows]

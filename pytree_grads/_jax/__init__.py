@@ -1,10 +1,10 @@
-"""What leans on JAX and XLA as they are today; nothing outside may know.
+"""What depends on JAX and XLA as they are today; no other room may know.
 
-===============  ===================================================================================
-``compat``       what depends on the release of JAX: reading jaxprs, evaluating one equation
-``effects``      what a function does besides returning values: made pure, or refused by name
-``sharding``     where values live on a mesh, as their types say it
-``xla``          habits of XLA that are worked around, each with its reason and its gain
-``convolutions`` convolutions inside loops, in the order of axes that XLA for CPU knows fast
-===============  ===================================================================================
+================  ======================================================================
+``compat``        what changes between releases of JAX: jaxprs and their equations
+``effects``       side effects of a function: made pure, let pass, or refused by name
+``sharding``      the layout of arrays on a mesh, and the axes over which values vary
+``xla``           workarounds for XLA: the habit, the gain, and what shows it may go
+``convolutions``  convolutions inside loops, in the layout that is fast on CPUs
+================  ======================================================================
 """

@@ -1,7 +1,7 @@
-"""Everything that depends on the JAX release: reading jaxprs and evaluating one equation.
+"""What changes between releases of JAX: reading jaxprs and evaluating an equation.
 
-JAX 0.12 made `ClosedJaxpr` and `Jaxpr` one class and describes the operands of `scan` by
-`ft_in` instead of `num_consts` and `num_carry`. Nothing outside this file may know.
+JAX 0.12 merged `ClosedJaxpr` and `Jaxpr` into one class. It describes the operands of
+`scan` by `ft_in` in place of `num_consts` and `num_carry`. No other file may know.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
-# Calls whose body is simply a part of the program around it.
+# Calls whose body can be inlined into the program around them.
 INLINED_CALLS = tuple(
     getattr(primitives, name)
     for name in ("jit_p", "closed_call_p", "call_p")
@@ -21,7 +21,7 @@ INLINED_CALLS = tuple(
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
-    """The open jaxpr and the values of its constvars, for a closed or an open jaxpr."""
+    """The open jaxpr of an open or closed one, and the values of its constvars."""
     if isinstance(jaxpr, core.ClosedJaxpr):
         return jaxpr.jaxpr, jaxpr.consts
     return jaxpr, getattr(jaxpr, "consts", ())
@@ -42,10 +42,11 @@ def all_equations(jaxpr: Any) -> Iterator[core.JaxprEqn]:
 
 
 def custom_rule(jaxpr: Any) -> str | None:
-    """What in a function makes JAX differentiate it right one example at a time only, if anything.
+    """What in a function, if anything, can be differentiated only example by example.
 
-    A `jax.custom_vjp` may close over the example, or not be linear in its cotangent. Products of
-    the sparse matrices of `jax.experimental.sparse` lose their gradient under `jax.vmap`.
+    A `jax.custom_vjp` may close over the example, or may not be linear in its
+    cotangent. Products with matrices of `jax.experimental.sparse` lose their gradient
+    under `jax.vmap`.
     """
     for equation in all_equations(jaxpr):
         if equation.primitive is primitives.custom_vjp_call_p:
@@ -56,16 +57,16 @@ def custom_rule(jaxpr: Any) -> str | None:
 
 
 def has_custom_calls(jaxpr: Any) -> bool:
-    """Whether a function has rules of its own, of any kind: `jax.custom_jvp`, say.
+    """Whether a function has custom derivative rules, such as `jax.custom_jvp`.
 
-    Such a rule may close over values of the trace in which the function was called, and
-    cannot be used after it.
+    Such a rule may close over values of the trace in which the function was called. It
+    cannot be used after that trace.
     """
     return any(x.primitive.name.startswith("custom_") for x in all_equations(jaxpr))
 
 
 def effectful_equations(jaxpr: Any) -> Iterator[core.JaxprEqn]:
-    """The equations that have effects of their own, at every depth; not the calls around them."""
+    """The equations with effects, at every depth, without the calls around them."""
     for equation in open_jaxpr(jaxpr)[0].eqns:
         if not equation.effects:
             continue
@@ -84,44 +85,47 @@ def _bodies(equation: core.JaxprEqn) -> Iterator[Any]:
 
 
 def effect_name(effect: Any) -> str:
-    """What an effect is called: the name of its class, which no release exports."""
+    """The name of an effect's class; the class itself is not public."""
     return type(effect).__name__
 
 
 def is_reference(value: Any) -> bool:
-    """Whether a value is a mutable reference, as `jax.new_ref` makes it."""
+    """Whether a value is a mutable reference, made by `jax.new_ref`."""
     return isinstance(value, jax.Ref)
 
 
-# `discharge_state` turns reads and writes of references into pure values. It is not public.
+# `discharge_state` replaces references by pure values. It is not public.
 try:
     from jax._src.state.discharge import discharge_state as _discharge_state
-except ImportError:  # a future release may move it: functions with references are refused then
+except (
+    ImportError
+):  # a future release may move it: functions with references are refused then
     _discharge_state = None
 
 
 def without_references(jaxpr: Any) -> Any:
-    """A closed jaxpr whose references, made inside of it, have become pure values.
+    """Replace the references that a closed jaxpr makes by pure values.
 
-    References from outside that are only read are read now. What is left keeps its effects.
+    References from outside that are only read are read now. Other effects remain.
     """
     if _discharge_state is None:
         return jaxpr
     values = open_jaxpr(jaxpr)[1]
     if any(is_reference(x) for x in values):
-        jaxpr = _with_references_of_its_own(jaxpr, values)
+        jaxpr = _with_own_references(jaxpr, values)
     return _discharge_state(jaxpr, lower=False)
 
 
-def _with_references_of_its_own(jaxpr: Any, values: Sequence[Any]) -> Any:
-    """A jaxpr that holds references from outside as constants, with copies in their place."""
+def _with_own_references(jaxpr: Any, values: Sequence[Any]) -> Any:
+    """Replace the references among a jaxpr's constants by copies made inside it."""
     opened, _ = open_jaxpr(jaxpr)
-    # Read outside of the new trace: inside, the read itself would be an effect.
+    # Read before the new trace begins: inside it, the read would be an effect.
     found = [x[...] if is_reference(x) else x for x in values]
 
     def copied(*args: Any) -> Any:
         own = [
-            jax.new_ref(x) if is_reference(was) else x for x, was in zip(found, values, strict=True)
+            jax.new_ref(x) if is_reference(was) else x
+            for x, was in zip(found, values, strict=True)
         ]
         return core.jaxpr_as_fun(core.ClosedJaxpr(opened, own))(*args)
 
@@ -137,20 +141,23 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def trace_state() -> Any:
-    """Equal for two moments in one trace, or both in none: what one made, the other may use."""
+    """A state that compares equal within one trace, and outside of all traces.
+
+    Values made in one state may be used in any equal one.
+    """
     return core.get_opaque_trace_state()
 
 
-_OUTSIDE = trace_state()  # Where an import is itself traced, nothing is outside.
+_OUTSIDE = trace_state()  # wrong only if this import happens inside a trace
 
 
 def is_outside_traces() -> bool:
-    """Whether nothing is traced now: what is computed takes place at once."""
+    """Whether nothing is traced now, so that operations run at once."""
     return trace_state() == _OUTSIDE
 
 
 def bind(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """Evaluate one equation of a jaxpr on new operands, keeping its source location."""
+    """Evaluate an equation on new operands, and keep its source location."""
     primitive = equation.primitive
     params = primitive.get_bind_params(equation.params)
     with _source(equation), equation.ctx.manager:
@@ -176,22 +183,26 @@ def varying_axes(value: Any) -> frozenset[str]:
     """The mesh axes over which a value varies inside `jax.shard_map`; empty outside."""
     aval = value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
     kind = getattr(aval, "manual_axis_type", None)
-    return frozenset((getattr(aval, "vma", None) or ()) if kind is None else kind.varying)
+    return frozenset(
+        (getattr(aval, "vma", None) or ()) if kind is None else kind.varying
+    )
 
 
 def as_varying(value: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """The same value, varying over these mesh axes too."""
+    """A value, marked as varying over these mesh axes too."""
     missing = tuple(sorted(axes - varying_axes(value)))
     return jax.lax.pcast(value, missing, to="varying") if missing else value
 
 
 def varying_zeros(shape: tuple[int, ...], dtype: Any, *values: Any) -> jax.Array:
-    """Zeros to start a loop from that adds up something of some values: they vary as these do."""
-    return as_varying(jnp.zeros(shape, dtype), frozenset[str]().union(*map(varying_axes, values)))
+    """Zeros to start a sum from; they vary over the mesh axes of the given values."""
+    return as_varying(
+        jnp.zeros(shape, dtype), frozenset[str]().union(*map(varying_axes, values))
+    )
 
 
 def abstract_like(value: jax.Array, shape: tuple[int, ...]) -> Any:
-    """An operand for `jax.linear_transpose` of another shape, of a value's dtype and type."""
+    """An operand for `jax.linear_transpose`: like a value, but of another shape."""
     axes = varying_axes(value)
     if not axes:
         return jax.ShapeDtypeStruct(shape, value.dtype)

@@ -1,8 +1,9 @@
-"""What a function does besides returning values: references made pure, other effects judged.
+"""Side effects of a function: made pure, let pass, or refused by name.
 
-The engine evaluates only what is asked, as often as it is asked. That is right for values. So state
-in references is turned into values first; an effect that no result depends on (a debug print) may
-take place or not; and what could change a result is refused by name.
+The engine evaluates a value only if it is needed, and may evaluate it several times.
+That is right for pure functions alone. So references are turned into values first. An
+effect that no result depends on, such as a debug print, may happen or not. An effect
+that could change a result is refused, with its name.
 """
 
 from typing import Any
@@ -20,17 +21,19 @@ _PASSIVE = frozenset(
         "ShapeAssertionEffect",  # of exported programs
     }
 )
-# Calls out of the program. Their results are values like others if they are called once.
+# Calls to the host. A result is a value like any other if the call happens once.
 _CALLS = frozenset({"IOEffect", "OrderedIOEffect", "FfiEffect", "BufferCallbackEffect"})
-_REFERENCES = frozenset({"ReadEffect", "WriteEffect", "AccumEffect", "InternalMutableArrayEffect"})
+_REFERENCES = frozenset(
+    {"ReadEffect", "WriteEffect", "AccumEffect", "InternalMutableArrayEffect"}
+)
 
 
 def made_pure(jaxpr: Any, *, runs_again: bool) -> Any:
-    """The closed jaxpr with its references as pure values, if no other effect changes results.
+    """Replace references by pure values; refuse other effects that change results.
 
     Args:
-      jaxpr: of the function of one example, or of its backward pass.
-      runs_again: whether each product runs it anew, so that all runs must give the same.
+      jaxpr: of the function of one example, or of its backward pass; closed.
+      runs_again: whether each product runs it again, so that all runs must agree.
 
     Raises:
       NotImplementedError: an effect that changes results remains; the message names it.
@@ -38,11 +41,13 @@ def made_pure(jaxpr: Any, *, runs_again: bool) -> Any:
     if not jaxpr.effects:
         return jaxpr
     if _holds_references(jaxpr):
-        if runs_again and any(compat.is_reference(x) for x in compat.open_jaxpr(jaxpr)[1]):
+        if runs_again and any(
+            compat.is_reference(x) for x in compat.open_jaxpr(jaxpr)[1]
+        ):
             raise NotImplementedError(
-                "the function reads a reference (jax.new_ref) that was made outside of it, and "
-                "each product would read it again, changed perhaps: pass its value, ref[...], as "
-                "an argument"
+                "the function reads a reference (jax.new_ref) that was made outside of "
+                "it, and each product would read it again, changed perhaps: pass its "
+                "value, ref[...], as an argument"
             )
         _refuse_writes_outside(jaxpr)
         jaxpr = compat.without_references(jaxpr)
@@ -56,13 +61,13 @@ def _holds_references(jaxpr: Any) -> bool:
 
 
 def _refuse_writes_outside(jaxpr: Any) -> None:
-    """Raise if the function writes to a reference that it has not made."""
+    """Raise if the function writes to a reference made outside of it."""
     written = {"WriteEffect", "AccumEffect"}
     if any(compat.effect_name(effect) in written for effect in jaxpr.effects):
         raise NotImplementedError(
-            "the function writes to a reference (jax.new_ref) that was made outside of it, and it "
-            "may run never or several times: return the new value with has_aux=True, and write it "
-            "after the call"
+            "the function writes to a reference (jax.new_ref) that was made outside of "
+            "it, and it may run never or several times: return the new value with "
+            "has_aux=True, and write it after the call"
         )
 
 
@@ -75,11 +80,12 @@ def _check(equation: Any, runs_again: bool) -> None:
             continue
         if name in _CALLS:
             raise NotImplementedError(
-                f"the function calls {equation.primitive} for a result, and each product would "
-                "call it again, for another result perhaps: take it out of the function and pass "
-                "the result as an argument, or keep the rows (no recompute, no chunk_size)"
+                f"the function calls {equation.primitive} for a result, and each "
+                "product would call it again, for another result perhaps: take it out "
+                "of the function and pass the result as an argument, or keep the rows "
+                "(no recompute, no chunk_size)"
             )
         raise NotImplementedError(
-            f"the function has the effect {effect}, of {equation.primitive}, which may change "
-            "results: take it out of the function to differentiate"
+            f"the function has the effect {effect}, of {equation.primitive}, which may "
+            "change results: take it out of the function to differentiate"
         )

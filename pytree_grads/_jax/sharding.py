@@ -1,10 +1,11 @@
-"""Where values live on a mesh, as their types say it: Explicit axes, and axes under ``shard_map``.
+"""The layout of arrays on a mesh, and the axes over which values vary.
 
-An array that is sharded over Auto axes says nothing, and needs nothing: XLA finds the layout. Over
-Explicit axes its type has the layout, and an operation whose result has no layout of its own, such
-as a sum over examples that are sharded, must be told one. The arithmetic of this package runs as if
-Explicit axes were Auto, and its results are laid out as rows or parameters are; functions of the
-user run in the user's mode. Inside ``jax.shard_map`` a type has the axes over which a value varies.
+Over Auto axes, XLA finds the layout of an array, and nothing has to be said. Over
+Explicit axes, the layout is part of the array's type. An operation whose result has no
+obvious layout, such as a sum over sharded examples, must be told one. The arithmetic of
+this package runs as if Explicit axes were Auto; its results are laid out like rows or
+parameters. Functions of the user run in the user's mode. Inside ``jax.shard_map``, the
+type of a value says over which axes it varies.
 """
 
 import math
@@ -17,7 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .compat import as_varying, varying_axes
 
 PyTree = Any
-Names: TypeAlias = tuple[str, ...]  # of mesh axes, over which one axis of an array is sharded
+# Names of the mesh axes over which one axis of an array is sharded.
+Names: TypeAlias = tuple[str, ...]
 AxisName: TypeAlias = str | tuple[str, ...] | None
 
 
@@ -39,7 +41,9 @@ def layout(leaf: Any) -> PartitionSpec:
     if mesh is None:
         return PartitionSpec()
     parts = map(_names, _typed(leaf).sharding.spec)
-    return PartitionSpec(*(tuple(n for n in own if n in mesh.explicit_axes) for own in parts))
+    return PartitionSpec(
+        *(tuple(n for n in own if n in mesh.explicit_axes) for own in parts)
+    )
 
 
 def _names(part: Any) -> Names:
@@ -53,45 +57,53 @@ def names_at(leaf: Any, axis: int) -> Names:
 
 
 def count_at(leaf: Any, axis: int) -> int:
-    """Over how many devices one axis of a leaf is known to be sharded."""
+    """How many devices share one axis of a leaf, as far as its type says."""
     names = names_at(leaf, axis)
     return math.prod(_mesh(leaf).shape[name] for name in names) if names else 1
 
 
 def without(parts: PartitionSpec, names: Names) -> PartitionSpec:
-    """A layout that leaves some mesh axes alone."""
-    return PartitionSpec(*(tuple(n for n in _names(own) if n not in names) for own in parts))
+    """A layout without some mesh axes."""
+    return PartitionSpec(
+        *(tuple(n for n in _names(own) if n not in names) for own in parts)
+    )
 
 
 def rest(leaf: Any, drop: int) -> PartitionSpec:
-    """The layout of what is left of a leaf without its first axes."""
+    """The layout of a leaf without its first `drop` axes."""
     return PartitionSpec(*tuple(layout(leaf))[drop:])
 
 
 def laid_out(leaf: Any, parts: PartitionSpec) -> Any:
-    """The same array in a layout; as it is where its type has none."""
+    """An array in a layout; unchanged if its type has none."""
     mesh = _mesh(leaf)
-    return leaf if mesh is None else jax.sharding.reshard(leaf, NamedSharding(mesh, parts))
+    return (
+        leaf if mesh is None else jax.sharding.reshard(leaf, NamedSharding(mesh, parts))
+    )
 
 
 def take(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
-    """Some neighbours along an axis, which are gathered if they cannot be shared out evenly."""
+    """`size` entries along an axis, gathered if devices cannot share them evenly."""
     if size % count_at(x, axis):
         x = laid_out(x, without(layout(x), names_at(x, axis)))
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
 def placed_like(tree: PyTree, other: PyTree) -> PyTree:
-    """A tree whose leaves are laid out, and vary, as their counterparts in another do."""
+    """A tree whose leaves are laid out, and vary, like those of another tree."""
     return jax.tree.map(
         lambda x, y: as_varying(laid_out(x, layout(y)), varying_axes(y)), tree, other
     )
 
 
 def zeros(aval: Any, shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
-    """Zeros of some shape, laid out, and varying, as a leaf is."""
-    # The sharding of an abstract leaf may say of Auto axes what arrays cannot be made with.
-    bare = aval if isinstance(aval, jax.Array) else jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    """Zeros of some shape that are laid out, and vary, like a leaf."""
+    # An abstract leaf may have a sharding over Auto axes, which `full_like` rejects.
+    bare = (
+        aval
+        if isinstance(aval, jax.Array)
+        else jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    )
     array = jax.lax.full_like(bare, 0, dtype=dtype, shape=shape)
     mesh = _mesh(aval)
     if mesh is not None:
@@ -100,9 +112,9 @@ def zeros(aval: Any, shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
 
 
 def in_auto(fun: Callable[..., PyTree], out: PyTree) -> Callable[..., PyTree]:
-    """``fun`` of trees of arrays, run as if Explicit mesh axes were Auto.
+    """Run ``fun`` as if Explicit mesh axes were Auto.
 
-    ``out`` is a prefix tree of the result that holds the layouts of its leaves.
+    ``out`` holds the layouts of the result's leaves, in a prefix tree of the result.
     """
 
     def call(*args: PyTree) -> PyTree:
@@ -111,18 +123,20 @@ def in_auto(fun: Callable[..., PyTree], out: PyTree) -> Callable[..., PyTree]:
         if mesh is None:
             return fun(*args)
         shardings = jax.tree.map(lambda parts: NamedSharding(mesh, parts), out)
-        return jax.sharding.auto_axes(fun, axes=mesh.explicit_axes, out_sharding=shardings)(*args)
+        return jax.sharding.auto_axes(
+            fun, axes=mesh.explicit_axes, out_sharding=shardings
+        )(*args)
 
     return call
 
 
 def sum_over(tree: PyTree, axis_name: AxisName) -> PyTree:
-    """The sum over the devices along mesh axes; what each device has, where there is no name."""
+    """The sum over the devices along mesh axes; the tree itself if there are none."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 def value_over(value: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The same for a value that may be one for all devices already, as its type then says."""
+    """Like `sum_over`, but a value whose type says that all devices share it stays."""
     names = [axis_name] if isinstance(axis_name, str) else axis_name or ()
     checked = [name for name in names if varying_axes(jax.lax.axis_index(name))]
     left = tuple(n for n in names if n not in checked or n in varying_axes(value))

@@ -1,7 +1,8 @@
-"""Ways around habits of XLA: each function names the habit, and when it may go.
+"""Workarounds for habits of XLA. Results do not depend on them, beyond rounding.
 
-All were seen with jax 0.10.2 and XLA for CPUs, unless a function says otherwise. The
-results do not depend on them, beyond rounding.
+Each function says what the habit is, the release that it was seen on, what the
+workaround gains, and what shows that it may go. Ratios of time and memory are those
+with the workaround over those without.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +19,15 @@ PyTree = Any
 
 
 def arranged(x: jax.Array, order: Sequence[int], shape: Sequence[int]) -> jax.Array:
-    """An array with its axes in another order, then in another shape.
+    """Reorder the axes of an array, then reshape it.
 
-    Habit: XLA gives an array whose axes of size 1 were moved another layout, and copies
-    it before every loop that reads it. Here such axes are dropped, not moved.
+    Habit: if axes of size 1 are moved, XLA gives the array another layout and copies
+      it before every loop that reads it. So such axes are dropped here, not moved.
     Seen on: jax 0.10.2, XLA for CPU.
-    Gain: programs with convolutions compile in 5 to 12 % less time and residual
-    networks run 5 % faster, together with what `patches` does for its loops.
-    Can go when `benchmarks/per_example.py --only residual` shows no loss, in time and
-    in compile time, with a plain `lax.transpose(x, order).reshape(shape)`.
+    Gain: compile time 0.88 to 0.95 for programs with convolutions; time 0.95 for
+      residual networks, together with `without_ones`.
+    May go when: `benchmarks/per_example.py --only residual` is as fast, and compiles
+      as fast, with `lax.transpose(x, order).reshape(shape)`.
     """
     idle = [i for i, n in enumerate(x.shape) if n == 1]
     left = [i for i in range(x.ndim) if i not in idle]
@@ -36,22 +37,19 @@ def arranged(x: jax.Array, order: Sequence[int], shape: Sequence[int]) -> jax.Ar
 
 
 def not_merged(fun: Callable[[], PyTree], other: PyTree, primals: PyTree) -> PyTree:
-    """``fun()``, which shares no computation with the program around it when compiled.
+    """Evaluate `fun()` so that it shares no computation with the program around it.
 
-    The habit: XLA merges equal computations. Of two passes through a model it makes
-    one, and holds for the second what the first has computed. XLA for CPU drops
-    ``optimization_barrier`` before it merges. Seen on jax 0.10.2 and 0.12.0, CPU.
+    The call becomes a branch that is always taken, on a condition that XLA cannot
+    know: a `cond` on a number computed from `primals`. The other branch returns
+    `other`, of the same types.
 
-    The way out: the call is a branch that is always taken, which XLA cannot know. The
-    other branch returns ``other``, of the same types. It is a ``cond`` on a number that
-    is computed from ``primals``.
-
-    The gain: a clipped sum with ``recompute=True`` takes 1.0 times the memory of an
-    ordinary gradient. Without, it holds the factors of all layers as well.
-
-    It can go when ``test_recomputing_keeps_no_factors_of_a_scan`` in
-    ``tests/test_jacobian_report.py`` passes with ``return fun()`` in place of the
-    branch.
+    Habit: XLA merges equal computations. It merges the forward passes of two passes
+      over a model, and then holds the intermediate values of the first for the second.
+      `optimization_barrier` does not help: XLA for CPU drops it before it merges.
+    Seen on: jax 0.10.2 and 0.12.0, XLA for CPU.
+    Gain: memory 0.75 to 0.92 for clipped sums with `recompute=True` of dense layers, in
+      a list or in a scan over sequences; the forward pass runs twice.
+    May go when: such sums take as little memory with `return fun()`.
     """
     leaves = [x for x in jax.tree.leaves(primals) if x.size]
     if not any(isinstance(x, Tracer) for x in leaves):
@@ -64,13 +62,15 @@ def not_merged(fun: Callable[[], PyTree], other: PyTree, primals: PyTree) -> PyT
 def narrow_product(
     left: jax.Array, right: jax.Array, *, precision: Any, dtype: Any
 ) -> jax.Array:
-    """The product leftᵀ right of (z, m) and (z, n), taken as (rightᵀ left)ᵀ.
+    """Compute leftᵀ right of (z, m) and (z, n) as (rightᵀ left)ᵀ.
+
+    The barrier keeps XLA from turning the product back.
 
     Habit: a product with few columns takes up to six times as long as one with few
-    lines. Gain: 3.2 times at 8 columns, 1.25 at 128 (`NARROW` in the tables of
-    `benchmarks/README.md`); none on a GPU. It may go when `benchmarks/constants.py
-    --only narrow` shows quotients of 1. The barrier stops XLA from turning the
-    product back.
+      lines.
+    Seen on: jax 0.10.2, XLA for CPU.
+    Gain: time 0.31 at 8 columns and 0.80 at 128; none on a GPU.
+    May go when: `benchmarks/constants.py --only narrow` shows ratios of 1.
     """
     numbers = ((0,), (0,)), ((), ())
     lines = lax.dot_general(
@@ -80,77 +80,97 @@ def narrow_product(
 
 
 def merge_contracted(x: jax.Array) -> jax.Array:
-    """(B, N, T, m) to (B, N*T, m): one contracted axis instead of two.
+    """Merge two contracted axes into one: (B, N, T, m) to (B, N*T, m).
 
-    Habit: operands of a product that have two contracted axes are copied first. An
-    ordinary backward pass has one. The memory columns of `benchmarks/per_example.py`
-    (weighted sums of sequences) show whether it may go.
+    Habit: XLA copies an operand of a product that contracts two of its axes. The
+      products of an ordinary backward pass contract one.
+    Seen on: jax 0.10.2, XLA for CPU.
+    Gain: one copy of the left operand; memory 0.43 for the weighted sum of 64 rows of
+      128 pairs, 256×192.
+    May go when: `benchmarks/per_example.py --products weighted` shows no more memory
+      for models of sequences without it.
     """
     blocks, rows, pairs, size = x.shape
     return lax.reshape(x, (blocks, rows * pairs, size))
 
 
 def total_by_product(weights: jax.Array, x: jax.Array, axis: int) -> jax.Array:
-    """The weighted sum over one axis, as a product of a vector and a matrix.
+    """Sum an array over one axis with weights, as a product of a vector and a matrix.
 
-    Habit: a sum over the leading one of several axes takes up to a hundred times as
-    long as the product. Gain: 0.55 of the time at 2**20 entries, 0.01 and less at
-    2**23 (`LARGE_PRODUCT` in the tables of `benchmarks/README.md`), for 1.3 times
-    the compile time. It may go when `benchmarks/constants.py --only large_product`
-    shows quotients of 1; `test_sums_of_many_narrow_rows_do_not_stall` stalls without
-    it.
+    Habit: a sum over the first of several axes takes up to a hundred times as long as
+      the product.
+    Seen on: jax 0.10.2, XLA for CPU.
+    Gain: time 0.55 at 2**20 entries, and less than 0.01 at 2**23; compile time 1.3.
+    May go when: `benchmarks/constants.py --only large_product` shows ratios of 1, and
+      `test_sums_of_many_narrow_rows_do_not_stall` ends without it.
     """
     numbers = ((0,), (axis,)), ((), ())
     return lax.dot_general(weights, x, numbers, precision=lax.Precision.HIGHEST)
 
 
 def sum_of_squares(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The plain sum of squares over some axes, from which a scale comes.
+    """Sum the squares over some axes, to compute a scale from the sum.
 
-    Habit: a maximum over an axis takes twice as long as a sum of squares, so scales
-    come from these where their overflow does no harm. `benchmarks/per_example.py
-    --products clipped` (MLPs) shows whether largest entries may take their place.
+    Habit: a maximum over an axis takes twice as long as a sum of squares. So the scale
+      comes from this sum wherever its overflow does no harm.
+    Seen on: jax 0.10.2, XLA for CPU.
+    Gain: time 0.54 for each of 512 rows of 1,024 entries.
+    May go when: `benchmarks/per_example.py --products clipped` is as fast for MLPs
+      with a scale that comes from the largest entry.
     """
     x = lax.abs(x) if jnp.iscomplexobj(x) else x
     return lax.reduce_sum(lax.square(x), axes)
 
 
 def sum_of_products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The sum of x * y over all axes, entry by entry.
+    """Sum x * y over all axes, entry by entry.
 
-    Habit: under `jax.vmap` a contraction of all three axes of a block is rewritten
-    into a form that XLA then rejects. `tests/test_jacobian_outputs.py` (rows that are
-    sums of an array and outer products) fails if this becomes a contraction.
+    Habit: under `jax.vmap`, XLA rewrites a contraction of all three axes of a block
+      into a form that it then rejects.
+    Seen on: jax 0.10.2, XLA for CPU.
+    Gain: the program compiles.
+    May go when: `tests/test_jacobian_outputs.py` passes with a contraction here. It
+      has rows that are sums of an array and outer products.
     """
     return jnp.sum(x * y)
 
 
 def absolute_products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """|x| |y| instead of |x y|.
+    """Compute |x| |y| in place of |x y|.
 
-    Habit: if the sum of x y is taken as well, the products are kept in memory for
-    both sums: one more array of T * T numbers per row. The memory column of
-    `benchmarks/per_example.py` (transformers, clipped) shows whether it may go.
+    Habit: if the sum of x y is needed as well, XLA may keep the products in memory for
+      both sums.
+    Seen on: jax 0.10.2, XLA for CPU, in transformers. A chain of dense layers takes the
+      same memory either way.
+    Gain: one array of T * T numbers for each row.
+    May go when: `benchmarks/per_example.py --products clipped` shows no more memory
+      for transformers with |x y|.
     """
     return lax.mul(lax.abs(x), lax.abs(y))
 
 
 def in_turn(fun: Callable[[jax.Array], Any], xs: Any) -> Any:
-    """`fun` of each of xs, one after the other.
+    """Apply `fun` to each entry of `xs`, one after the other.
 
-    Habit: the gradient of a kernel for each example is one convolution in groups,
-    which runs in plain loops, some ten times as long as a product for each offset of
-    the kernel. `benchmarks/per_example.py --only conv` shows whether it may go.
+    Habit: XLA computes the gradients of a kernel for all examples as one grouped
+      convolution, in plain loops.
+    Seen on: jax 0.10.2, XLA for CPU.
+    Gain: time about 0.1 for products offset by offset, compared with that convolution.
+    May go when: `benchmarks/per_example.py --only conv` is as fast with the grouped
+      convolution.
     """
     return lax.map(fun, xs)
 
 
 def without_ones(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape without the axes of size 1.
+    """Drop the axes of size 1 from a shape.
 
-    Habit: an array with axes of size 1 is copied before a loop, since that is
-    another layout. Gain: residual networks run 5 % faster. `benchmarks/per_example.py
-    --only residual` shows whether it may go.
+    Habit: an array with axes of size 1 has another layout, so XLA copies it before a
+      loop.
+    Seen on: jax 0.10.2, XLA for CPU.
+    Gain: time 0.95 for residual networks, together with `arranged`.
+    May go when: `benchmarks/per_example.py --only residual` is as fast with the whole
+      shape.
     """
     return tuple(n for n in shape if n != 1)
 
@@ -166,10 +186,12 @@ def correlate(
 ) -> jax.Array:
     """Correlate images (A, *space, m) with cotangents (A, *steps, n): (*offsets, m, n).
 
-    Habit: a convolution of an image that `lax.pad` padded takes up to three times as
-    long as one that pads it. So padding is left to the convolution.
-    `benchmarks/per_example.py --products weighted --only conv` shows whether it may
-    go.
+    Habit: a convolution of an image that `lax.pad` has padded takes up to three times
+      as long as a convolution that pads it. So the convolution pads it here.
+    Seen on: jax 0.10.2, XLA for CPU.
+    Gain: time down to 0.33.
+    May go when: `benchmarks/per_example.py --products weighted --only conv` is as fast
+      with an image that is padded first.
     """
     last = len(padding) + 1
     numbers = lax.ConvDimensionNumbers(

@@ -1,12 +1,12 @@
 """Products of the rows of leaves, from their factors.
 
 ================  ==============================================================
-``routes``        how norms and sums of a leaf are taken, and what that costs
+``routes``        how a norm, sum or Gramian is computed, and what it costs
 ``sums``          weighted sums, sums of squares, directional derivatives, rows
 ``gram``          inner products of rows
 ``norms``         norms of the rows of all leaves
-``vectors``       norms that are products of norms of vectors, many at once
+``vectors``       norms that are products of the norms of vectors, for many leaves
 ``scaled_norms``  norms as scaled squares, combined over leaves at the end
-``tiles``         some rows, or some lines of all rows, at a time
+``tiles``         some rows at a time, or some lines of all rows
 ================  ==============================================================
 """

@@ -1,4 +1,4 @@
-"""Gramians: inner products of all rows of two leaves, by factors, counts or rows."""
+"""Gramians: inner products of all rows of two leaves, from factors, counts or rows."""
 
 from collections.abc import Callable, Sequence
 from math import prod
@@ -38,7 +38,7 @@ def gram(leaf: Leaf, other: Leaf) -> jax.Array:
 
 
 def _by_counts(leaf: Leaf, other: Leaf) -> Callable[[Any, Any], jax.Array] | None:
-    """A way to all inner products from counts, if rows add one vector to many lines."""
+    """How to compute a Gramian from counts, if rows add one vector to many lines."""
     for own in (leaf, other):
         if len(own.summands) != 1 or own.outputs is not None:
             return None
@@ -53,7 +53,10 @@ def _by_counts(leaf: Leaf, other: Leaf) -> Callable[[Any, Any], jax.Array] | Non
 def _gram_of_counts(
     leaf: Leaf, other: Leaf, by_counts: Callable[[Any, Any], jax.Array]
 ) -> jax.Array:
-    """The Gramian from how often two rows have one line; counts are of fewer rows."""
+    """The Gramian from how often two rows share a line.
+
+    The leaf with fewer rows is counted.
+    """
     if thresholds.exceeds(leaf.size, other.size):
         return _gram_of_counts(other, leaf, by_counts).conj().T
 
@@ -62,13 +65,13 @@ def _gram_of_counts(
         products = by_counts(one.term, two.term).astype(block.carried)
         return times(products, one.factor * two.factor)
 
-    # There are as many numbers of a row at once as it has lines, not entries.
+    # The counts of a row are as many as its lines, not its entries.
     most = thresholds.current().entries_at_once * leaf.summands[0].shape[2]
     return _gram_of_blocks(against, leaf, other, most)
 
 
 def _gram_of_tiles(leaf: Leaf, other: Leaf, tiles: Tiles) -> jax.Array:
-    """The Gramian from some lines of all rows at a time."""
+    """The Gramian, from some lines of all rows at a time."""
 
     def add(total: jax.Array, tile: Tile) -> jax.Array:
         mine = tile.new(tile.entries(leaf)).reshape(prod(leaf.rows), -1)
@@ -84,7 +87,7 @@ def _gram_of_tiles(leaf: Leaf, other: Leaf, tiles: Tiles) -> jax.Array:
 
 
 def _gram_of_rows(leaf: Leaf, other: Leaf) -> jax.Array:
-    """The Gramian from rows as arrays, some rows of either leaf at a time."""
+    """The Gramian from rows as arrays, for some rows of each leaf at a time."""
     size = prod(leaf.shape)
     are_many = thresholds.exceeds(
         prod(other.rows) * size, thresholds.current().entries_at_once
@@ -110,7 +113,7 @@ def _gram_of_rows(leaf: Leaf, other: Leaf) -> jax.Array:
 def _gram_of_blocks(
     against: Callable[[Leaf], jax.Array], leaf: Leaf, other: Leaf, entries: int
 ) -> jax.Array:
-    """A Gramian from those of blocks of the first leaf, of at most so many entries."""
+    """A Gramian, from blocks of rows of the first leaf of at most `entries` entries."""
 
     def write(
         result: jax.Array, block: Leaf, start: jax.Array, is_new: jax.Array

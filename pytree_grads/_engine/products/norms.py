@@ -37,8 +37,8 @@ def norm(term: Term) -> jax.Array:
 def leaf_norms(leaves: Sequence[Leaf]) -> list[Norms]:
     """The norms of the rows of all leaves.
 
-    Leaves with small vectors of one form are worked on as one, if there are many. Of
-    a few, XLA may rather share a vector between a weight and its bias.
+    If many leaves have small vectors of one form, these are stacked. A few are not, so
+    that XLA can share a vector between a weight and its bias.
     """
     routes = list(map(norm_route, leaves))
     pairs = zip(leaves, routes, strict=True)
@@ -71,7 +71,7 @@ def _are_small(vectors: Sequence[Vectors]) -> bool:
 
 
 def _norms_of_leaf(leaf: Leaf, route: Route) -> Norms:
-    """The norms of the rows of one leaf that is not made of single vectors."""
+    """The norms of the rows of one leaf, by any route except `vectors`."""
     if route.kind == "zero":
         return Norms(weights=(jnp.zeros((*leaf.rows, 1), leaf.real),))
     if route.kind == "rows":
@@ -99,8 +99,8 @@ def _norms_of_rows(leaf: Leaf) -> Norms:
 def _squared_norm_of_summands(leaf: Leaf, terms: Sequence[Term]) -> Squared:
     """The squared norm of a row that is the sum of several terms.
 
-    All terms take the scale of the largest. The square of the sum of their masses
-    bounds what the inner products add up.
+    All terms take the scale of the largest one. The square of the sum of their masses
+    bounds the sum of the absolute inner products.
     """
     units, scales = zip(*(term.near_one() for term in terms), strict=True)
     dtype = common_dtype(*(x.dtype for x in scales))
@@ -115,18 +115,18 @@ def _squared_norm_of_summands(leaf: Leaf, terms: Sequence[Term]) -> Squared:
 
 
 def _shrunk(term: Term, share: jax.Array) -> Term:
-    """A row multiplied twice by a number, which its last factor takes."""
+    """A row multiplied twice by a number, in its last factor."""
     *others, last = term.factors
     return term.with_factors([*others, times_twice(last, share)])
 
 
 def _product_count(term: Term) -> int:
-    """How many products the squared norm of a row adds up: each may underflow."""
+    """How many products the squared norm of a row adds up; each may underflow."""
     return prod(term.shape) * term.pair_count**2
 
 
 def _norms_of_squares(squared: Squared, count: int, dtype: Any) -> Norms:
-    """Norms of one leaf, from squares that add up so many products."""
+    """The norms of one leaf, from squares that are sums of `count` products."""
     square, absolute, scale = squared
     limits = jnp.finfo(square.dtype)
     error = float(8 * limits.eps), count * float(8 * limits.tiny)

@@ -1,8 +1,9 @@
-"""How norms, sums and Gramians of a leaf are taken, and what that costs.
+"""How norms, sums and Gramians of a leaf are computed, and what they cost.
 
-The products choose here, and `J.explain()` prints what they choose. Costs are
-multiplications and additions for one row more: what all rows share, such as the
-gradient of a penalty on the parameters, is computed once and costs nothing here.
+The products choose their routes here, and `J.explain()` prints the choice. A cost is
+the number of multiplications and additions for one more row. A term that all rows
+share, such as the gradient of a penalty on the parameters, is computed once. It costs
+nothing here.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ Kind: TypeAlias = Literal["zero", "vectors", "term", "summands", "rows"]
 
 @dataclass(frozen=True)
 class Route:
-    """How the norm of a row is taken."""
+    """How the norm of a row is computed."""
 
     kind: Kind
     way: str  # in words for users
@@ -30,7 +31,7 @@ def norm_route(leaf: Leaf) -> Route:
 
     - zero: no summand depends on the parameter.
     - vectors: the norm is the product of the norms of the factors.
-    - term: the only summand takes its own norm.
+    - term: the only summand has a method for its norm.
     - summands: inner products of all pairs of summands.
     - rows: each row is materialised.
     """
@@ -60,14 +61,14 @@ def _are_shared(*summands: Summand) -> bool:
 
 
 def _own_sizes(summand: Summand) -> list[int]:
-    """The sizes of the factors that a row does not share with all others."""
+    """The sizes of the factors that differ between rows."""
     factors = summand.of_one_row.factors
     pairs = zip(factors, summand.factor_row_axes, strict=True)
     return [x.size for x, row_axes in pairs if row_axes]
 
 
 def sum_flops(leaf: Leaf) -> int:
-    """What a row more costs in a weighted sum."""
+    """The cost of one more row in a weighted sum."""
     return sum(map(_sum_flops, leaf.summands))
 
 
@@ -76,7 +77,7 @@ def _sum_flops(summand: Summand) -> int:
         return 0
     own = [i for i, count in enumerate(summand.row_axes) if count]
     if len(own) < len(summand.row_axes) and set(own) <= set(summand.factor_positions):
-        return sum(_own_sizes(summand))  # one factor is added up
+        return sum(_own_sizes(summand))  # one factor is summed over rows
     return summand.of_one_row.sum_cost
 
 

@@ -1,7 +1,7 @@
 """Norms of rows as scaled squares, which are combined over all leaves at the end.
 
-A loop over one number for each row takes more time to compile than to run. So squares
-and scales of a leaf stay apart until norms are asked for.
+A loop over one number per row takes longer to compile than to run. So the squares and
+scales of leaves stay separate until the norms are needed.
 """
 
 from collections.abc import Collection, Sequence
@@ -30,28 +30,29 @@ class Norms:
 
     A norm is sqrt(prod(squares)) / prod(scales)**2 * factor * prod(weights).
 
-    Inner products of T > 1 pairs subtract, so a row whose parts nearly cancel loses its
-    digits. The error of the squared norm is about eps times the sum of the `absolute`
-    values of what it adds up, plus tiny for each. If that error exceeds a thousandth of
-    the squared norm, it is added to it: a norm may then be too large, never too small.
+    The inner products of T > 1 pairs may have both signs. If the parts of a row nearly
+    cancel, its squared norm loses digits. Its error is about eps times `absolute`, the
+    sum of the absolute values of the summands, plus tiny for each summand. If the error
+    exceeds a thousandth of the squared norm, it is added. So a norm may be too large,
+    but never too small.
     """
 
     squares: tuple[jax.Array, ...] = ()
     scales: tuple[jax.Array, ...] = ()
     absolute: tuple[jax.Array, ...] = ()  # one array, or none
     weights: tuple[jax.Array, ...] = ()
-    leaves: tuple[int, ...] = (0,)  # which leaves these are
+    leaves: tuple[int, ...] = (0,)  # the numbers of the leaves
     factors: tuple[float, ...] = (1.0,)  # of each leaf
-    # Of each leaf: the error relative to `absolute`, and the least error.
+    # For each leaf: the error relative to `absolute`, and the least error.
     errors: tuple[tuple[float, float], ...] = ((0.0, 0.0),)
 
     @property
     def dtype(self) -> Any:
-        """The dtype of the norms; scales may have a wider one."""
+        """The dtype of the norms; scales may be wider."""
         return (*self.squares, *self.weights)[0].dtype
 
     def scaled(self, weights: Sequence[jax.Array | None]) -> "Norms":
-        """The norms of weighted rows; there are weights for all leaves, or for none."""
+        """The norms of weighted rows; all leaves have weights, or none has."""
         own = [jnp.abs(x) for x in weights if x is not None]
         if not own:
             return self
@@ -75,16 +76,16 @@ class Norms:
 
     @property
     def excess(self) -> "Norms":
-        """How much too large the norms may be if the parts of a row nearly cancel."""
+        """By how much norms may be too large, if the parts of a row nearly cancel."""
         if not self.absolute:
             nothing = jnp.zeros_like((*self.squares, *self.weights)[0])
             return replace(self, squares=(), scales=(), weights=(nothing,))
-        # Twice: the error itself, and what is added for it.
+        # Twice: the error, and the same amount that is added for it.
         square = 2 * self._rounding(self.absolute[0])
         return replace(self, squares=(square, *self.squares[1:]), absolute=())
 
     def _rounding(self, absolute: jax.Array) -> jax.Array:
-        """About the error of the squared norms, before scales."""
+        """The approximate error of the squared norms, before scales."""
         columns = zip(*self.errors, strict=True)
         relative, least = (_for_each_leaf(x, absolute) for x in columns)
         return lax.add(lax.mul(absolute, relative), least)
@@ -94,8 +95,8 @@ class Norms:
         arrays = jax.tree.leaves(self)
         last = arrays[0].ndim - 1
         if arrays[0].shape[last] == 1:
-            # Without the axis of leaves: less to compile, and XLA for GPUs failed to
-            # compile some fusions with it.
+            # Without the axis of leaves there is less to compile. With it, XLA for
+            # GPUs failed to compile some fusions.
             one = jax.tree.map(lambda x: lax.squeeze(x, (x.ndim - 1,)), self)
             return lax.expand_dims(one._value(dtype), (last,))
         return self._value(dtype)
@@ -108,8 +109,8 @@ class Norms:
             square, *others = map(cast, self.squares)
             for absolute in map(cast, self.absolute):
                 square = not_too_small(square, self._rounding(absolute))
-            # The roots stand between the two factors 1 / scale: the square of this
-            # factor may be out of range, and so may the product of the squares.
+            # The roots are multiplied between the two factors 1 / scale: the square of
+            # 1 / scale may be out of range, and so may the product of the squares.
             roots = map(safe_sqrt, [square, *others])
             numbers = [*numbers, *roots, *numbers]
         value = reduce(lax.mul, [*numbers, *map(cast, self.weights)])
@@ -121,7 +122,7 @@ class Norms:
 def combined(
     norms: Sequence[Norms], leaves: Collection[int] | None = None
 ) -> jax.Array:
-    """The norms of rows from the norms of all leaves, or of some leaves."""
+    """The norms of rows over all leaves, or over some of the leaves."""
     if leaves is not None:
         norms = [x.of(leaves) for x in norms if not set(x.leaves).isdisjoint(leaves)]
     dtype = common_dtype(*(x.dtype for x in jax.tree.leaves(norms)))
@@ -135,7 +136,7 @@ def combined(
 
 
 def as_numbers(norms: Sequence[Norms]) -> Norms:
-    """The norms as one number for each row and leaf, however many rows there are."""
+    """The norms as one number for each row and leaf."""
     dtype = common_dtype(*(x.dtype for x in jax.tree.leaves(norms)))
     found = common_dtype(*(x.dtype for x in norms))
     values = [x.value(dtype) for x in norms]
@@ -160,10 +161,10 @@ def _over_leaves(lengths: jax.Array) -> jax.Array:
 
 
 def _scale(largest: jax.Array) -> jax.Array:
-    """A scale for lengths, from the largest.
+    """A scale for norms, from the largest one.
 
-    Lengths are not divided by the largest: XLA turns that into a product with its
-    inverse, which may underflow.
+    The norms are not divided by the largest. XLA would turn that into a product with
+    its inverse, which may underflow.
     """
     largest = lax.stop_gradient(largest)
     tiny = lax.full_like(largest, float(jnp.finfo(largest.dtype).tiny))
@@ -175,7 +176,7 @@ def _unscaled(square: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _for_each_leaf(numbers: Sequence[float], like: jax.Array) -> jax.Array:
-    """One number for each leaf, the same for all rows."""
+    """One number for each leaf, broadcast over rows."""
     if len(numbers) == 1:
         return lax.full_like(like, numbers[0])
     return jnp.broadcast_to(jnp.asarray(numbers, like.dtype), like.shape)

@@ -1,4 +1,4 @@
-"""Sums over the rows of one leaf and over their squares, J v, and the rows."""
+"""Sums of rows and of their squares, the product J v, and the rows, for one leaf."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,14 +21,14 @@ from .tiles import over_blocks
 def rows(leaf: Leaf, *, carried: bool = False) -> jax.Array:
     """All rows, stacked: (N, *leaf) or (N, K, *leaf).
 
-    Their dtype is the leaf's, or its accumulation dtype.
+    They have the leaf's dtype, or its accumulation dtype if `carried`.
     """
     dtype = leaf.carried if carried else leaf.dtype
     return over_rows(lambda terms: row(leaf, terms).astype(dtype), leaf)
 
 
 def applied(leaf: Leaf, v: jax.Array) -> jax.Array:
-    """The directional derivatives J v: real, shape (N,) or (N, K)."""
+    """The directional derivatives J v: real, (N,) or (N, K)."""
     v = v.astype(leaf.carried)
     pulled = [
         transposed(x.view, x.shape, v.astype(x.term.dtype)) for x in leaf.summands
@@ -74,7 +74,7 @@ def square_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
 
 
 def _has_squares(leaf: Leaf) -> bool:
-    """Whether the squares of all rows are one term that takes little space."""
+    """Whether the squares of all rows are one term that takes little memory."""
     if len(leaf.summands) != 1:
         return False
     (summand,) = leaf.summands
@@ -108,7 +108,8 @@ def _squared(leaf: Leaf) -> Summand:
 
 def weighted_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
     """The sum of weight times row, in the accumulation dtype; None means ones."""
-    # Summands with one view are added up before it. What adds in place comes last.
+    # Summands that share a view are added up before it. Those that add in place come
+    # last.
     totals: dict[Any, jax.Array] = {}
     for summand in sorted(leaf.summands, key=lambda x: x.term.adds_in_place):
         key = summand.view, summand.shape, summand.term.dtype
@@ -122,13 +123,13 @@ def weighted_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The arrays of a term and which have an axis of rows, at `axis`; their weights."""
+    """The arrays of a term with at most one row axis, and the weights of the rows."""
 
     arrays: list[jax.Array]
-    differs: list[bool]
-    weights: jax.Array | None
-    axis: int
-    size: int
+    differs: list[bool]  # whether an array has a row axis; others are shared
+    weights: jax.Array | None  # (size,)
+    axis: int  # of rows
+    size: int  # how many rows
 
 
 def _added(
@@ -146,7 +147,7 @@ def _added(
         term = jax.tree.unflatten(treedef, found.arrays)
         return term.add_rows(onto, found.weights, found.axis, summand.factor)
     arrays = list(found.arrays)
-    if own:  # a row is linear in one factor: add that up
+    if own:  # the row is linear in the only factor that differs: sum that factor
         (i,) = own
         arrays[i] = weighted_total(found.weights, arrays[i], axis=found.axis)
     total = jax.tree.unflatten(treedef, arrays).materialize()
@@ -158,21 +159,21 @@ def _added(
 
 
 def _with_one_axis(summand: Summand, leaf: Leaf, weights: jax.Array | None) -> _Rows:
-    """The arrays of a summand with one axis of rows where they may have N and K."""
+    """The arrays of a summand, with N and K reduced to one row axis."""
     arrays, axis, n = jax.tree.leaves(summand.term), summand.axis, leaf.size
     differs = [count > 0 for count in summand.row_axes]
     if leaf.outputs is None:
         return _Rows(arrays, differs, weights, axis, n)
     k = leaf.outputs
     both = [i for i, count in enumerate(summand.row_axes) if count == 2]
-    if not both:  # no row differs from the other rows of its example
+    if not both:  # all rows of an example are the same
         if weights is None:
             weights = jnp.full((n,), k, leaf.real)
         else:
             weights = jnp.sum(weights, axis=1)
         return _Rows(arrays, differs, weights, axis, n)
     if len(both) == 1 < len(arrays) and both[0] in summand.factor_positions:
-        # A row is linear in the only factor with outputs: add it up over these first.
+        # A row is linear in the only factor that has outputs: sum over these first.
         (i,) = both
         fold = jax.vmap(partial(weighted_total, axis=axis), (0, axis), axis)
         weights = jnp.ones((n, k), leaf.real) if weights is None else weights
@@ -187,7 +188,7 @@ def _with_one_axis(summand: Summand, leaf: Leaf, weights: jax.Array | None) -> _
 
 
 def _flat_rows(x: jax.Array, row_axes: int, axis: int, n: int, k: int) -> jax.Array:
-    """An array with one axis of N*K rows, if it has any."""
+    """An array with one axis of N*K rows, if it has row axes."""
     if not row_axes:
         return x
     if row_axes == 1:
@@ -196,7 +197,7 @@ def _flat_rows(x: jax.Array, row_axes: int, axis: int, n: int, k: int) -> jax.Ar
 
 
 def _broadcast(rows: _Rows) -> _Rows:
-    """Give every array an axis of rows."""
+    """Give every array a row axis."""
 
     def wide(x: jax.Array) -> jax.Array:
         x = jnp.expand_dims(x, rows.axis)

@@ -1,4 +1,4 @@
-"""Some rows at a time, or some lines of all rows, if all would take too much memory."""
+"""Tiles: some rows at a time, or some lines of all rows, to bound the memory."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ def over_blocks(
     leaf: Leaf,
     entries: int,
 ) -> jax.Array:
-    """`carry = step(carry, block, start, is_new)` for blocks of examples.
+    """Run `carry = step(carry, block, start, is_new)` over blocks of examples.
 
-    The rows of a block have at most so many entries. The last block is moved back so
-    that it is full: `is_new` masks examples of it that the previous one had already.
+    The rows of a block have at most `entries` entries. The last block is moved back so
+    that it is full; `is_new` is False for its examples that overlap the previous block.
     """
     most = at_once(leaf, entries)
     if not thresholds.exceeds(leaf.size, most):
@@ -50,20 +50,20 @@ def over_blocks(
 
 @dataclass(frozen=True)
 class Tiles:
-    """How rows are cut: each block of lines into tiles of some lines of all rows.
+    """How rows are cut into tiles: some lines of a block, for all rows.
 
-    Every entry is computed once. Blocks of examples would be computed again for each
-    pair of blocks.
+    So every entry is computed once. With blocks of examples, rows would be computed
+    again for each pair of blocks.
     """
 
-    offsets: int  # of kernels, each with lines of its own; 1 without a kernel
+    offsets: int  # of a kernel, each with separate lines; 1 without a kernel
     blocks: int
     m: int  # lines of a block for each offset
     lines: int  # of a tile
 
     @classmethod
     def of(cls, *leaves: Leaf) -> "Tiles | None":
-        """How to cut rows of these leaves; None if they are small or cannot be cut."""
+        """The tiles for rows of these leaves; None to take whole rows."""
         sizes = [prod(leaf.rows) * prod(leaf.shape) for leaf in leaves]
         if not any(
             thresholds.exceeds(n, thresholds.current().entries_at_once) for n in sizes
@@ -83,13 +83,12 @@ class Tiles:
         most = thresholds.current().entries_at_once // max(
             n * prod(x.rows) for x in leaves
         )
-        # A tile with as many lines as there are pairs is no larger than the right
-        # factor.
+        # A tile with as many lines as pairs is no larger than the right factor.
         most = max(1, most, *(x.pair_count for x in terms))
         return cls(offsets, blocks, m, even_chunk(m, most))
 
     def fold(self, step: Callable[[_Carry, "Tile"], _Carry], init: _Carry) -> _Carry:
-        """`carry = step(carry, tile)` for all tiles."""
+        """Run `carry = step(carry, tile)` over all tiles."""
         starts = chunk_starts(self.m, self.lines)
         new_from = np.arange(len(starts), dtype=starts.dtype) * self.lines
         counts = (self.offsets, self.blocks, len(starts))
@@ -104,16 +103,16 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Tile:
-    """Some lines of all rows. The last tile of a block is moved back to be full."""
+    """Some lines of all rows; the last tile of a block is moved back to be full."""
 
     tiles: Tiles
     offset: jax.Array
     block: jax.Array
     start: jax.Array
-    new_from: jax.Array  # the first line that was not in the tile before
+    new_from: jax.Array  # the first line that was not in the previous tile
 
     def entries(self, leaf: Leaf) -> jax.Array:
-        """The lines of all rows, before the view: (*leaf.rows, lines, n)."""
+        """The lines of all rows, before their view: (*leaf.rows, lines, n)."""
         return over_rows(lambda terms: self._of_row(leaf, terms), leaf)
 
     def _of_row(self, leaf: Leaf, terms: Sequence[Term]) -> jax.Array:
@@ -133,7 +132,7 @@ class Tile:
         return dot("tm,tn->mn", left, right)
 
     def new(self, entries: jax.Array) -> jax.Array:
-        """The entries, with zeros for lines of the tile before: these count once."""
+        """The entries, with zeros for lines that overlap the previous tile."""
         if not self.tiles.m % self.tiles.lines:
             return entries
         lines = self.start + jnp.arange(self.tiles.lines, dtype=self.start.dtype)

@@ -1,7 +1,7 @@
 """Norms that are products of the norms of vectors, for many leaves at once.
 
-The row of a dense layer is one outer product, so its norm is the product of two norms.
-Leaves with small vectors of one form are stacked: this takes less time to compile.
+A row of a dense layer is one outer product, so its norm is the product of two norms.
+Small vectors of one form are stacked over leaves, which takes less time to compile.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from .scaled_norms import Norms
 )
 @dataclass(frozen=True)
 class Vectors:
-    """A factor of all rows: `row_axes` axes of rows from `first` on, and a vector."""
+    """A factor of all rows as vectors: `row_axes` row axes from `first` on, and one."""
 
     value: jax.Array
     first: int
@@ -46,7 +46,7 @@ class Vectors:
 
     @property
     def form(self) -> Any:
-        """Equal for vectors that can be stacked."""
+        """A key that vectors share if they can be stacked."""
         return self.value.shape, self.value.dtype, self.first, self.row_axes
 
     @property
@@ -58,13 +58,13 @@ class Vectors:
 
     @cached_property
     def square_and_scale(self) -> tuple[jax.Array, jax.Array]:
-        """The sum of squares of each row, multiplied twice by its scale; the scale."""
+        """The sum of squares of each row, multiplied twice by a scale; the scale."""
         return _square_and_scale(self)
 
 
 @jax.jit
 def _square_and_scale(vectors: Vectors) -> tuple[jax.Array, jax.Array]:
-    """Scales come from plain squares, which are cheaper than largest entries."""
+    """Scales come from plain sums of squares: largest entries would cost more."""
     scale = root_of(lax.stop_gradient(vectors.plain_square))
     value = times_rows_twice(vectors.value, scale, vectors.first)
     return replace(vectors, value=value).plain_square, scale
@@ -97,12 +97,12 @@ def norms_of_vectors(
 
 
 def column(x: jax.Array) -> jax.Array:
-    """Numbers of one leaf, with an axis of leaves."""
+    """Numbers of one leaf, with an axis of leaves added at the end."""
     return lax.expand_dims(x, (x.ndim,))
 
 
 def _stacked(vectors: Sequence[Vectors]) -> Vectors:
-    """Vectors of one form as one array, with an axis of leaves behind those of rows."""
+    """Vectors of one form as one array, with an axis of leaves after the row axes."""
     first, row_axes = vectors[0].first, vectors[0].row_axes
     if len(vectors) == 1:
         return vectors[0]
@@ -111,6 +111,6 @@ def _stacked(vectors: Sequence[Vectors]) -> Vectors:
 
 
 def _for_each_row(x: jax.Array, leaf: Leaf) -> jax.Array:
-    """Numbers for rows, for examples or for all, as one for each row; leaves last."""
+    """Broadcast numbers for examples, or for all rows, to rows; leaves come last."""
     axes = (*range(x.ndim - 1), len(leaf.rows))
     return lax.broadcast_in_dim(x, (*leaf.rows, x.shape[-1]), axes)

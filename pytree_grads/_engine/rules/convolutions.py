@@ -1,4 +1,4 @@
-"""The rule of convolutions that make the gradient of a kernel: patches of an image."""
+"""The rule for convolutions that compute the gradient of a kernel: patches terms."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +19,7 @@ from .table import rule
 
 
 @rule(p.conv_general_dilated_p)
-def convolution(
-    equation: Equation, value: Value, view: View
-) -> Sequence[Cut] | None:
+def convolution(equation: Equation, value: Value, view: View) -> Sequence[Cut] | None:
     layout = patches_layout(equation)
     if layout is None:
         return None
@@ -31,10 +29,10 @@ def convolution(
 
 @dataclass(frozen=True)
 class PatchesLayout:
-    """How the operands of a convolution become the factors of patches."""
+    """How the operands of a convolution become the factors of a patches term."""
 
-    left: Shape  # the axes of batch, features and space
-    right: Shape  # those of output features, input features and space
+    left: Shape  # the image's axes: batch, features and space
+    right: Shape  # the cotangent's axes: output features, input features and space
     left_shape: Shape
     right_shape: Shape
     padding: tuple[tuple[int, int, int], ...]  # of the image: low, high, interior
@@ -75,9 +73,9 @@ class PatchesLayout:
         order = (*outer, wide, *rows, *added, depth, *space, wide + 1)
         return arranged(x, order, sizes)
 
-    def levels(self, *levels: int) -> tuple[int, ...]:
-        """How many axes of rows the term's arrays have, given those of the operands."""
-        return levels
+    def row_axes(self, *counts: int) -> tuple[int, ...]:
+        """How many row axes the term's arrays have, given the operands' row axes."""
+        return counts
 
     @property
     def shape(self) -> Shape:
@@ -90,10 +88,11 @@ class PatchesLayout:
 
 
 def patches_layout(equation: Equation) -> PatchesLayout | None:
-    """The layout of a convolution that makes the gradient of a kernel, else None.
+    """The layout of a convolution if it computes the gradient of a kernel, else None.
 
-    In that form the image is the left operand, and the cotangent is the kernel: the
-    output's space are the offsets of a patch, and the cotangent's space its positions.
+    In that form, the image is the left operand and the cotangent is the kernel. The
+    output's space axes run over the offsets of the kernel. The cotangent's space axes
+    run over the positions of a patch.
     """
     params = equation.params
     numbers = params["dimension_numbers"]
@@ -124,9 +123,9 @@ def patches_layout(equation: Equation) -> PatchesLayout | None:
 def _padding(
     equation: Equation, offsets: Shape, steps: Shape
 ) -> tuple[tuple[int, int, int], ...]:
-    """The padding of the image along each axis of space: low, high, interior.
+    """The padding of the image along each space axis: low, high, interior.
 
-    The high end is what the last patch needs, which may be less than the equation pads.
+    The high end has what the last patch needs, which may be less than in the equation.
     """
     params = equation.params
     image = equation.inputs[0].aval.shape
@@ -149,7 +148,7 @@ def _to_output(equation: Equation, layout: PatchesLayout) -> View:
     n = layout.right_shape[layout.right[0]] // groups
     last = len(offsets) + 1  # the axis of m in (groups, *offsets, m, n)
 
-    # Which of these axes make each axis of the output.
+    # The axes of (groups, *offsets, m, n) that make each axis of the output.
     sources: list[tuple[int, ...]] = [()] * len(out_spec)
     sources[out_spec[0]] = (last,)
     sources[out_spec[1]] = (0, last + 1)

@@ -1,8 +1,8 @@
-"""The rule of contractions: a sum of outer products.
+"""The rule for contractions: outer terms.
 
-Transposes and slices right behind a contraction are moved into its factors. So a
-weight and its transposed twin have terms in one layout, and a slice never meets the
-whole leaf.
+If a contraction is followed by transposes and slices, these are moved into the factors.
+So a weight that is also used transposed has terms of one layout, and a slice never
+needs the whole leaf.
 """
 
 from collections.abc import Sequence
@@ -44,9 +44,9 @@ class DotLayout:
         left, right = reversed(factors) if self.swapped else factors
         return Outer(left, right, self.precision)
 
-    def levels(self, *levels: int) -> tuple[int, ...]:
-        """How many axes of rows the term's arrays have, given those of the operands."""
-        return levels[::-1] if self.swapped else levels
+    def row_axes(self, *counts: int) -> tuple[int, ...]:
+        """How many row axes the term's arrays have, given the operands' row axes."""
+        return counts[::-1] if self.swapped else counts
 
     @property
     def shape(self) -> Shape:
@@ -60,10 +60,10 @@ class DotLayout:
 
 @dataclass(frozen=True)
 class _Axis:
-    """An axis of what a contraction makes, and the part of it that is asked for."""
+    """An axis of the output of a contraction, and the part of it that is needed."""
 
-    group: str  # "B": of both operands, "M": of the left one, "N": of the right one
-    own: tuple[int, ...]  # which axis of the operand it is; of each, for "B"
+    group: str  # "B": from both operands, "M": from the left, "N": from the right
+    own: tuple[int, ...]  # its number in the operand; for "B", in each operand
     start: int
     limit: int
     stride: int = 1
@@ -73,7 +73,7 @@ class _Axis:
         return slice_length(self.start, self.limit, self.stride)
 
     def sliced(self, start: int, limit: int, stride: int) -> "_Axis":
-        """The part of this part that a slice takes."""
+        """The axis after a slice of the part that is needed."""
         return replace(
             self,
             start=self.start + start * self.stride,
@@ -83,9 +83,10 @@ class _Axis:
 
 
 def dot_layout(equation: Equation, view: View) -> tuple[DotLayout, View]:
-    """The factors of a contraction, with as much of its view as they can take.
+    """The layout of a contraction, and the rest of the view.
 
-    What is left of the view begins at an array (B, m, n).
+    The layout takes as many steps from the front of the view as it can. The rest begins
+    with an array (B, m, n).
     """
     axes, view = _take_steps(_output_axes(equation), view)
     swapped = _begins_with_right(axes)
@@ -103,7 +104,7 @@ def dot_layout(equation: Equation, view: View) -> tuple[DotLayout, View]:
 
 
 def _output_axes(equation: Equation) -> list[_Axis]:
-    """The axes of the output: blocks, then the left operand's, then the right's."""
+    """The axes of the output: blocks, then the left operand's, then the right one's."""
     contracted, batched = equation.params["dimension_numbers"]
     shapes = [atom.aval.shape for atom in equation.inputs]
     pairs = zip(*batched, strict=True)
@@ -116,7 +117,10 @@ def _output_axes(equation: Equation) -> list[_Axis]:
 
 
 def _take_steps(axes: list[_Axis], view: View) -> tuple[list[_Axis], View]:
-    """The axes after the transposes and slices at the front of a view, and its rest."""
+    """Apply the transposes and slices at the front of a view to axes.
+
+    Returns the axes and the rest of the view.
+    """
     while view and isinstance(step := view[0], Transpose | Slice):
         view = view[1:]
         if isinstance(step, Transpose):
@@ -128,13 +132,16 @@ def _take_steps(axes: list[_Axis], view: View) -> tuple[list[_Axis], View]:
 
 
 def _begins_with_right(axes: Sequence[_Axis]) -> bool:
-    """Whether the first wide axis is the right operand's, which then comes first."""
+    """Whether the right operand has the first axis of size > 1, apart from blocks.
+
+    The right operand then becomes the left factor.
+    """
     wide = [axis.group for axis in axes if axis.size != 1 and axis.group != "B"]
     return wide[:1] == ["N"]
 
 
 def _from_canonical(canonical: Sequence[_Axis], axes: Sequence[_Axis]) -> View:
-    """The view from (B, m, n) to an array with the given axes, in their order."""
+    """The view from (B, m, n) to an array with the axes `axes`, in this order."""
     if [x for x in canonical if x.size != 1] == [x for x in axes if x.size != 1]:
         return (Reshape(tuple(axis.size for axis in axes)),)  # only axes of size 1 move
     unfolded = Reshape(tuple(axis.size for axis in canonical))
@@ -142,10 +149,10 @@ def _from_canonical(canonical: Sequence[_Axis], axes: Sequence[_Axis]) -> View:
 
 
 def _sides(equation: Equation, axes: Sequence[_Axis]) -> tuple[Side, Side]:
-    """The sides of the left and of the right operand.
+    """The sides of the left and the right operand.
 
-    If one operand repeats its entries along a contracted axis, one of them is taken,
-    and the other operand is added up: Σₜ a bₜᵀ = a (Σₜ bₜ)ᵀ.
+    If one operand repeats its entries along a contracted axis, its first entry is
+    taken, and the other operand is summed over that axis: Σₜ a bₜᵀ = a (Σₜ bₜ)ᵀ.
     """
     contracted, _ = equation.params["dimension_numbers"]
     left, right = equation.inputs
@@ -158,7 +165,7 @@ def _sides(equation: Equation, axes: Sequence[_Axis]) -> tuple[Side, Side]:
 
 
 def _repeats(operand: Atom, contracted: Shape) -> set[int]:
-    """Which of the contracted axes an operand repeats its entries along, by number."""
+    """The numbers of the contracted axes along which an operand repeats its entries."""
     axes = same_along(operand)
     return {j for j, axis in enumerate(contracted) if axis in axes}
 
@@ -173,7 +180,7 @@ def _side(
     """The side of operand number `i`; the sets hold numbers of contracted axes."""
     shape = tuple(equation.inputs[i].aval.shape)
     contracted = equation.params["dimension_numbers"][0][i]
-    # The operand's axis for each axis of the output that it has.
+    # The axes of the output that this operand has, by its own axes.
     blocks = {axis.own[i]: axis for axis in axes if axis.group == "B"}
     free = {axis.own[0]: axis for axis in axes if axis.group == "MN"[i]}
 

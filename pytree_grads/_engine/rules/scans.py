@@ -1,4 +1,4 @@
-"""The rule of scans: terms of the body, stacked over the steps or added up."""
+"""The rule for scans: the terms of the body, stacked or added up over the steps."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from .walk import decompose
 
 @rule(p.scan_p)
 def scan(equation: Equation, value: Value, view: View) -> Sequence[Cut] | None:
-    """Two uses: a gradient added up in the carry, and one that leaves every step."""
+    """Two cases: a gradient that the carry adds up, and one that each step returns."""
     carry_from, steps_from = equation.splits
     output = equation.body.outputs[value.index]
     if not isinstance(output, Value):
@@ -28,7 +28,7 @@ def scan(equation: Equation, value: Value, view: View) -> Sequence[Cut] | None:
 def _added_up(
     equation: Equation, index: int, cuts: Sequence[Cut], view: View
 ) -> list[Cut] | None:
-    """The initial carry and the total of each term, if steps only add to the carry."""
+    """The initial carry, and the total of each term; None if steps do more than add."""
     carry_at = equation.splits[0] + index
     carry = Cut(AtValue(equation.body.inputs[carry_at]))
     if carry not in cuts:
@@ -41,10 +41,8 @@ def _added_up(
     return found
 
 
-def _stacked(
-    equation: Equation, cuts: Sequence[Cut], view: View
-) -> list[Cut]:
-    """The stacks of terms, and the operands that go through the scan step by step."""
+def _stacked(equation: Equation, cuts: Sequence[Cut], view: View) -> list[Cut]:
+    """The stack of each term; the walk goes on from operands that are read by steps."""
     body, length = equation.body, equation.params["length"]
     _, steps_from = equation.splits
     found: list[Cut] = []

@@ -1,4 +1,4 @@
-"""Rules of equations that add lines to an array at indices: scattered terms."""
+"""Rules for equations that add lines to an array at indices: scatter terms."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +21,8 @@ from .table import rule, through
 
 
 @rule(p.scatter_add_p)
-def scatter_add(
-    equation: Equation, value: Value, view: View
-) -> Sequence[Cut] | None:
-    """The lines, scattered, and the array that they are added to."""
+def scatter_add(equation: Equation, value: Value, view: View) -> Sequence[Cut] | None:
+    """A scatter term of the lines, and the array to which they are added."""
     layout = scatter_layout(equation)
     if layout is None:
         return None
@@ -39,7 +37,7 @@ def scatter_add(
 def dynamic_update_slice(
     equation: Equation, value: Value, view: View
 ) -> Sequence[Cut] | None:
-    """One line, scattered, if it is put into zeros."""
+    """A scatter term of one line, if it is written into zeros."""
     operand, update, *starts = equation.inputs
     shape = tuple(operand.aval.shape)
     taken = tuple(update.aval.shape)
@@ -62,12 +60,16 @@ def dynamic_update_slice(
 
 @dataclass(frozen=True)
 class ScatterLayout:
-    """Whole lines, added along some axes of an array; these axes count as one."""
+    """How indices and whole lines become a scatter term.
+
+    An index has one number for each of some axes of an array. These axes are flattened
+    into one.
+    """
 
     lengths: Shape  # of these axes, in the order of the numbers of an index
     index: Side
     lines: Side
-    clips: bool  # a line whose index is outside goes to the nearest one, not to none
+    clips: bool  # whether an index out of range means the nearest line, not none
 
     def __call__(
         self, operands: Sequence[jax.Array], frames: Sequence[Frame]
@@ -88,23 +90,23 @@ class ScatterLayout:
         return Scatter(*self._without_outside(numbers, lines, rows), self.length)
 
     def _clipped(self, numbers: Sequence[jax.Array]) -> jax.Array:
-        """The flat index of the nearest lines."""
+        """The flat index of the nearest line."""
         pairs = zip(numbers, self.lengths, strict=True)
         return self._flat([jnp.clip(x, 0, length - 1) for x, length in pairs])
 
     def _without_outside(
         self, numbers: Sequence[jax.Array], lines: jax.Array, rows: int
     ) -> tuple[jax.Array, jax.Array]:
-        """The flat index and the lines, which are zero for an index that is outside.
+        """The flat index, and the lines, which are zero if their index is out of range.
 
-        They are dropped in the mode that promises that there are none, too.
+        This holds also in the mode in which the user promises that no index is.
         """
         pairs = zip(numbers, self.lengths, strict=True)
         inside = [(x >= 0) & (x < length) for x, length in pairs]
         is_inside = reduce(jnp.bitwise_and, inside)
         index = self._flat(numbers)
         index = jnp.where(is_inside, index, jnp.asarray(self.length, index.dtype))
-        # Either may lack axes of rows, always the last ones.
+        # Either may lack row axes, always the last ones.
         is_inside, lines = _with_rows(is_inside, rows, 1), _with_rows(lines, rows, 2)
         if lines.shape[-2] == 1:  # one line goes to the index of every step
             is_inside = jnp.any(is_inside, axis=-1, keepdims=True)
@@ -112,7 +114,7 @@ class ScatterLayout:
         return index, jnp.where(is_inside[..., None], lines, zero)
 
     def _flat(self, numbers: Sequence[jax.Array]) -> jax.Array:
-        """The number of the line that an index of several numbers names."""
+        """The flat index, from the several numbers of an index."""
         line, *others = numbers
         for x, length in zip(others, self.lengths[1:], strict=True):
             line = line * length + x
@@ -124,13 +126,13 @@ class ScatterLayout:
 
     @property
     def _sides(self) -> list[Side]:
-        """One for each operand: those of one index or several, then the lines."""
+        """One side for each operand: first the indices, then the lines."""
         count = self.index.sizes[2]
         return [self.index] * (len(self.lengths) // count) + [self.lines]
 
-    def levels(self, *levels: int) -> tuple[int, int]:
-        """How many axes of rows the term's arrays have, given those of the operands."""
-        *indices, lines = levels
+    def row_axes(self, *counts: int) -> tuple[int, int]:
+        """How many row axes the term's arrays have, given the operands' row axes."""
+        *indices, lines = counts
         index = max(indices)
         return index, lines if self.clips else max(index, lines)
 
@@ -144,23 +146,23 @@ class ScatterLayout:
 
 
 def _wide(index: jax.Array) -> jax.Array:
-    """An index in a dtype that is not too narrow for the length."""
+    """An index in a dtype wide enough for any length."""
     return index.astype("int32") if index.dtype.itemsize < 4 else index
 
 
 def _with_rows(x: jax.Array, rows: int, own: int) -> jax.Array:
-    """An array (B, *rows, ...) with axes of size 1 for the rows that it lacks.
+    """An array (B, *rows, ...) with axes of size 1 for the row axes that it lacks.
 
-    `own` axes stand behind those of rows.
+    `own` axes come after the row axes.
     """
     missing = rows + 1 + own - x.ndim
     return lax.expand_dims(x, range(x.ndim - own, x.ndim - own + missing))
 
 
 def _a_line_for_each_step(lines: jax.Array, steps: int) -> jax.Array:
-    """Lines (..., T, n) for T indices, unless one line goes to all of them.
+    """Repeat lines so that there is one for each index, unless one line goes to all.
 
-    A line of which every step of a scan has one goes to all indices of that step.
+    If each step of a scan has one line, it goes to all indices of that step.
     """
     count = lines.shape[-2]
     if count == 1 or not thresholds.exceeds(steps, count):
@@ -185,7 +187,7 @@ def scatter_layout(equation: Equation) -> ScatterLayout | None:
 
     steps = _others(updates.shape, free)
     lines = whole_side(updates.shape, steps, free)
-    if same_along(equation.inputs[2]).issuperset(steps):  # one line is enough
+    if same_along(equation.inputs[2]).issuperset(steps):  # one line goes to all
         sizes = enumerate(updates.shape)
         lines = replace(lines, limit=tuple(1 if i in steps else n for i, n in sizes))
     last = len(indices.shape) - 1  # the axis of the numbers of an index
@@ -198,18 +200,18 @@ def scatter_layout(equation: Equation) -> ScatterLayout | None:
 
 
 def _fits_an_index(lengths: Shape) -> bool:
-    """Whether an int32 can number the lines."""
+    """Whether a flat index fits into an int32."""
     return prod(lengths) <= jnp.iinfo(jnp.int32).max
 
 
 def _others(shape: Sequence[int], axes: Iterable[int]) -> list[int]:
-    """The axes of an array of some shape that are not among the given ones."""
+    """The axes of an array of this shape that are not in `axes`."""
     taken = set(axes)
     return [i for i in range(len(shape)) if i not in taken]
 
 
 def _from_lines(shape: Sequence[int], axes: Sequence[int]) -> View:
-    """The view from (1, length, line) to an array whose axes of lines are the given."""
+    """The view from (1, length, n) to an array in which `axes` index the lines."""
     lines_first = (*axes, *_others(shape, axes))
     unfolded = Reshape(tuple(shape[i] for i in lines_first))
     if lines_first == tuple(range(len(shape))):

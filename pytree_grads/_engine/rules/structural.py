@@ -1,4 +1,4 @@
-"""Rules of equations that move entries, add zeros, scale by a known number, or add."""
+"""Rules for equations that move entries, pad, scale by a known number, or add."""
 
 from collections.abc import Sequence
 from math import prod
@@ -24,9 +24,9 @@ def _shape(value: Value) -> Shape:
 
 @steps_rule(p.squeeze_p, p.broadcast_in_dim_p, p.reduce_sum_p, p.copy_p, p.name_p)
 def same_size(equation: Equation, value: Value) -> View | None:
-    """A reshape, if no entry is repeated or added to another.
+    """A reshape, if the number of entries stays the same.
 
-    A sum over axes of size 1 is one, and so is a broadcast that adds such axes.
+    A sum over axes of size 1 is a reshape, and so is a broadcast that adds such axes.
     """
     shape = _shape(value)
     same = prod(equation.inputs[0].aval.shape) == prod(shape)
@@ -35,7 +35,7 @@ def same_size(equation: Equation, value: Value) -> View | None:
 
 @steps_rule(p.reshape_p)
 def reshape(equation: Equation, value: Value) -> View:
-    """A reshape; with `order="F"` it takes the entries in another order."""
+    """A reshape, after a transpose if it reads the entries in another order."""
     order = equation.params["dimensions"]
     reshaped = Reshape(_shape(value))
     return (reshaped,) if order is None else (Transpose(tuple(order)), reshaped)
@@ -43,7 +43,7 @@ def reshape(equation: Equation, value: Value) -> View:
 
 @steps_rule(p.convert_element_type_p)
 def convert(equation: Equation, value: Value) -> View | None:
-    """No step at all, between two real or two complex dtypes."""
+    """No step, if both dtypes are real or both are complex."""
     old, new = equation.inputs[0].aval.dtype, value.aval.dtype
     for kind in (jnp.floating, jnp.complexfloating):
         if jnp.issubdtype(old, kind) and jnp.issubdtype(new, kind):
@@ -88,7 +88,7 @@ def unstack(equation: Equation, value: Value) -> View:
 
 @steps_rule(p.pad_p)
 def pad(equation: Equation, value: Value) -> View | None:
-    """A slice, for negative padding takes entries away, and then zeros around it."""
+    """A slice, since negative padding removes entries, and then padding with zeros."""
     operand, fill = equation.inputs
     shape = tuple(operand.aval.shape)
     config = [tuple(map(int, own)) for own in equation.params["padding_config"]]
@@ -101,7 +101,7 @@ def pad(equation: Equation, value: Value) -> View | None:
     )
     kept = cut.shape_from(shape)
     is_empty = any(size <= 0 for size in kept)
-    # Negative padding counts from the entries between others, if there are any.
+    # With interior padding, negative padding would remove zeros between the entries.
     is_odd = any(inner and min(low, high) < 0 for low, high, inner in config)
     if is_empty or is_odd or not is_zero(fill):
         return None
@@ -133,13 +133,13 @@ def stack(equation: Equation, value: Value, view: View) -> Sequence[Cut]:
 def _side_by_side(
     equation: Equation, value: Value, view: View, axis: int, sizes: Sequence[int]
 ) -> list[Cut]:
-    """Each operand, with zeros where the others are."""
+    """Each operand, padded with zeros in place of the others."""
     shape = _shape(value)
     found: list[Cut] = []
     start = 0
     for operand, size in zip(equation.inputs, sizes, strict=True):
         box = part_of(shape, axis, start, size)
-        with_axis = Reshape(box.shape_from(shape))  # a stack adds it
+        with_axis = Reshape(box.shape_from(shape))  # a stack adds an axis
         padded = Pad(box.start, box.limit, shape, box.strides)
         found.append(through(operand, (with_axis, padded, *view)))
         start += size
@@ -147,7 +147,7 @@ def _side_by_side(
 
 
 # --------------------------------------------------------------------------------------
-# Sums, and products with a number that is known while tracing
+# Sums, and products with a number that is known at trace time
 
 
 @rule(p.add_p, p.add_jaxvals_p)

@@ -1,10 +1,10 @@
-"""The table of rules: for each primitive, what its equations add up.
+"""The table of rules: for each primitive, the cuts that add up to its output.
 
-A rule is `fun(equation, value, view)`. The value is one of the equation's outputs, and
-the view leads from it to the leaf. The rule returns cuts that add up to
-`view(value)`, each with its view to the leaf, or None if the equation tells nothing.
-`through(operand, view)` is a cut from which the walk goes on; a cut at any site
-but a value is a term, at which it ends.
+A rule is a function `fun(equation, value, view)`. The value is one of the equation's
+outputs, and the view leads from it to the leaf. The rule returns cuts that add up to
+`view(value)`, each with a view that leads to the leaf; or None, if it does not apply to
+this equation. The walk goes on from a cut `through(operand, view)`. At any other cut
+there is a term, and the walk ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ RULES: dict[Primitive, Rule] = {}
 
 
 def rule(*primitives: Primitive) -> Callable[[Rule], Rule]:
-    """Put a function into the table as the rule of some primitives."""
+    """Register a function as the rule for some primitives."""
 
     def register(fun: Rule) -> Rule:
         for primitive in primitives:
@@ -35,10 +35,10 @@ def rule(*primitives: Primitive) -> Callable[[Rule], Rule]:
 
 
 def steps_rule(*primitives: Primitive) -> Callable[[Steps], Steps]:
-    """Put the rule into the table of primitives that are a view of their first operand.
+    """Register a rule for primitives whose output is a view of the first operand.
 
     The function takes `(equation, value)` and returns the steps from the operand to the
-    value, or None.
+    value, or None if it does not apply.
     """
 
     def register(fun: Steps) -> Steps:

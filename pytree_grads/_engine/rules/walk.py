@@ -1,4 +1,4 @@
-"""The walk back from a value: `decompose` asks the table of rules at every equation."""
+"""The walk back from a value: `decompose` asks the table of rules at each equation."""
 
 import warnings
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .table import RULES
 
 
 def decompose(value: Atom) -> tuple[Cut, ...]:
-    """Cuts that add up to a value: its terms, or itself if those are too many."""
+    """The cuts that add up to a value: its terms, or itself if there are too many."""
     todo: list[Cut] = [Cut(AtValue(value))]
     found: list[Cut] = []
     while todo and len(found) <= thresholds.MOST_SUMMANDS:
@@ -34,7 +34,7 @@ def decompose(value: Atom) -> tuple[Cut, ...]:
 
 
 def _parts(cut: Cut, value: Atom) -> list[Cut] | None:
-    """What adds up to a cut at a value, or None if no rule says anything of it."""
+    """The cuts that add up to a cut at a value, or None if no rule applies."""
     equation = value.producer if isinstance(value, Value) else None
     if not isinstance(value, Value) or equation is None or equation.primitive is None:
         return None
@@ -46,10 +46,10 @@ def _parts(cut: Cut, value: Atom) -> list[Cut] | None:
 
 
 def _are_sound(parts: Sequence[Cut], cut: Cut, equation: Equation) -> bool:
-    """Whether parts have the shape and the kind of dtype of what they add up to.
+    """Whether parts have the shape and the kind of dtype of the cut they add up to.
 
-    If they have not, their rule has a bug. The value is then kept as a dense term, and
-    a warning says so, which is an error in the tests.
+    If not, their rule has a bug. The value is then kept as a dense term, with a
+    warning, which is an error in the tests.
     """
     wanted = _shape_and_kind(cut)
     for part in parts:
@@ -69,7 +69,7 @@ def _shape_and_kind(cut: Cut) -> tuple[tuple[int, ...], str]:
 
 
 def _kind(site: Site) -> Literal["complex", "real", "other"]:
-    """The kind of numbers in a term; the indices of a scattered term do not count."""
+    """The kind of numbers in a term; the indices of a scatter term do not count."""
     match site:
         case AtScan(_, inner) | AtRow(inner):
             return _kind(inner)
@@ -85,7 +85,7 @@ def _kind(site: Site) -> Literal["complex", "real", "other"]:
 
 
 def _merged(cuts: Sequence[Cut]) -> tuple[Cut, ...]:
-    """Cuts with simplified views; those of one site and view become one."""
+    """Simplify the views of cuts, and merge cuts that have the same site and view."""
     factors: dict[tuple[Site, View], float] = {}
     for cut in cuts:
         key = cut.site, simplified(cut.view, cut.site.shape)

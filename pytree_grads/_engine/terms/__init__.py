@@ -1,24 +1,24 @@
 """Kinds of term: what one row of a gradient leaf is made of.
 
-A kind is one class in one file. It has the methods of ``protocol``, and no product
-asks which kind it has before it. To add a kind, derive a frozen dataclass from
-``ByRow`` and define ``shape``, ``dtype`` and ``materialize``. Everything else then
-works, from the row as an array; override what has a cheaper form.
+Each kind is one class in one file, with the methods of ``protocol``. No product asks
+which kind it is given. To add a kind, derive a frozen dataclass from ``ByRow`` and
+define ``shape``, ``dtype`` and ``materialize``. Everything else then works, since the
+defaults build the row as an array. Override the methods that have a cheaper form.
 
 ============  ==================================================================
-``protocol``  what every kind offers, with shapes and defaults
+``protocol``  the methods of every kind, with their shapes
+``by_row``    the defaults: every product from the materialised row
 ``dense``     the row itself
-``by_row``    the defaults: each product from the materialised row
 ``outer``     sums of outer products
-``scatter``   lines that are added at an index
-``patches``   convolutions: patches of an image against cotangents
-``pairs``     what takes two terms: inner products, what they cost
+``scatter``   lines that are added at indices
+``patches``   patches of an image times a cotangent, from convolutions
+``pairs``     inner products of two terms, and their costs
 ``scales``    squared norms of factors, with scales that prevent overflow
 ============  ==================================================================
 
-A row is a block of shape ``(B, m, n)``, or of any shape if it is dense. ``B``
-counts blocks (scanned layers, experts), ``T`` the pairs of vectors whose outer
-products add up in a block (positions of a sequence, uses of a weight).
+A row is an array of shape ``(B, m, n)``, or of any shape if it is dense. ``B`` counts
+blocks, such as scanned layers or experts. ``T`` counts the pairs of vectors whose outer
+products add up in a block, such as positions of a sequence or uses of a weight.
 """
 
 from .dense import Dense as Dense

@@ -1,4 +1,4 @@
-"""The defaults of the protocol: every product from the row as an array."""
+"""The defaults of the protocol: every product is computed from the row as an array."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from .protocol import NormCost, Shape, Squared
 
 
 class ByRow(ABC):
-    """A kind of term that is known by its shape, dtype and row.
+    """A kind of term that defines its shape, dtype and row; all else has defaults.
 
-    Override what has a cheaper form. If the row is linear in some arrays of the
-    dataclass, name them in `factor_names`: weights of rows then multiply these.
+    Override the methods that have a cheaper form. If the row is linear in some arrays
+    of the dataclass, name them in `factor_names`. Weights of rows then multiply these.
     """
 
     factor_names: ClassVar[tuple[str, ...]] = ()
@@ -47,7 +47,7 @@ class ByRow(ABC):
         return tuple(getattr(self, name) for name in self.factor_names)
 
     def with_factors(self, factors: Sequence[jax.Array]) -> Self:
-        # A kind is a dataclass, which this abstract class is not.
+        # `self` is a dataclass, although this abstract class is not.
         named = dict(zip(self.factor_names, factors, strict=True))
         return replace(self, **named)  # pyright: ignore[reportArgumentType]
 

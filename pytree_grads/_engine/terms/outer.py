@@ -1,4 +1,4 @@
-"""Outer terms: sums of outer products, as dense layers have them."""
+"""Outer terms: sums of outer products, from dense layers for example."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ from .protocol import NormCost, Shape, Squared
 )
 @dataclass(frozen=True)
 class Outer(ByRow):
-    """Block b is the sum over t of the outer products of left[b, t] and right[b, t]."""
+    """A row whose block b is the sum over t of left[b, t] right[b, t]ᵀ."""
 
     left: jax.Array  # (B, T, m)
     right: jax.Array  # (B, T, n)
-    precision: Any = None  # of sums over rows, as the user's own product asked for
+    precision: Any = None  # of sums over rows: the precision of the user's product
 
     factor_names: ClassVar = ("left", "right")
 
@@ -155,12 +155,12 @@ class Outer(ByRow):
 
 
 def repeated(blocks: int) -> str:
-    """How a description begins that speaks of one of several blocks."""
+    """The beginning of a description: the number of blocks, if there are several."""
     return "" if blocks == 1 else f"{blocks} x "
 
 
 def has_many(pair_count: Any) -> bool:
-    """Whether T > 1; a symbolic T, which may be anything, counts as many."""
+    """Whether T > 1; a symbolic T counts as many."""
     return not isinstance(pair_count, int) or pair_count > 1
 
 
@@ -185,7 +185,7 @@ def conjugated(x: jax.Array) -> jax.Array:
 
 
 def outer_cost(x: Outer, y: Outer) -> int:
-    """Multiplications and additions of all inner products of pairs."""
+    """Multiplications and additions of the inner products of all pairs."""
     blocks, m, n = x.shape
     return 2 * blocks * x.pair_count * y.pair_count * (m + n)
 
@@ -197,13 +197,13 @@ def outer_cost(x: Outer, y: Outer) -> int:
 def sum_of_outer_products(
     left: jax.Array, right: jax.Array, weights: jax.Array | None, precision: Any
 ) -> jax.Array:
-    """Sum the rows: in each block, the sum over n and t of w_n left_nt right_ntᵀ.
+    """Sum the rows: Σₙ wₙ Σₜ leftₙₜ rightₙₜᵀ in each block.
 
     Args:
       left: (B, N, T, m), the left vectors.
       right: (B, N, T, n), the right vectors.
       weights: (N,), or None for ones.
-      precision: of the contraction, as the user's own product asked for it.
+      precision: of the contraction: the precision of the user's product.
 
     Returns:
       An array (B, m, n).
@@ -228,17 +228,17 @@ def sum_of_outer_products(
 
 
 def _weighs_left(left: jax.Array, right: jax.Array) -> bool:
-    """Whether the weights multiply the left vectors: they are much shorter.
+    """Whether the weights multiply the left vectors, which are much shorter.
 
-    If each row has one pair and the lengths are alike, the right vectors take the
-    weights. The sum for the bias of the same layer needs that product as well.
+    If each row has one pair, and the lengths are similar, the weights multiply the
+    right vectors. The sum for the bias of the same layer needs that product as well.
     """
     times_as_long = thresholds.current().shared if left.shape[2] == 1 else 1
     return thresholds.exceeds(right.shape[-1], left.shape[-1] * times_as_long)
 
 
 def _is_narrow(left: jax.Array, right: jax.Array) -> bool:
-    """Whether a product of (z, m) and (z, n) has so few columns that it is turned."""
+    """Whether (z, m) and (z, n) are better multiplied by `xla.narrow_product`."""
     (z, m), n = left.shape, right.shape[-1]
     most = min(thresholds.current().narrow, m // thresholds.current().fewer)
     is_long = not thresholds.exceeds(n, most) and thresholds.exceeds(

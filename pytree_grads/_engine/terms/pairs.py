@@ -1,7 +1,7 @@
-"""What takes two terms: the inner products of rows, and what these cost.
+"""Inner products of two terms, and their costs.
 
-A pair of kinds whose rows never need to exist has a rule in a table. Without one,
-both rows are materialised: a new kind needs no entry here.
+If two kinds have a cheaper form than their rows, they have an entry in a table.
+Otherwise, both rows are materialised. A new kind needs no entry.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from .scatter import (
 
 
 def inner(x: Term, y: Term) -> jax.Array:
-    """<x, y> of two rows of one shape; the left one is conjugated."""
+    """<x, y> for two rows of one shape; x is conjugated."""
     if x.is_dense:
         return y.apply_own(x.materialize().conj())
     if y.is_dense:
@@ -51,14 +51,14 @@ def inner_cost(x: Term, y: Term) -> int:
 
 
 def needs_rows(x: Term, y: Term) -> bool:
-    """Whether the inner product needs a row as an array that did not exist before."""
+    """Whether the inner product must build a row as an array."""
     if x.is_dense or y.is_dense:
         return False
     return (type(x), type(y)) not in _RULES
 
 
 # ------------------------------------------------------------------------------------
-# Pairs of kinds: the inner products of their vectors, from which those of rows follow
+# Pairs of kinds: inner products of rows, from the inner products of their vectors
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _scatter_cost(x: Scatter, y: Scatter) -> int:
 
 
 def _mixed_cost(x: Term, y: Term) -> int:
-    """Of pairs whose left products take no multiplications."""
+    """The cost of pairs whose left products take no multiplications."""
     blocks, _, n = x.shape
     return 2 * blocks * x.pair_count * y.pair_count * (1 + n)
 
@@ -114,15 +114,15 @@ _RULES: dict[tuple[type, type], _Rule] = {
 
 
 def gram_of_counts(x: Term, y: Term) -> Callable[[Any, Any], jax.Array] | None:
-    """A way to all inner products of rows that add one vector to many lines.
+    """How to compute all inner products, if rows add one vector to many lines.
 
     Args:
       x: one row of the left term.
       y: one row of the right term.
 
     Returns:
-      A function of both terms with their rows, (B, N, ...) and (B, N', ...), or None
-      if their rows are others.
+      A function of both terms with all their rows, (B, N, ...) and (B, N', ...); or
+      None if the rows are not of this form.
     """
     if (
         isinstance(x, Scatter)
@@ -135,7 +135,7 @@ def gram_of_counts(x: Term, y: Term) -> Callable[[Any, Any], jax.Array] | None:
 
 
 def _gram_of_counts(x: Scatter, y: Scatter) -> jax.Array:
-    """Inner products (N, N'), from how often each line is in each row of x."""
+    """Inner products (N, N'), from how often each row of x adds to each line."""
     size, others = x.index.shape[1], y.index.shape[1]
     blocks, rows = (lax.broadcasted_iota(jnp.int32, x.index.shape, i) for i in (0, 1))
     dtype = jnp.finfo(x.dtype).dtype
@@ -143,11 +143,14 @@ def _gram_of_counts(x: Scatter, y: Scatter) -> jax.Array:
     found = found.at[blocks, x.index, rows].add(1, mode="drop")
 
     def common(index: jax.Array) -> jax.Array:
-        """How many look-ups of each row of x and of this one have one line: (B, N)."""
+        """How many pairs of look-ups, of each row of x and of this row, share a line.
+
+        The shape is (B, N).
+        """
         return jnp.sum(lines_at(found, index), axis=1)
 
     index = jnp.moveaxis(y.index, 1, 0)
-    # What is looked up for some rows at a time takes little space next to the counts.
+    # So few rows at a time that the counts looked up take little memory next to all.
     at_once = found.size // (4 * max(1, index[0].size * size))
     pairs = lax.map(common, index, batch_size=max(1, min(others, at_once)))
     rights = dot("bin,bjn->bij", x.right[:, :, 0].conj(), y.right[:, :, 0])

@@ -1,4 +1,4 @@
-"""Patches: terms of convolutions, which correlate an image with a cotangent."""
+"""Patches terms: an image correlated with a cotangent, from convolutions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,12 +29,13 @@ from .protocol import NormCost, Shape, Squared
 )
 @dataclass(frozen=True)
 class Patches(ByRow):
-    """Lines o of a block are the sum over a and t of patch_at_otᵀ right_at.
+    """A row whose lines for offset o are Σₐₜ patch[a, o, t] right[a, t]ᵀ.
 
-    A patch is what a kernel sees of an image through its entry o, at every position t
-    of the output: it begins at o times the strides, and goes on in steps of the
-    dilation. An offset o and a position t have a coordinate for each axis of an
-    image. The image is the left array, padded with zeros when it is needed.
+    The entries of a kernel are its offsets. The patch of offset o holds the pixels that
+    this entry is multiplied by, one for each position t of the output. It begins at o
+    times the strides, and goes on in steps of the dilation. Offsets and positions have
+    a coordinate for each space axis. The left array holds the images, which are padded
+    with zeros when they are needed.
     """
 
     left: jax.Array  # (B, A, *image, m)
@@ -58,12 +59,12 @@ class Patches(ByRow):
 
     @property
     def pair_count(self) -> int:
-        """A T: how many outer products add up to the lines of an offset."""
+        """A * T: how many outer products add up to the lines of an offset."""
         return prod(self.right.shape[1:-1])
 
     @property
     def _steps(self) -> Shape:
-        """T, along each axis."""
+        """T along each space axis."""
         return self.right.shape[2:-1]
 
     def describe(self) -> str:
@@ -72,7 +73,7 @@ class Patches(ByRow):
         return f"{repeated(self.left.shape[0])}patches {kernel} of {m}x{n}"
 
     # ------------------------------------------------------------------------------
-    # One row, one offset after the other
+    # One row, offset by offset
 
     @jax.jit
     def materialize(self) -> jax.Array:
@@ -121,7 +122,7 @@ class Patches(ByRow):
         right = self.right
         if weights is not None:
             right = times_weights(weights, right, axis)
-        # Rows add up as the arrays A of one row do: (B, N, A, ...) to (B, N*A, ...).
+        # Sum over rows as over the A images of one row: (B, N, A, ...) to (B, N*A, ...)
         left, right = (
             x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (self.left, right)
         )
@@ -129,7 +130,7 @@ class Patches(ByRow):
         return total if onto is None else onto + total
 
     def _correlated(self) -> jax.Array:
-        """The row by one convolution, or offset by offset if there are blocks."""
+        """The row, by one convolution, or offset by offset if there are blocks."""
         if self.shape[0] > 1:
             return self.materialize()
         dtype = common_dtype(self.left.dtype, self.right.dtype)
@@ -152,14 +153,14 @@ class Patches(ByRow):
 
     def lines_at(self, offset: jax.Array) -> Outer:
         start = self._starts()[offset]
-        pair = self._patch(self._image(), start), self._right()  # (*B, A T, m or n)
+        pair = self._patch(self._image(), start), self._right()  # (*B, A*T, m or n)
         left, right = (x.reshape(self.left.shape[0], *x.shape[-2:]) for x in pair)
         return Outer(left, right)
 
     # ------------------------------------------------------------------------------
 
     def _over_offsets(self, fun: Callable[[jax.Array], Any]) -> Any:
-        """`fun(lines)` for each offset, stacked; lines of one (B, m, n) at a time."""
+        """Map `fun(lines)` over offsets, one at a time; lines have shape (B, m, n)."""
         image, right = self._image(), self._right()
 
         def at(start: jax.Array) -> Any:
@@ -179,18 +180,18 @@ class Patches(ByRow):
         return xla.without_ones(self.left.shape[:1])
 
     def _image(self) -> jax.Array:
-        """The padded image: (*B, *A, *image, m); B and A are left out if they are 1."""
+        """The padded image: (*B, *A, *image, m), without B or A if they are 1."""
         lead = xla.without_ones(self.left.shape[:2])
         left = self.left.reshape(*lead, *self.left.shape[2:])
         config = [*[(0, 0, 0)] * len(lead), *self.padding, (0, 0, 0)]
         return lax.pad(left, jnp.zeros((), left.dtype), config)
 
     def _right(self) -> jax.Array:
-        """The right array: (*B, A T, n)."""
+        """The right array: (*B, A*T, n)."""
         return self.right.reshape(*self._blocks, self.pair_count, self.right.shape[-1])
 
     def _patch(self, image: jax.Array, start: jax.Array) -> jax.Array:
-        """The patch of the image that begins at `start`: (*B, A T, m)."""
+        """The patch of the image that begins at `start`: (*B, A*T, m)."""
         pairs = zip(self._steps, self.dilation, strict=True)
         spans = [(t - 1) * step + 1 for t, step in pairs]
         *lead, m = image.shape[: -len(spans) - 1] + image.shape[-1:]
@@ -202,7 +203,7 @@ class Patches(ByRow):
         return taken.reshape(*self._blocks, self.pair_count, m)
 
     def _dot(self, spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        """An einsum for every block."""
+        """An einsum, mapped over blocks."""
         b = "b" * len(self._blocks)
         left, right, result = spec.replace("->", ",").split(",")
         return dot(f"{b}{left},{b}{right}->{b}{result}", x, y)

@@ -1,7 +1,7 @@
-"""The protocol of terms: what the products ask of every kind.
+"""The protocol of terms: the methods that every kind has.
 
-Methods speak of one row; `jax.vmap` maps them over examples and outputs. Only
-`squared`, `add_rows` and `joined` take arrays with axes of rows.
+Methods are about one row; `jax.vmap` maps them over examples and outputs. Only
+`squared`, `add_rows` and `joined` take arrays with row axes.
 """
 
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ class Squared(NamedTuple):
     """The squared norm of a row that was multiplied twice by a scale."""
 
     square: jax.Array  # of the scaled row
-    absolute: jax.Array | None  # the sum of absolute values, if the square subtracts
+    absolute: jax.Array | None  # the sum of absolute values, if summands may cancel
     scale: jax.Array  # a power of two
 
 
 class NormCost(NamedTuple):
-    """How the norm of one row is taken, and the multiplications and additions."""
+    """How the norm of one row is computed, and its multiplications and additions."""
 
     way: str  # in words for users: "squares", "inner products", "patches" or "rows"
     flops: int
 
 
 class Term(Protocol):
-    """One row, or a summand of one, in some form. A kind is a registered dataclass."""
+    """One row, or a summand of one, in some form; a kind is a registered dataclass."""
 
     # ------------------------------------------------------------------------------
     # What it is
@@ -50,12 +50,12 @@ class Term(Protocol):
 
     @property
     def pair_count(self) -> int:
-        """T: how many outer products add up in a block; 1 if the row is an array."""
+        """T: how many outer products add up in a block; 1 for other forms."""
         ...
 
     @property
     def factors(self) -> tuple[jax.Array, ...]:
-        """The arrays in each of which the row is linear; () if it is in none."""
+        """The arrays in each of which the row is linear, if there are any."""
         ...
 
     def with_factors(self, factors: Sequence[jax.Array]) -> Self:
@@ -79,14 +79,14 @@ class Term(Protocol):
         ...
 
     def apply(self, v: jax.Array) -> jax.Array:
-        """The sum of the row's entries times those of v, without a conjugate.
+        """The sum of the row's entries times the entries of v, without a conjugate.
 
-        All rows share v, so it may be taken before the factors are multiplied.
+        All rows share v, so a factor may be multiplied by v first.
         """
         ...
 
     def apply_own(self, v: jax.Array) -> jax.Array:
-        """`apply` for a v of each row's own: an array as large as the row exists."""
+        """Like `apply`, but each row has its own v, which is as large as the row."""
         ...
 
     @property
@@ -108,18 +108,18 @@ class Term(Protocol):
 
     @property
     def norm_cost(self) -> NormCost:
-        """How `squared_norm` works, and what it costs."""
+        """How `squared_norm` computes the norm, and what it costs."""
         ...
 
     def near_one(self) -> tuple["Term", jax.Array]:
         """The row multiplied twice by a scale that brings it near one, and the scale.
 
-        The last factor of the result is multiplied by further scales.
+        Further scales may multiply the last factor of the result.
         """
         ...
 
     def mass(self) -> jax.Array:
-        """The sum of the norms of what adds up to the row: at least its norm."""
+        """A bound of the norm: the sum of the norms of what adds up to the row."""
         ...
 
     # ------------------------------------------------------------------------------
@@ -127,22 +127,22 @@ class Term(Protocol):
 
     @property
     def has_squares(self) -> bool:
-        """Whether the squares of the entries are a term, cheaper than the row."""
+        """Whether the squared entries are a term that is cheaper than the row."""
         ...
 
     @property
     def must_merge(self) -> bool:
-        """Whether `squared` needs the factors of `merged`: summands share entries."""
+        """Whether `squared` needs `merged` first, since summands share entries."""
         ...
 
     def merged(self) -> Self:
-        """The same row, in which no two summands share an entry."""
+        """An equal term in which no two summands share an entry."""
         ...
 
     def squared(self) -> "Term":
-        """The row with |entry|**2 for each entry; factors may have axes of rows.
+        """The term of the row of |entry|**2; its factors may have row axes.
 
-        Only asked of a term that `has_squares`, and that is merged.
+        It is used only if `has_squares`, and after `merged` if `must_merge`.
         """
         ...
 
@@ -163,14 +163,14 @@ class Term(Protocol):
     ) -> jax.Array:
         """`onto` plus `factor` times the weighted sum of rows.
 
-        Every array of this term has an axis of N rows at `axis`. `weights` is (N,),
-        or None for ones; `onto` has the shape of a row, or is None for zeros.
+        Every array of this term has a row axis of size N at `axis`. `weights` is (N,),
+        or None for ones. `onto` has the shape of a row, or is None for zeros.
         """
         ...
 
     @property
     def sum_cost(self) -> int:
-        """Multiplications and additions that a row takes in `add_rows`."""
+        """Multiplications and additions of `add_rows` for each row."""
         ...
 
     # ------------------------------------------------------------------------------
@@ -178,21 +178,21 @@ class Term(Protocol):
 
     @property
     def form(self) -> Any:
-        """Equal for terms that can be `joined`, apart from T; None if it cannot be."""
+        """A key that terms share if they can be `joined`; None if this one cannot."""
         ...
 
     @property
     def most_apart(self) -> int:
-        """How many terms of one form stay apart; more are joined."""
+        """The largest number of terms of one form that are not joined."""
         ...
 
     def joined(self, others: Sequence[Any]) -> Self:
-        """The sum of this term and others of its form, as one; arrays may have rows."""
+        """One term for the sum of this and others of its form; it may have row axes."""
         ...
 
     @property
     def line_offsets(self) -> Shape | None:
-        """Offsets of a kernel, each with lines of its own; () without a kernel.
+        """The shape of a kernel, whose offsets have separate lines; () without one.
 
         None if `lines_at` is not available, so that rows cannot be cut into tiles.
         """

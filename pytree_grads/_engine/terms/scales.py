@@ -1,8 +1,8 @@
 """Squared norms of factors, with scales that prevent overflow and underflow.
 
-A factor is multiplied twice by a power of two before it is squared. Once would not
-do: the inverse of a large float is not a normal number. Scales are constants to
-derivatives. `scaling` has their bits, and says what they are worth.
+A factor is multiplied twice by a power of two before it is squared. Once would not be
+enough, since the inverse of a large float is not a normal number. Derivatives treat
+scales as constants. `scaling` derives them from bits, and says which norms need them.
 """
 
 import jax
@@ -21,7 +21,7 @@ def widened(x: jax.Array) -> jax.Array:
 
 
 def times_twice(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """An array, or its first axes, times the square of a scale, in accumulation."""
+    """An array times the square of a scale, or of scales along its first axes."""
     return times_rows_twice(widened(x), scale, 0)
 
 
@@ -37,12 +37,12 @@ def squared_norm(x: jax.Array) -> Squared:
 
 
 def rough_scale(x: jax.Array) -> jax.Array:
-    """A scale from the plain sum of squares, for a norm that is taken on its own."""
+    """A scale from the plain sum of squares, for a norm that is not combined."""
     return root_of(lax.stop_gradient(jnp.sum(jnp.abs(widened(x)) ** 2)))
 
 
 def scale_of_largest(x: jax.Array) -> jax.Array:
-    """A scale from the largest entry, which brings the smallest rows near one too."""
+    """A scale from the largest entry, which brings even the smallest rows near one."""
     x = widened(x)
     return power(largest(lax.reshape(x, (x.size,))))
 
@@ -57,15 +57,15 @@ def largest(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def pair_scales(left: jax.Array, right: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-    """Scales for the vectors of pairs, and the scale of the row that these make.
+    """Scales for the vectors of pairs, and the resulting scale of the row.
 
-    No product of a pair becomes too small or too large on the way, however its
-    vectors share its size. One vector is brought near one. The other keeps the
-    pair's size relative to the largest pair.
+    With them, no product of a pair overflows or underflows, even if one vector is large
+    and the other is small. The left vector is brought near one. The right one keeps the
+    size of the pair relative to the largest pair.
 
     Args:
       left: (B, T), the largest entries of the left vectors.
-      right: (B, T), those of the right vectors.
+      right: (B, T), the largest entries of the right vectors.
     """
     dtype = common_dtype(left.dtype, right.dtype)
     sizes = [lax.convert_element_type(x, dtype) for x in (left, right)]
@@ -75,21 +75,21 @@ def pair_scales(left: jax.Array, right: jax.Array) -> tuple[list[jax.Array], jax
     )
     left, right = map(power, sizes)
     is_zero = lax.eq(lax.min(*sizes), lax.full_like(left, 0))
-    # A copy for the minimum alone: XLA would keep the scale as one more array.
+    # The minimum reads a separate copy: otherwise XLA would keep one more array.
     products = lax.max(lax.mul(left, right), lax.full_like(left, least))
     products = lax.select(is_zero, lax.full_like(left, most), products)
     scale = lax.reduce(products, most, lax.min, range(products.ndim))
-    # Above the range only for pairs that are zero, below it only for pairs that are
+    # A scale is above the range only if a pair is zero, and below it only if a pair is
     # not significant.
     of_row = lax.broadcast(scale, left.shape)
     return [left, lax.min(lax.mul(of_row, inverse(left)), right)], scale
 
 
 def combine(parts: Squared) -> Squared:
-    """Combine the squared norms of parts that were scaled separately.
+    """Combine the squared norms of parts of a row that were scaled separately.
 
     Args:
-      parts: arrays with one axis of parts.
+      parts: the squared norms, in arrays with one axis of parts.
     """
     scale = jnp.min(parts.scale)
     shares = scale / parts.scale

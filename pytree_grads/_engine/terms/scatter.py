@@ -1,4 +1,4 @@
-"""Scatter terms: lines that are added at an index, as embeddings have them."""
+"""Scatter terms: lines that are added at indices, from embeddings for example."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .by_row import ByRow
 from .outer import has_many, repeated, vector_norms
 from .protocol import NormCost, Shape, Squared
 
-# Multiplications that take as long as one comparison of two look-ups.
+# How many multiplications take as long as one comparison of two look-ups.
 _COMPARISON = 16
 
 
@@ -30,13 +30,13 @@ _COMPARISON = 16
 )
 @dataclass(frozen=True)
 class Scatter(ByRow):
-    """An outer term whose left vectors are one-hot: right[b, t] goes to a line.
+    """A row of `length` lines, in which right[b, t] is added to line index[b, t].
 
-    The line is index[b, t], of `length` lines.
+    It is an outer term whose left vectors are one-hot.
     """
 
-    index: jax.Array  # (B, T), from 0 up to length, which is no line: nothing is added
-    right: jax.Array  # (B, T, n), or (B, 1, n) if one vector is added to all lines
+    index: jax.Array  # (B, T); an index of `length` adds nothing
+    right: jax.Array  # (B, T, n), or (B, 1, n) if each index adds the same vector
     length: int
 
     factor_names: ClassVar = ("right",)
@@ -87,7 +87,7 @@ class Scatter(ByRow):
     def squared_norm(self) -> Squared:
         if self.right.shape[1] > 1:
             return scales.squared_norm(self.merged().right)
-        # One vector goes to every line: count how often two of them are the same.
+        # Each index adds the same vector: count the pairs of equal indices.
         scale = scales.rough_scale(self.right)
         unit = scales.times_twice(self.right, scale)
         square = jnp.sum(jnp.abs(unit) ** 2, axis=(1, 2))  # (B,)
@@ -116,7 +116,7 @@ class Scatter(ByRow):
         return has_many(self.pair_count)
 
     def merged(self) -> "Scatter":
-        """Each line stands at one of the look-ups that share its index, zeros else."""
+        """One look-up of each index gets the sum of its vectors; others get zeros."""
         return _merged_by_pairs(self) if self._has_few_pairs else _merged_by_lines(self)
 
     def squared(self) -> "Scatter":
@@ -124,22 +124,19 @@ class Scatter(ByRow):
 
     @property
     def _has_few_pairs(self) -> bool:
-        """Whether to compare all look-ups costs less than a number for each line."""
+        """Whether comparing all pairs of look-ups costs less than a number per line."""
         most = thresholds.current().pairs * self.index.shape[0] * self.length
         return not thresholds.exceeds(self._pairs_cost, most)
 
     @property
     def _pairs_cost(self) -> int:
-        """What it takes to compare all look-ups and add up those of one index.
-
-        In multiplications.
-        """
+        """The cost, in multiplications, to compare all pairs of look-ups and add up."""
         entries = 0 if self.right.shape[1] == 1 else self.right.shape[-1]
         return self.index.shape[0] * self.pair_count**2 * (_COMPARISON + entries)
 
     @property
     def _merge_cost(self) -> int:
-        """What it takes to find the look-ups that share an index."""
+        """The cost to find the look-ups that share an index."""
         if not self.must_merge:
             return 0
         if self._has_few_pairs:
@@ -181,7 +178,7 @@ class Scatter(ByRow):
 
     @property
     def _right_of_each(self) -> jax.Array:
-        """The vectors of all look-ups, also if they have one in common."""
+        """A vector for each look-up, even if all look-ups share one."""
         *lead, _, n = self.right.shape
         return jnp.broadcast_to(self.right, (*lead, self.pair_count, n))
 
@@ -191,7 +188,7 @@ class Scatter(ByRow):
 
 
 def add_lines(block: jax.Array, index: jax.Array, lines: jax.Array) -> jax.Array:
-    """Add lines (B, ..., n) to the lines index (B, ...) of each block of (B, m, n)."""
+    """Add lines (B, ..., n) to the blocks (B, m, n) at the indices (B, ...)."""
     lines = jnp.broadcast_to(lines, (*index.shape, lines.shape[-1]))
     if block.shape[0] == 1:
         flat = lines.reshape(-1, lines.shape[-1])
@@ -201,7 +198,7 @@ def add_lines(block: jax.Array, index: jax.Array, lines: jax.Array) -> jax.Array
 
 
 def lines_at(block: jax.Array, index: jax.Array) -> jax.Array:
-    """The lines (B, index) of a block (B, m, n): shape (B, T, n)."""
+    """The lines of blocks (B, m, n) at the indices (B, T): shape (B, T, n)."""
     where = index[:, :, None]
     return jnp.take_along_axis(block, where, axis=1, mode="fill", fill_value=0)
 
@@ -217,18 +214,18 @@ def columns_at(left: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def adds_one(term: Scatter) -> bool:
-    """Whether a row adds one vector to many lines."""
+    """Whether a row adds the same vector at many indices."""
     return term.right.shape[1] == 1 and has_many(term.pair_count)
 
 
 def same_index(x: Scatter, y: Scatter) -> jax.Array:
-    """Whether look-ups t of x and s of y have the same line: bool, (B, T, S)."""
+    """Whether look-ups t of x and s of y share a line: bool, (B, T, S)."""
     others = jnp.where(y.index < y.length, y.index, jnp.full_like(y.index, -1))
     return x.index[:, :, None] == others[:, None, :]
 
 
 def equal_pairs(term: Scatter) -> jax.Array:
-    """How many pairs of look-ups of a row have the same line: real, (B,)."""
+    """How many pairs of look-ups of a row share a line: real, (B,)."""
     dtype = jnp.finfo(term.dtype).dtype
     if term._has_few_pairs:
         return jnp.sum(same_index(term, term), axis=(1, 2), dtype=dtype)
@@ -242,7 +239,7 @@ def counts(term: Scatter, dtype: Any) -> jax.Array:
 
 
 def _merged_by_pairs(term: Scatter) -> Scatter:
-    """Compare all pairs of look-ups."""
+    """Merge look-ups that share an index, by comparing all pairs."""
     dtype = term.dtype
     same = same_index(term, term)  # (B, T, T)
     t, s = (lax.broadcasted_iota(jnp.int32, same.shape, axis) for axis in (1, 2))
@@ -257,7 +254,7 @@ def _merged_by_pairs(term: Scatter) -> Scatter:
 
 
 def _merged_by_lines(term: Scatter) -> Scatter:
-    """Let one look-up of each line, any, stand for it in an array of all lines."""
+    """Merge look-ups that share an index, by an array that picks one for each line."""
     count = term.pair_count
     blocks, own = (lax.broadcasted_iota(jnp.int32, term.index.shape, i) for i in (0, 1))
     chosen = jnp.zeros(term.shape[:2], own.dtype)  # (B, m)
