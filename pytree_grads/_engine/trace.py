@@ -158,14 +158,13 @@ def check_outputs(outputs: PyTree) -> None:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             where = f"outputs{jax.tree_util.keystr(path)}" if path else "the output"
             mend = (
-                "take its real and imaginary parts"
+                "take its real and imaginary parts, or return it with has_aux"
                 if jnp.iscomplexobj(leaf)
-                else "cast it"
+                else "return it with has_aux, or cast it"
             )
             raise TypeError(
                 f"{where} of the function to differentiate must be real and "
-                "floating-point, got "
-                f"{describe(leaf)}: {mend}, or return it with has_aux"
+                f"floating-point, got {describe(leaf)}: {mend}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Inner products of the rows of two Jacobians, each kept or made again."""
+"""Inner products of the rows of two Jacobians, each kept or recomputed."""
 
 import jax
 import numpy as np

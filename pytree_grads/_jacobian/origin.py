@@ -86,7 +86,7 @@ class Origin:
         return replace(self, source=source, shape=(size, *self.shape[1:]))
 
     def without_function(self) -> "Origin":
-        """What a compiled product of kept rows takes: nothing is made again."""
+        """What a compiled product of kept rows takes: nothing is recomputed."""
         source = self.source
         pairs = zip(source.batch.leaves, source.traced, strict=True)
         leaves = tuple(x if traced else None for x, traced in pairs)
@@ -107,4 +107,4 @@ class Origin:
 
 def _not_needed(*args: Any, **kwargs: Any) -> Any:
     """Stand in for the function in a product of rows that are kept."""
-    raise AssertionError("rows that are kept are not made again")
+    raise AssertionError("rows that are kept are not recomputed")

@@ -91,7 +91,7 @@ class TestExplain:
     @pytest.mark.parametrize("mode", [{"recompute": True}, {"chunk_size": 2}])
     def test_it_says_that_nothing_is_kept(self, mode):
         J = jacobian(network, **mode)(*problem())
-        assert "made again for each product" in J.explain()
+        assert "recomputed for each product" in J.explain()
         assert set(self.lines(J)) >= set(self.lines(jacobian(network)(*problem()))) - {
             repr(J)
         }
@@ -332,7 +332,7 @@ ERRORS = {
         TypeError,
         "the output of the function to differentiate must be real and floating-point, "
         "got a value "
-        "of type int: cast it, or return it with has_aux",
+        "of type int: return it with has_aux, or cast it",
     ),
     "complex output": (
         lambda: jacobian(lambda p, x: {"z": p["b"].astype(complex)})(P, X),
