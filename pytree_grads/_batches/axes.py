@@ -118,7 +118,7 @@ class Mapped:
         return self.leaf.shape[self.axis]
 
     def checked(self) -> "Mapped":
-        """The same with a JAX array and an axis >= 0, if the leaf has that axis."""
+        """With a JAX array and an axis >= 0, if the leaf has that axis."""
         leaf, axis = self.leaf, self.axis
         wrong = (
             f"{self.where} would be mapped over axis {axis}, but it is "

@@ -284,6 +284,7 @@ def _run(
     An array has its axes of steps first, then of examples, then of outputs.
     """
     keys, basis = list(places), _basis(trace.output_avals)
+    outputs = jax.tree.leaves(trace.output_avals)
     values_at = (*batch.primal_positions, *batch.value_positions)
 
     def example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -291,7 +292,8 @@ def _run(
         values = [flat[i] for i in values_at]
 
         def backward(cotangents: Sequence[jax.Array]) -> Any:
-            inputs = [*values, *cotangents]
+            # Laid out, and varying over mesh axes, as the outputs are.
+            inputs = [*values, *placed_like(cotangents, outputs if cotangents else [])]
             found = _evaluate.run(trace.graph, inputs, [*keys, *trace.results])
             return found[: len(keys)], found[len(keys) :]
 
