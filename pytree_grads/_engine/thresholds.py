@@ -27,6 +27,12 @@ MOST_SUMMANDS = 512
 MOST_OFFSETS = 16
 
 
+# Groups of leaves whose norms are combined in one elementwise loop, at most. The norms
+# of more are stacked first: a loop with many operands takes long to compile (64 layers
+# in a list: 1.19 times the whole program).
+MOST_IN_A_LOOP = 16
+
+
 @dataclass(frozen=True)
 class Thresholds:
     """The numbers of one platform. The defaults were measured on CPUs."""

@@ -7,6 +7,7 @@ scales of leaves stay separate until the norms are needed.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from ..._trees.algebra import common_dtype
+from .. import thresholds
 from ..einsum import times_rows_twice
 from ..scaling import not_too_small, power, safe_sqrt
 
@@ -127,12 +129,44 @@ def combined(
         norms = [x.of(leaves) for x in norms if not set(x.leaves).isdisjoint(leaves)]
     dtype = common_dtype(*(x.dtype for x in jax.tree.leaves(norms)))
     found = common_dtype(*(x.dtype for x in norms))
+    if len(norms) > thresholds.MOST_IN_A_LOOP:
+        norms = [_stacked(norms, dtype)]
     lengths = [_over_leaves(x.value(dtype)) for x in norms]
     if len(lengths) > 1:
         scale = _scale(reduce(lax.max, lengths))
         squares = [lax.square(times_rows_twice(x, scale, 0)) for x in lengths]
         lengths = [_unscaled(reduce(lax.add, squares), scale)]
     return lax.convert_element_type(lengths[0], found)
+
+
+def _stacked(norms: Sequence[Norms], dtype: Any) -> Norms:
+    """Norms of several groups of leaves as those of one group.
+
+    A group that lacks an array gets one of ones, or of zeros for `absolute`.
+    """
+    shapes = [jax.tree.leaves(x)[0].shape for x in norms]
+
+    def stacked(name: str, fill: float = 1) -> tuple[jax.Array, ...]:
+        columns = []
+        for column in zip_longest(*(getattr(x, name) for x in norms)):
+            filled = [
+                lax.full(shape, fill, dtype)
+                if x is None
+                else lax.convert_element_type(x, dtype)
+                for x, shape in zip(column, shapes, strict=True)
+            ]
+            columns.append(lax.concatenate(filled, len(shapes[0]) - 1))
+        return tuple(columns)
+
+    return Norms(
+        squares=stacked("squares"),
+        scales=stacked("scales"),
+        absolute=stacked("absolute", fill=0),
+        weights=stacked("weights"),
+        leaves=tuple(i for x in norms for i in x.leaves),
+        factors=tuple(factor for x in norms for factor in x.factors),
+        errors=tuple(error for x in norms for error in x.errors),
+    )
 
 
 def as_numbers(norms: Sequence[Norms]) -> Norms:
