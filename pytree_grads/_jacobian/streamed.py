@@ -45,6 +45,10 @@ class Streamed:
     # the function is traced again.
     trace: Trace | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: everything except the trace, which is not portable."""
+        return {**self.__dict__, "trace": None}
+
     def as_argument(self) -> "Streamed":
         """What a compiled product takes in place of these rows."""
         return self
