@@ -19,7 +19,8 @@ from .._trees.checks import (
     located,
 )
 
-# A string, as `jax.vmap` takes none: all that it takes means the same here.
+# The default is a string because `jax.vmap` accepts none, so every value valid for
+# vmap keeps its meaning.
 DEFAULT = "default"
 
 
@@ -172,7 +173,7 @@ _LABELS = (
 
 
 def _holds_numbers(leaf: Any) -> bool:
-    """Whether JAX has arrays of the dtype of an array."""
+    """Whether JAX supports this array's dtype."""
     try:
         jax.typeof(leaf)
     except TypeError:

@@ -15,7 +15,7 @@
                       axis 0
 ``.chunks(k)``        which examples are worked on together, about k at a time
 ``.part(place)``      the Batch of one such chunk
-``.localized()``      gradients by shared leaves stay on the device of their example
+``.localized()``      each device keeps its own gradient of shared leaves
 ====================  ==================================================================
 """
 
@@ -160,9 +160,9 @@ class Batch:
     def localized(self) -> "Batch":
         """The batch, with what the examples share on each device.
 
-        Inside ``jax.shard_map``, ``jax.grad`` adds the gradients by a replicated value
-        up over the devices; by a value that varies over the mesh axes over which the
-        examples vary, each device has its own. Over Explicit mesh axes, ``jax.vmap``
+        Inside ``jax.shard_map``, ``jax.grad`` with respect to a replicated value sums
+        over devices. With respect to a value that varies over the examples' mesh axes,
+        each device keeps its own gradient. Over Explicit mesh axes, ``jax.vmap``
         takes shared values only if they are not sharded over the axes of the examples:
         they are gathered (as FSDP has it).
         """

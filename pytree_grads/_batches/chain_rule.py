@@ -60,17 +60,16 @@ def chain_rule_value_and_grad(
         all others. Keyword arguments are mapped over axis 0.
       has_aux: whether ``fun`` also returns auxiliary data, which is stacked.
       chunk_size: how many examples to work on at once; None means all. It need not
-        divide N, but what is left over is a chunk of its own, and its program compiled
-        as well. Call the result inside ``jax.jit``: outside, a loop over chunks is
-        compiled at every call, as ``jax.lax.scan`` of a new function is.
+        divide N, but the remainder is a smaller chunk, compiled separately. Call the
+        result inside ``jax.jit``: outside, a loop over chunks is compiled at every
+        call, as ``jax.lax.scan`` of a new function is.
       outer_has_params: whether ``outer`` also takes the differentiated argument (a
         tuple of them for a tuple of ``argnums``), whose direct gradient is added: a
         penalty on weights, say.
       outer_has_aux: whether ``outer`` also returns auxiliary data.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which value and
         gradient are added up. ``outer`` sees the outputs of its device (and others' by
-        collectives of its own), and what is differentiated is the sum of its values on
-        all devices.
+        collectives of its own), and the loss is the sum of ``outer`` over all devices.
 
     Returns:
       A function of the arguments of ``fun``, and of the keyword ``outer_args``, a

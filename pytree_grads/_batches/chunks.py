@@ -22,7 +22,7 @@ def chunk_starts(size: int, chunk_size: int) -> np.ndarray:
 
 
 def even_chunk(size: int, most: int) -> int:
-    """The size of as few chunks as there can be, all nearly the same.
+    """The chunk size that gives the fewest chunks of nearly equal size.
 
     >>> even_chunk(10, 7), even_chunk(10, 10)
     (5, 10)
@@ -46,7 +46,9 @@ def loop_chunk(size: int, chunk_size: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class Chunks:
-    """N rows, in equal groups; a chunk takes so many neighbours of each group.
+    """N rows in equal groups.
+
+    Each chunk takes the same number of neighbouring rows from each group.
 
     A chunk of neighbours alone would be on one device where rows are sharded. There are
     as many groups as divide the batch and the chunk. So if the number of devices

@@ -60,8 +60,9 @@ def gauss_newton_product(
         result, and keeps nothing but rows of outputs. By default, the linearized
         ``fun`` is kept between products.
       outer_has_params: whether ``outer`` also takes the differentiated argument. H is
-        then the Hessian by the outputs and the argument together, and the identity
-        stands below J: a penalty on the weights in ``outer`` damps G as it should.
+        then the Hessian with respect to the outputs and the argument together, and J is
+        extended below by an identity block: a penalty on the weights in ``outer`` damps
+        G as it should.
       outer_has_aux: whether ``outer`` also returns auxiliary data, which is dropped.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which products
         are added up.
@@ -85,9 +86,9 @@ def gauss_newton_product(
                                            add
     an output that is an integer           reaches ``outer``; it has no derivative
     ``jax.custom_vjp`` in ``fun``          TypeError of JAX: J v needs forward mode
-    complex parameters                     G v is the change of ``jax.grad``'s gradient,
-                                           conjugate and all, along v: linear in real
-                                           multiples of v
+    complex parameters                     G v is the directional derivative along v of
+                                           the gradient in ``jax.grad``'s conjugate
+                                           convention; linear over the reals
     =====================================  =============================================
 
     Source: Schraudolph, "Fast curvature matrix-vector products for second-order

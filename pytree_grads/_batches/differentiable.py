@@ -61,8 +61,7 @@ def check_differentiable(name: str, tree: PyTree) -> None:
 def _check_nnx(name: str, tree: PyTree) -> None:
     """Raise if a module holds no ``nnx.Param``, or a state both that and others.
 
-    A state of no ``nnx.Param`` at all was asked for by its kind, which the user then
-    means.
+    A state without any ``nnx.Param`` was selected on purpose, so it is accepted.
     """
     variable, module, state = _nnx_types()
     if not variable:
@@ -91,7 +90,7 @@ def _check_nnx(name: str, tree: PyTree) -> None:
 
 
 def _nnx_advice(others: list[Any]) -> str:
-    """What else the function must do, lest gradients be wrong without a word."""
+    """What else the function must do, so that gradients are not silently wrong."""
     advice = ""
     if any(isinstance(x, _types("flax.nnx", "BatchStat")) for x in others):
         advice += f"; call model.eval() first: {_BY_ITSELF}"
@@ -142,7 +141,7 @@ def _linen_advice(collection: str) -> str:
 
 
 def _mend(name: str, tree: PyTree, path: KeyPath, leaf: Any) -> str:
-    """What to write instead of differentiating by a leaf of no floats."""
+    """What to write instead of differentiating with respect to a non-float leaf."""
     if is_reference(leaf):
         return "pass ref[...]"
     advice = f"; {_ONE_KEY}" if is_key(leaf) else ""

@@ -69,13 +69,13 @@ def fold_chunks(
     It returns the last carry, and the rows of all chunks as arrays of N rows.
 
     Rows that do not fill a chunk are a chunk of their own, for which ``step`` is traced
-    as well. In a full chunk, rows that are there for the second time could not be told
-    to add nothing: a cotangent of zero times an infinite derivative is NaN. That chunk
-    comes first, so that the loop waits for it, and the memory of one chunk is needed at
-    a time. (If N < 2k, XLA unrolls the loop of one turn, and may hold both.)
+    as well. If the last chunk were padded with repeated rows, zero cotangents would not
+    cancel them: 0 times an infinite derivative is NaN. The smaller chunk comes first,
+    so that the loop waits for it, and the memory of one chunk is needed at a time. (If
+    N < 2k, XLA unrolls the loop of one turn, and may hold both.)
 
-    With ``alone``, a call that takes all rows at once is ``not_merged`` with the
-    program around it. It must return no rows then.
+    With ``alone``, a single call on all rows is kept separate from the surrounding
+    program (``xla.not_merged``). It must return no rows then.
     """
     chunk_size = loop_chunk(batch.size, chunk_size)
     if chunk_size is None:

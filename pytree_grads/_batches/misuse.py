@@ -1,4 +1,4 @@
-"""What likely went wrong in a call, or if ``fun`` or ``outer`` failed, in its words."""
+"""Guess, in the user's terms, why a call failed."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +114,7 @@ def check_call(
     argnums: Any,
     kwargs: dict[str, Any],
 ) -> None:
-    """Raise if options came in the call, or arguments of the call as ``argnums``.
+    """Raise if the returned function got options, or ``argnums`` call arguments.
 
     Args:
       maker: the public function that took ``fun``.

@@ -79,8 +79,7 @@ def push_chunks(
     """The tangents of the outputs, by one Jacobian-vector product per chunk."""
     leaves, treedef = jax.tree.flatten(tangents)
     count = len(batch.leaves)
-    # Tangents are cut as their primals are: of each, a chunk has what belongs to its
-    # examples.
+    # Slice tangents like primals: each chunk gets the part for its own examples.
     both = replace(
         batch, leaves=(*batch.leaves, *leaves), axes=(*batch.axes, *batch.primal_axes)
     )

@@ -185,7 +185,7 @@ def _factors_of_each_row(summand: Summand, depth: int) -> list[int]:
 
 
 def at_once(leaf: Leaf, entries: int) -> int:
-    """How many examples have rows of at most so many entries together; at least 1."""
+    """How many examples have rows of at most `entries` numbers together; at least 1."""
     per_example = prod(leaf.shape) * (leaf.outputs or 1)
     if not thresholds.exceeds(per_example, 0):
         return entries

@@ -14,8 +14,8 @@ How to compute a power of two from bits. Take a float x > 0 with exponent e and 
 so the bits of x**(-p) are about (1 + p) * bias * 2**nmant - p * bits(x). The bits of
 1.0 are bias * 2**nmant. For p = 1/2, the result is 3/2 of the bits of 1.0, less half
 the bits of x; for p = 1/4, it is 5/4 of them, less a quarter of the bits of x. Dropping
-the mantissa rounds the result down to a power of two. A constant that is larger by up
-to one exponent moves the point from which the result is the next power.
+the mantissa rounds the result down to a power of two. Adding up to one exponent to the
+constant shifts the rounding threshold.
 
 The code uses `lax`, since `jnp` takes several times as long to trace. Functions that
 run for every factor or leaf are jitted, so each is traced and lowered once per shape.

@@ -1,7 +1,9 @@
 """The numbers that decide between two ways to compute the same thing.
 
-There is one record for each platform. No number changes a result beyond rounding.
-`benchmarks/constants.py` times both ways for each number, on the device at hand.
+There is one record for each platform (TPUs take the GPU's until measured). No number
+changes a result beyond rounding. `benchmarks/constants.py` times both ways for each
+number of a record, on the device at hand; limits to the size of a program have no cases
+there.
 `benchmarks/results/constants.md` has the table.
 """
 
@@ -37,9 +39,9 @@ MOST_IN_A_LOOP = 16
 class Thresholds:
     """The numbers of one platform. The defaults were measured on CPUs."""
 
-    # The factors of a convolution are kept only if they are so many times smaller than
-    # its row. Each product goes through all patches again, which costs as much as
-    # building the row.
+    # The factors of a convolution are kept only if they are more than this many times
+    # smaller than its row. Each product goes through all patches again, which costs as
+    # much as building the row.
     dearer: int = 4
 
     # Entries of the rows that a loop materialises at a time. They take 16 MiB in
@@ -65,13 +67,13 @@ class Thresholds:
     large_product: int = 1 << 20
 
     # In a sum over rows, the weights multiply the left of two vectors if the right one
-    # is more than so many times as long. Otherwise they multiply the right one, as in
-    # the sum for the bias.
+    # is more than this many times as long. Otherwise they multiply the right one, as
+    # in the sum for the bias.
     shared: int = 8
 
     # Look-ups that share an index are found by comparing all pairs, if that costs at
-    # most so many multiplications for each line of the table. Otherwise they are found
-    # with an array of one number for each line.
+    # most this many multiplications for each line of the table. Otherwise they are
+    # found with an array of one number for each line.
     pairs: int = 20
 
     # A sum over rows is computed as the transpose of the transposed product if it has
@@ -85,9 +87,11 @@ class Thresholds:
 
 _CPU = Thresholds()
 
-# Measured on an H200. Weights on the left vectors take 0.53 to 0.68 of the time; narrow
-# products and weighted sums gain nothing from another form. With the other numbers, the
-# better way is the same as on CPUs, or the difference is less than a tenth.
+# Measured on an H200. Weights on the left vectors take 0.53 to 0.64 of the time if the
+# right ones are 4 or 8 times as long; if both are equally long, the weights stay on the
+# right. Narrow products and weighted sums gain nothing from another form. With the
+# other numbers, the better way is the same as on CPUs, or the difference is less than a
+# tenth.
 _GPU = Thresholds(shared=1, narrow=0, large_product=NEVER)
 
 # Not measured, for lack of a TPU. These numbers assume that a TPU, like a GPU, does not

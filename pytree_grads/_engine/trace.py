@@ -23,7 +23,7 @@ from .leaf import Leaf, Summand
 from .terms import Term
 
 PyTree = Any
-# A route, or "sum": the form of leaves from which a single sum of rows costs least.
+# A route, or "sum": leaves in the cheapest form for a single sum of unscaled rows.
 Form: TypeAlias = _plan.Route | Literal["sum"]
 
 
@@ -202,7 +202,7 @@ class Factored:
     outputs: PyTree  # leaves (N, *k)
     aux: PyTree  # leaves (N, ...)
     leaves: tuple[Leaf, ...]
-    # Builds the leaves in the form "sum". None if that form is no different.
+    # Builds the leaves in the form "sum". None if that form is the same.
     for_sum: Callable[[], tuple[Leaf, ...]] | None
 
 

@@ -7,7 +7,7 @@
 ``rows``         the rows of J, which are one of two classes:
 ``kept``         rows that are kept as factors
 ``streamed``     rows of which nothing is kept, recomputed for each product
-``origin``       what both have in common: where rows come from
+``origin``       what both have in common: a source with the shapes of its rows
 ``source``       the function and the batch from which rows are made
 ``clip``         bounds for the norms of rows
 ``gram``         inner products of the rows of two Jacobians

@@ -43,11 +43,11 @@ def jacobian(
     Args:
       fun: the function of one example; returns a real floating-point scalar, array or
         tree of arrays, and with ``has_aux`` a pair of that and auxiliary data. (Without
-        it, a tuple of a scalar and of anything but a scalar is differentiated whole,
-        with a warning; a list or a dict is without one.) It may use references
+        ``has_aux``, a tuple (scalar, non-scalar) is treated as two outputs, with a
+        warning; a list or dict gives no warning.) It may use references
         (``jax.new_ref``) that it makes itself, and read others. Effects that no result
         depends on (``jax.debug.print``, ``checkify.check``) may not take place, or
-        several times: only what is asked is computed.
+        several times: only what is needed is computed.
       argnums: the positional argument, or arguments, to differentiate, as in
         ``jax.grad``. The argument of a flax model is ``variables["params"]``, or
         ``params`` of ``graph, params, rest = nnx.split(model, nnx.Param, ...)``.
@@ -64,7 +64,7 @@ def jacobian(
         ``jax.custom_vjp``, which need not be linear in its cotangent, a weighted sum is
         made from factors instead. Outside ``jit``, each product of a J that keeps
         nothing is compiled once for ``fun`` and the shapes, as ``jax.jit`` of ``fun``
-        is: what ``fun`` reads beside its arguments is constant.
+        is: values that ``fun`` closes over are compiled in as constants.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which sums of
         rows (``sum``, ``mean``, ``weighted_sum``, ``square_sum``) are those of all
         devices. By default they are those of the rows on the device; norms and all else

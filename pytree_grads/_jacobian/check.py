@@ -38,8 +38,7 @@ def check(rows: Rows, outputs: Outputs) -> None:
     lengths = [np.linalg.norm(x, axis=-1) for x in flat]
     totals = [np.sum(np.abs(x) ** 2, axis=axes) for x in plain]
     signed = [np.tensordot(weights, x, len(axes)) for x in plain]
-    # If the parts of a row nearly cancel: what that adds to a norm, and leaves in an
-    # entry.
+    # Error allowed when parts of a row nearly cancel, for norms and for entries.
     excess = [_largest(_wide(x)) for x in excess]
     left = [
         16 * float(jnp.finfo(x.dtype).eps) ** 0.5 * y
@@ -77,7 +76,7 @@ def _products(rows: Rows, c: jax.Array) -> tuple[Any, ...]:
         return tuple(jax.tree.leaves(rows.origin.rounded(rows.sum(c))))
 
     sums = summed(rows, c)
-    # Of rows that are made for nothing but this.
+    # The same sum from rows that are recomputed only for it.
     alone = summed(Streamed(rows.origin), c) if isinstance(rows, Kept) else sums
     # A custom rule that clips cotangents shows if weights are large. A power of two
     # changes no digit of a backward pass that is linear.
@@ -109,8 +108,8 @@ def _compare(
 
     `rounding` is the eps of the narrowest numbers in the function. Also allowed are
     `left`, the rounding that is left when the parts of a row cancel, and what XLA
-    flushes to zero. A leaf may have no gradient but the rounding of others (a bias that
-    is subtracted again).
+    flushes to zero. A leaf's true gradient may be zero, leaving only rounding from
+    other leaves (a bias that is subtracted again).
     """
     scales = list(map(_largest, summands))
     paths = jax.tree.leaves_with_path(params)

@@ -29,7 +29,7 @@ class Clip:
     nan_safe: bool
 
     def norms(self, parts: Sequence[Norms]) -> tuple[jax.Array, ...]:
-        """For each bound, the norms that it is compared with, from those of leaves."""
+        """Combine the leaf norms into one norm per bound."""
         return tuple(
             combined(parts, own) if own else _no_norms(parts) for own in self.members
         )
@@ -50,14 +50,14 @@ class Clip:
 
 
 def _factor(norm: jax.Array, bound: jax.Array) -> jax.Array:
-    """What a row of a norm is multiplied by: 1, or what brings it to its bound."""
+    """The factor for a row with a given norm: 1, or what brings it to its bound."""
     limits = jnp.finfo(norm.dtype)
     bound = jnp.minimum(bound.astype(norm.dtype), float(limits.max))
     bound = jnp.where(bound >= 0, bound, jnp.nan)  # a traced one may be negative
     # NaN if the norm is not finite, 0 for a bound of 0.
     norm = jnp.where(jnp.isinf(norm), jnp.nan, norm)
     length = jnp.where(norm <= bound, jnp.maximum(bound, float(limits.tiny)), norm)
-    return bound / length  # in this form, XLA does not find it again for each leaf
+    return bound / length  # in this form, XLA does not recompute it for each leaf
 
 
 def _no_norms(parts: Sequence[Norms]) -> jax.Array:

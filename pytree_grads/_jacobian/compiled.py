@@ -16,11 +16,11 @@ def compiled_once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., 
     """A decorator: outside every trace, a function is compiled, once for its shapes.
 
     A loop over chunks would be compiled at each call otherwise. Inside a trace, the
-    function is part of it. What has a method ``as_argument`` gives by it what the
-    program takes in its place.
+    function is part of it. If an argument has a method ``as_argument``, the program
+    receives its result instead of the argument.
 
     Args:
-      static: the names of keyword arguments that are no arrays; they are compared and
+      static: the names of keyword arguments that are not arrays; they are compared and
         hashed.
     """
 

@@ -34,7 +34,7 @@ from .refused import NotAnArray, check_slice
 class Jacobian(NotAnArray):
     """J: a row for each example, or for each output of each example.
 
-    J is no tree of rows. Its leaves as a pytree are factors of rows, so
+    J is not a tree of rows. Its leaves as a pytree are factors of rows, so
     ``jax.tree.map`` of J gives nonsense of the right shape: ``J.scale(s)`` multiplies
     rows by numbers, and ``J.to_rows()`` gives the rows themselves.
 
@@ -46,8 +46,8 @@ class Jacobian(NotAnArray):
     Rows are kept as factors, from which every product is computed; or they are
     recomputed for each product, and nothing is kept (``recompute=True``,
     ``chunk_size=k``). A Jacobian is a pytree: it may leave ``jit``, and enter ``vmap``,
-    ``scan`` and ``grad``. If its rows are recomputed, it takes its function along,
-    which must hold no traced values when it leaves ``jit``.
+    ``scan`` and ``grad``. If its rows are recomputed, it carries its function, which
+    must not close over tracers if J leaves ``jit``.
 
     ===========================  =======================================================
     case                         result
@@ -58,8 +58,8 @@ class Jacobian(NotAnArray):
     a row with a NaN or inf      its norm is NaN or infinite; so is every sum, unless
                                  ``clip(..., nan_safe=True)`` has made the row zero
     a norm that overflows        is infinite or NaN; ``clip`` treats the row as infinite
-    a norm of 9e37 times its     the row is zero once clipped, since no normal float32
-    bound, in float32            scales it so
+    a norm more than 9e37 times  the row is zero once clipped, since no normal float32
+    its bound, in float32        scales it so
     complex parameters           rows follow ``jax.grad`` (step along the conjugate);
                                  ``gram`` conjugates the left row, ``J @ v`` is real
     ===========================  =======================================================
@@ -198,23 +198,20 @@ class Jacobian(NotAnArray):
     def weighted_sum(self, c: PyTree) -> PyTree:
         """The weighted sum of rows, Jᵀ c = Σᵢ cᵢ Jᵢ. It costs one ordinary gradient.
 
-        What it takes is fixed by how J was made, and where the sum is:
+        Which arrays the sum is computed from depends on how J was made and where it is
+        summed.
 
-        ==================================  ============================================
-        rows                                a sum takes
-        ==================================  ============================================
-        as ``jacobian`` made them, in the   the factors, as an ordinary gradient does:
-                                            no rows
-        same trace (inside ``jit``)
-        scaled or clipped                   what norms take: factors, or rows if these
-                                            are smaller (kernels of convolutions, often)
-        of a J used in another place than   the same: J holds no more outside ``jit``,
-                                            and the
-        it was made: outside ``jit``, in    turns of a loop share it
-        the body of a loop
-        of a J that keeps nothing           the factors; with ``recompute``, one
-                                            backward pass
-        ==================================  ============================================
+        ====================================  ==========================================
+        rows                                  the sum takes
+        ====================================  ==========================================
+        unscaled rows, in the trace where J   the factors, no rows
+        was made
+        scaled or clipped rows                what norms use
+        J used elsewhere (outside ``jit``,    what norms use
+        or in a loop body)
+        J that keeps nothing                  the factors, or with ``recompute`` one
+                                              backward pass
+        ====================================  ==========================================
 
         Args:
           c: a real number per row, traced.
@@ -312,10 +309,10 @@ class Jacobian(NotAnArray):
     def gram(self, other: "Jacobian | None" = None) -> PyTree:
         """Inner products of rows, J J′ᵀ; J′ is J itself by default.
 
-        Of the network's output, and not of a loss, it is the empirical neural tangent
-        kernel. Rows of complex leaves are conjugated on the left. Unlike those of
-        norms, the factors are not scaled: products beyond 1e±19 in float32 may be NaN
-        or zero.
+        If ``f`` is the network's output instead of a loss, the result is the empirical
+        neural tangent kernel. Rows of complex leaves are conjugated on the left. Unlike
+        in norms, the factors are not scaled: products beyond 1e±19 in float32 may be
+        NaN or zero.
 
         Args:
           other: a Jacobian of N′ rows by parameters of the same structure and shapes,
@@ -436,10 +433,10 @@ class Jacobian(NotAnArray):
             parameters with a scalar for each part (a layer, say), which are then
             clipped separately.
           nan_safe: whether a row that holds a NaN or an infinity counts as zero.
-            Otherwise it spoils every sum, as it would without clipping. (XLA itself
-            spreads a NaN over all examples if it convolves each with a kernel of its
-            own, derived from a parameter, in groups, as in ``jax.vmap(jax.grad(f))``.
-            All rows count as zero then.)
+            Otherwise it spoils every sum, as it would without clipping. (If each
+            example has its own kernel, derived from a parameter, XLA runs one grouped
+            convolution, which spreads a NaN to every example, as in
+            ``jax.vmap(jax.grad(f))``. All rows count as zero then.)
           with_norms: whether to return the norms before the clip as well.
 
         Returns:
@@ -450,7 +447,8 @@ class Jacobian(NotAnArray):
         Raises:
           TypeError: a bound is not a real number.
           ValueError: a bound is negative or NaN (if it is traced, the rows become NaN
-            instead), or not a scalar; or ``max_norm`` is no prefix of the parameters.
+            instead), or not a scalar; or ``max_norm`` is not a prefix tree of
+            the parameters.
 
         Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, Algorithm
           1.
@@ -605,10 +603,10 @@ class Jacobian(NotAnArray):
         Raises:
           TypeError: ``rows`` is not an int, or J is traced.
           ValueError: ``rows`` is not positive; or a product is wrong by more than
-            rounding, and the message names the leaf. Rounding is taken for 8·√eps of
-            what the product adds up, at most a quarter, and 64·eps of the largest
-            leaf's, at most a sixteenth. eps is that of the narrowest floats anywhere in
-            the function, so 0.003 is allowed in float32, and a quarter in bfloat16.
+            rounding, and the message names the leaf. The tolerance is min(8·√eps, 1/4)
+            times the size of the summands, plus min(64·eps, 1/16) times that of the
+            largest leaf. eps is that of the narrowest floats anywhere in the function,
+            so 0.003 is allowed in float32, and a quarter in bfloat16.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian

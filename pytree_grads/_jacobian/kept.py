@@ -21,7 +21,7 @@ from .origin import Origin
 
 @dataclass(frozen=True)
 class SumForm:
-    """The leaves in the form that one sum of unscaled rows costs least from.
+    """The leaves in the cheapest form for a single sum of unscaled rows.
 
     A row may be smaller than its factors: the kernel of a convolution, say. Norms take
     rows then, and so does a sum that is computed many times. One sum of unscaled rows
@@ -38,7 +38,7 @@ class SumForm:
     def is_at_hand(self) -> bool:
         """Whether the trace is the one in which J was made.
 
-        It is another in the body of a loop. A sum there is computed many times.
+        Inside a loop body the trace differs, and there the sum would run at every turn.
         """
         return trace_state() == self.made_in
 

@@ -1,4 +1,4 @@
-"""What the rows of one J have in common, kept or recomputed: where they come from."""
+"""Origin: a source with the shapes of its rows, which kept and recomputed rows have."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,10 +21,11 @@ from .source import Source
 )
 @dataclass(frozen=True)
 class Origin:
-    """The function and batch of one J, and the shape of an array of numbers per row.
+    """A source with the shapes of its rows: of numbers per row, and of parameters.
 
-    That shape is (N,) for a scalar function, and (N, K) if an example has K outputs.
-    Sums over rows are sums over all devices along the mesh axes `axis_name`.
+    The shape of numbers per row is (N,) for a scalar function, and (N, K) if an example
+    has K outputs. Sums over rows are sums over all devices along the mesh axes
+    `axis_name`.
     """
 
     source: Source

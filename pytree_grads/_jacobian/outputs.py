@@ -47,7 +47,7 @@ class Outputs:
 
     @property
     def is_pair(self) -> bool:
-        """Whether this is a pair of a scalar and of no scalar: a loss and aux?"""
+        """Whether the output is a pair (scalar, non-scalar), probably loss and aux."""
         tree = jax.tree.unflatten(self.treedef, [0] * len(self.shapes))
         if type(tree) is not tuple or len(tree) != 2:
             return False

@@ -21,7 +21,7 @@ _ROWS = "J holds factors, no rows: J.to_rows() are the rows as a tree of stacked
 
 
 class NotAnArray(NotATree):
-    """A matrix that is no array: operators raise, and say what to write instead."""
+    """A matrix that is not an array: operators raise, and say what to write instead."""
 
     __array_ufunc__ = None  # NumPy arrays leave operators to us
     _symbol = "J"
@@ -139,7 +139,7 @@ def _index(index: Any) -> str:
 
 
 def _other_choice(index: Any, size: Any) -> str:
-    """How to have the rows of an index that is no slice of step 1."""
+    """What to write instead for an index other than a step-1 slice."""
     if isinstance(index, slice):
         return _CHOOSE.format("start:stop:step")
     try:

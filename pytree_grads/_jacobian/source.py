@@ -131,8 +131,8 @@ class Source:
         """`sums, numbers = fun(matrix, extra)` of each chunk: added up, and joined.
 
         `rows` are weights, valid and extra, trees of arrays of rows, as the numbers
-        are. Rows that have weights have had a pass before, for their norms. The pass
-        here shares nothing with it, and returns no numbers.
+        are. If rows have weights, an earlier pass computed their norms. This pass must
+        not share work with that one, and returns no numbers.
         """
 
         def step(carry: Any, chunk: Batch, place: Place) -> Any:

@@ -98,8 +98,7 @@ class Streamed:
         """The sum of the clipped rows times c, and the norms before the clip.
 
         With `one_pass`, both come from one pass over the chunks, if the rows have no
-        weights; those have had a pass for norms before, with which the one for the sum
-        shares nothing.
+        weights; for weighted rows, the norms came from an earlier, separate pass.
         """
         self.origin.require_one()
         rows = self._settled()

@@ -1,4 +1,4 @@
-"""What depends on JAX and XLA as they are today; no other room may know.
+"""What depends on the releases of JAX and XLA; no other room works around them.
 
 ================  ======================================================================
 ``compat``        what changes between releases of JAX: jaxprs and their equations

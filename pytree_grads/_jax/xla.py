@@ -129,7 +129,7 @@ def sum_of_products(x: jax.Array, y: jax.Array) -> jax.Array:
       into a form that it then rejects.
     Seen on: jax 0.10.2, XLA for CPU.
     Gain: the program compiles.
-    May go when: `tests/test_jacobian_outputs.py` passes with a contraction here. It
+    May go when: `tests/jacobian/test_outputs.py` passes with a contraction here. It
       has rows that are sums of an array and outer products.
     """
     return jnp.sum(x * y)

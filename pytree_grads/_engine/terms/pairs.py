@@ -150,7 +150,7 @@ def _gram_of_counts(x: Scatter, y: Scatter) -> jax.Array:
         return jnp.sum(lines_at(found, index), axis=1)
 
     index = jnp.moveaxis(y.index, 1, 0)
-    # So few rows at a time that the counts looked up take little memory next to all.
+    # Few enough rows at a time that the gathered counts stay small beside `found`.
     at_once = found.size // (4 * max(1, index[0].size * size))
     pairs = lax.map(common, index, batch_size=max(1, min(others, at_once)))
     rights = dot("bin,bjn->bij", x.right[:, :, 0].conj(), y.right[:, :, 0])
