@@ -82,5 +82,9 @@ def _bodies(params: dict[str, Any]) -> list[Jaxpr]:
     values = [
         x for v in params.values() for x in (v if isinstance(v, tuple | list) else [v])
     ]
-    closed = [x.jaxpr for x in values if isinstance(x, ClosedJaxpr)]
-    return closed + [x for x in values if isinstance(x, Jaxpr)]
+    # JAX 0.12 has one class for both.
+    return [
+        x.jaxpr if isinstance(x, ClosedJaxpr) else x
+        for x in values
+        if isinstance(x, Jaxpr | ClosedJaxpr)
+    ]
