@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from ..._trees.algebra import common_dtype
@@ -166,21 +165,6 @@ def _stacked(norms: Sequence[Norms], dtype: Any) -> Norms:
         leaves=tuple(i for x in norms for i in x.leaves),
         factors=tuple(factor for x in norms for factor in x.factors),
         errors=tuple(error for x in norms for error in x.errors),
-    )
-
-
-def as_numbers(norms: Sequence[Norms]) -> Norms:
-    """The norms as one number for each row and leaf."""
-    dtype = common_dtype(*(x.dtype for x in jax.tree.leaves(norms)))
-    found = common_dtype(*(x.dtype for x in norms))
-    values = [x.value(dtype) for x in norms]
-    leaves = [i for x in norms for i in x.leaves]
-    columns = lax.concatenate(values, values[0].ndim - 1)[..., np.argsort(leaves)]
-    return Norms(
-        weights=(lax.convert_element_type(columns, found),),
-        leaves=tuple(sorted(leaves)),
-        factors=(1.0,) * len(leaves),
-        errors=((0.0, 0.0),) * len(leaves),
     )
 
 
