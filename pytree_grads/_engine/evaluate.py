@@ -118,20 +118,20 @@ def assemble(
 
 
 @dataclass(frozen=True)
-class _Needs:
+class Needs:
     """What must be evaluated in a graph for some keys."""
 
     atoms: set[Atom]
-    scans: dict[Equation, "_ScanNeeds"]
+    scans: dict[Equation, "ScanNeeds"]
 
 
 @dataclass(frozen=True)
-class _ScanNeeds:
+class ScanNeeds:
     stacks: list[Key]  # arrays of the body to stack
     totals: list[Key]  # arrays of the body to add up
     carries: list[int]  # the carries that run
     steps: list[int]  # the per-step outputs that are read
-    body: _Needs
+    body: Needs
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,10 @@ class _Asked:
     totals: dict[Key, None] = field(default_factory=dict)
 
 
-def _needs(graph: Graph, keys: Iterable[Key]) -> _Needs:
+def needs_of(graph: Graph, keys: Iterable[Key]) -> Needs:
     """Walk back from the keys, into the bodies of the scans that they name."""
     atoms, asked = _seeds(keys)
-    scans: dict[Equation, _ScanNeeds] = {}
+    scans: dict[Equation, ScanNeeds] = {}
     for equation in reversed(graph.equations):
         if equation in asked:
             own = asked[equation]
@@ -158,7 +158,7 @@ def _needs(graph: Graph, keys: Iterable[Key]) -> _Needs:
             )
         elif any(output in atoms for output in equation.outputs):
             atoms.update(equation.inputs)
-    return _Needs(atoms, scans)
+    return Needs(atoms, scans)
 
 
 def _seeds(keys: Iterable[Key]) -> tuple[set[Atom], dict[Equation, _Asked]]:
@@ -184,7 +184,7 @@ def _seeds(keys: Iterable[Key]) -> tuple[set[Atom], dict[Equation, _Asked]]:
 
 def _scan_needs(
     equation: Equation, stacks: list[Key], totals: list[Key], atoms: set[Atom]
-) -> _ScanNeeds:
+) -> ScanNeeds:
     body = equation.body
     carry_from, steps_from = equation.splits
     count = steps_from - carry_from
@@ -193,21 +193,21 @@ def _scan_needs(
     carries = {i for i in read if i < count}
     while True:
         outputs = [body.outputs[i] for i in [*carries, *steps]]
-        needs = _needs(body, [*stacks, *totals, *outputs])
+        needs = needs_of(body, [*stacks, *totals, *outputs])
         used = {i for i in range(count) if body.inputs[carry_from + i] in needs.atoms}
         if used <= carries:
-            return _ScanNeeds(stacks, totals, sorted(carries), steps, needs)
+            return ScanNeeds(stacks, totals, sorted(carries), steps, needs)
         carries |= used
 
 
 def run(graph: Graph, inputs: Sequence[Any], keys: Sequence[Key]) -> list[Any]:
     """Evaluate the arrays that some keys name."""
     env: dict[Key, Any] = dict(zip(graph.inputs, inputs, strict=True))
-    return _run(graph, env, keys, _needs(graph, keys))
+    return _run(graph, env, keys, needs_of(graph, keys))
 
 
 def _run(
-    graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: _Needs
+    graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: Needs
 ) -> list[Any]:
     def read(key: Key) -> Any:
         atom = _went_in(key)
@@ -236,7 +236,7 @@ def _run(
 
 
 def _run_scan(
-    equation: Equation, needs: _ScanNeeds, env: dict[Key, Any]
+    equation: Equation, needs: ScanNeeds, env: dict[Key, Any]
 ) -> dict[Key, Any]:
     """Run a scan: the outputs that are read, and the keys inside its body.
 
@@ -317,13 +317,13 @@ def depends(keys: Sequence[Key], graph: Graph, seeds: Iterable[Atom]) -> list[bo
 def _depends(key: Key, reached: set[Atom]) -> bool:
     match key:
         case Stacked(equation, inner) | Total(equation, inner):
-            return _depends(inner, _reached_in_body(equation, reached))
+            return _depends(inner, reached_in_body(equation, reached))
         case Norm(site) | Row(site):
             return any(_depends(own, reached) for own in keys_of(site))
     return key in reached
 
 
-def _reached_in_body(equation: Equation, reached: set[Atom]) -> set[Atom]:
+def reached_in_body(equation: Equation, reached: set[Atom]) -> set[Atom]:
     body = equation.body
     carry_from, steps_from = equation.splits
     pairs = zip(equation.inputs, body.inputs, strict=True)

@@ -88,6 +88,11 @@ class Graph:
             counts[atom] = counts.get(atom, 0) + 1
         return counts
 
+    @cached_property
+    def position(self) -> dict[Equation, int]:
+        """The number of each equation, in the order of evaluation."""
+        return {equation: i for i, equation in enumerate(self.equations)}
+
     def downstream(self, seeds: Iterable[Atom]) -> set[Atom]:
         """Every value that may depend on one of the seeds."""
         reached = set(seeds)

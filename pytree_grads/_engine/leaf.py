@@ -70,6 +70,13 @@ class Summand:
         return [i for i, x in arrays if any(x is factor for factor in factors)]
 
     @property
+    def coefficient_positions(self) -> list[int]:
+        """The positions of the arrays that all rows share by construction."""
+        shared = self.term.coefficients
+        arrays = enumerate(jax.tree.leaves(self.term))
+        return [i for i, x in arrays if any(x is own for own in shared)]
+
+    @property
     def factor_row_axes(self) -> list[int]:
         """How many row axes each factor has."""
         return [self.row_axes[i] for i in self.factor_positions]
@@ -254,15 +261,19 @@ def inner(one: Leaf, xs: Sequence[Term], other: Leaf, ys: Sequence[Term]) -> jax
     total = jnp.zeros((), one.carried)
     for a, x in zip(one.summands, xs, strict=True):
         for b, y in zip(other.summands, ys, strict=True):
-            product = _inner_of_summands(a, x, b, y).astype(one.carried)
+            product = inner_of_summands(a, x, b, y).astype(one.carried)
             total += times(product, a.factor * b.factor)
     return total
 
 
-def _inner_of_summands(a: Summand, x: Term, b: Summand, y: Term) -> jax.Array:
+def inner_of_summands(a: Summand, x: Term, b: Summand, y: Term) -> jax.Array:
     """<x, y> behind the views of two summands, without their factors."""
     if disjoint(a.view, b.view):
         return jnp.zeros((), x.dtype)
+    if x.is_dense and a.is_shared:
+        return y.apply(_pulled(b, y, _block(a, x).conj()))
+    if y.is_dense and b.is_shared:
+        return x.apply(_pulled(a, x, _block(b, y).conj())).conj()
     if are_alike(a, b):
         return pairs.inner(x, y)
     if x.is_dense:
@@ -277,6 +288,10 @@ def inner_cost(a: Summand, b: Summand) -> int:
     x, y = a.of_one_row, b.of_one_row
     if disjoint(a.view, b.view):
         return 0
+    if x.is_dense and a.is_shared:
+        return y.shared_apply_cost
+    if y.is_dense and b.is_shared:
+        return x.shared_apply_cost
     if are_alike(a, b):
         return pairs.inner_cost(x, y)
     if x.is_dense:

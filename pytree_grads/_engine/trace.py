@@ -20,6 +20,8 @@ from . import evaluate as _evaluate
 from . import graph as _graph
 from . import plan as _plan
 from .leaf import Leaf, Summand
+from .tails.search import Found, search
+from .tails.tail import Program, Tail
 from .terms import Term
 
 PyTree = Any
@@ -195,15 +197,25 @@ def _basis(output_avals: PyTree) -> list[jax.Array] | None:
 # Factor: run the cut graph for all examples
 
 
+class Factors(NamedTuple):
+    """The rows of J before their tail, if some leaves have one.
+
+    The sources are the leaves without a tail, and then the values where it begins.
+    """
+
+    sources: tuple[Leaf, ...]
+    tail: Tail | None = None
+
+
 @dataclass(frozen=True)
 class Factored:
     """What one forward and one backward pass over a batch give."""
 
     outputs: PyTree  # leaves (N, *k)
     aux: PyTree  # leaves (N, ...)
-    leaves: tuple[Leaf, ...]
-    # Builds the leaves in the form "sum". None if that form is the same.
-    for_sum: Callable[[], tuple[Leaf, ...]] | None
+    rows: Factors
+    # Builds the rows in the form "sum". None if that form is the same.
+    for_sum: Callable[[], Factors] | None
 
 
 def factor(
@@ -217,16 +229,21 @@ def factor(
     varying = trace.graph.downstream(trace.of_one_example)
     route = "auto" if form == "sum" else form
     plans = [_plan.plan_leaf(leaf, varying, route) for leaf in trace.leaves]
-    cuts = [own.for_sums if form == "sum" else own.for_rows for own in plans]
-    others = [own.for_sums for own in plans]
-    with_sum = with_sum and any(isinstance(x, Tracer) for x in batch.leaves)
-    with_sum = with_sum and any(x is not y for x, y in zip(cuts, others, strict=True))
-    asked = [*cuts, *others] if with_sum else cuts
+    own = _form(trace, plans, _for_sums if form == "sum" else _for_rows, route)
+    alone = own
+    if with_sum and any(isinstance(x, Tracer) for x in batch.leaves):
+        alone = _form(trace, plans, _for_sums, route)
+        if alone.is_like(own):
+            alone = own
+    asked = [own] if alone is own else [own, alone]
 
-    sites = list(dict.fromkeys(cut.site for own in asked for cut in own))
-    places = _places(trace, sites)
+    cuts = [cut for form in asked for cuts in form.cuts for cut in cuts]
+    sites = list(dict.fromkeys(cut.site for cut in cuts))
+    shared = [key for form in asked for key in form.shared]
+    places = _places(trace, sites, shared)
     arrays, results = _run(trace, batch, places)
     outputs, aux = jax.tree.unflatten(trace.result_tree, results)
+    count = _count(trace.output_avals)
 
     @cache
     def term(site: _plan.Site) -> tuple[Term, tuple[int, ...]]:
@@ -234,26 +251,87 @@ def factor(
         row_axes = [places[key].row_axes for key in keys]
         return _evaluate.assemble(site, [arrays[key] for key in keys], row_axes)
 
-    count = _count(trace.output_avals)
-    primals = jax.tree.leaves(batch.primals)
-    leaves = tuple(
-        _leaf(primal, own, term, batch.size, count)
-        for primal, own in zip(primals, cuts, strict=True)
-    )
-    joined = tuple(
-        leaf if form == "sum" and own.for_sums is not own.for_rows else _joined(leaf)
-        for leaf, own in zip(leaves, plans, strict=True)
+    @cache
+    def leaf(shape: Any, dtype: Any, cuts: _plan.Cuts, joins: bool) -> Leaf:
+        made = _leaf(shape, dtype, cuts, term, batch.size, count)
+        return _joined(made) if joins else made
+
+    def rows(form: _Form) -> Factors:
+        leaves = [
+            leaf(x.shape, x.dtype, cuts, joins)
+            for x, cuts, joins in zip(form.avals, form.cuts, form.joins, strict=True)
+        ]
+        if form.found is None:
+            return Factors(tuple(leaves))
+        values = [arrays[key] for key in form.shared]
+        avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in form.avals[form.plain :]]
+        program = Program.of(form.found, avals, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in values])
+        return Factors(tuple(leaves), Tail(program, tuple(values)))
+
+    return Factored(
+        outputs, aux, rows(own), None if alone is own else lambda: rows(alone)
     )
 
-    def for_sum() -> tuple[Leaf, ...]:
-        return tuple(
-            leaf if mine is alone else _leaf(primal, alone, term, batch.size, count)
-            for leaf, primal, mine, alone in zip(
-                joined, primals, cuts, others, strict=True
-            )
+
+def _for_rows(plan: _plan.LeafPlan) -> _plan.Cuts:
+    return plan.for_rows
+
+
+def _for_sums(plan: _plan.LeafPlan) -> _plan.Cuts:
+    return plan.for_sums
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What is kept of all leaves: the cuts of plain leaves, and those of a tail."""
+
+    avals: list[Any]  # of plain leaves, then of the sources of the tail
+    cuts: list[_plan.Cuts]
+    joins: list[bool]  # whether summands of one form become one
+    plain: int  # how many leaves have no tail
+    found: Found | None
+
+    @property
+    def shared(self) -> list[_evaluate.Key]:
+        """The coefficients of the tail."""
+        return [] if self.found is None else self.found.shared
+
+    def is_like(self, other: "_Form") -> bool:
+        """Whether the rows are the same."""
+        if self.found is None and other.found is None:
+            return all(x is y for x, y in zip(self.cuts, other.cuts, strict=True))
+        if self.found is None or other.found is None:
+            return False
+        same = self.found.leaves == other.found.leaves and self.cuts == other.cuts
+        return same and self.shared == other.shared
+
+
+def _form(
+    trace: Trace, plans: Sequence[_plan.LeafPlan], choice: Any, route: _plan.Route
+) -> _Form:
+    """The cuts of all leaves in one form."""
+    found = None
+    if route != "rows":
+        found = search(
+            trace.graph,
+            trace.leaves,
+            trace.results,
+            trace.of_one_example,
+            plans,
+            choice,
         )
-
-    return Factored(outputs, aux, joined, for_sum if with_sum else None)
+    tailed = set() if found is None else set(found.leaves)
+    plain = [i for i in range(len(plans)) if i not in tailed]
+    sources = [] if found is None else found.sources
+    own = [plans[i] for i in plain] + [x.plan for x in sources]
+    avals = [trace.leaves[i].aval for i in plain] + list(sources)
+    return _Form(
+        avals=avals,
+        cuts=[choice(x) for x in own],
+        joins=[choice is _for_rows or x.for_sums is x.for_rows for x in own],
+        plain=len(plain),
+        found=found,
+    )
 
 
 class _Place(NamedTuple):
@@ -265,9 +343,15 @@ class _Place(NamedTuple):
     depth: int  # how many axes of scan steps it has, in front of the row axes
 
 
-def _places(trace: Trace, sites: Sequence[_plan.Site]) -> dict[_evaluate.Key, _Place]:
-    """The arrays from which the terms at some sites are assembled, with their axes."""
-    keys = list(dict.fromkeys(key for site in sites for key in _evaluate.keys_of(site)))
+def _places(
+    trace: Trace, sites: Sequence[_plan.Site], others: Sequence[_evaluate.Key]
+) -> dict[_evaluate.Key, _Place]:
+    """The arrays from which the terms at some sites are assembled, with their axes.
+
+    `others` are the keys of more arrays.
+    """
+    keys = [key for site in sites for key in _evaluate.keys_of(site)]
+    keys = list(dict.fromkeys([*keys, *others]))
     by_output = _evaluate.depends(keys, trace.graph, trace.cotangents)
     by_example = _evaluate.depends(keys, trace.graph, trace.of_one_example)
     return {
@@ -308,7 +392,8 @@ def _run(
 
 
 def _leaf(
-    primal: jax.Array,
+    leaf_shape: tuple[int, ...],
+    dtype: Any,
     cuts: Sequence[_plan.Cut],
     term: Callable[[_plan.Site], tuple[Term, tuple[int, ...]]],
     size: int,
@@ -327,8 +412,8 @@ def _leaf(
         )
         for cut in cuts
     )
-    shape = _plan.shape_of(cuts, primal.shape)
-    return Leaf(summands, shape, primal.dtype, size, outputs)
+    shape = _plan.shape_of(cuts, leaf_shape)
+    return Leaf(summands, shape, dtype, size, outputs)
 
 
 def _joined(leaf: Leaf) -> Leaf:

@@ -193,8 +193,11 @@ def _make(
         else:
             factored = source.factor(trace, batch.localized(), with_sum=True)
             make = factored.for_sum
-            sum_form = None if make is None else SumForm(make, trace_state())
-            rows = Kept(origin, factored.leaves, sum_form=sum_form)
+            sum_form = None if make is None else SumForm(make)
+            sources, tail = factored.rows
+            rows = Kept(
+                origin, sources, tail=tail, made_in=trace_state(), sum_form=sum_form
+            )
             values, aux = factored.outputs, factored.aux
         made = Jacobian(rows, outputs)
         if with_outputs:

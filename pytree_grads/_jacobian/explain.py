@@ -15,7 +15,7 @@ from .rows import Rows
 def explain(rows: Rows, title: str) -> str:
     """The table of `Jacobian.explain`, for a Jacobian of some title."""
     if isinstance(rows, Kept):
-        leaves, mode = rows.leaves, "rows are kept"
+        leaves, mode = rows.matrix.leaves, "rows are kept"
     else:
         leaves, mode = rows.leaves_of_a_chunk(), "rows are recomputed for each product"
     paths = [path for path, _ in jax.tree.leaves_with_path(rows.origin.params)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -11,7 +11,9 @@ from jax.sharding import PartitionSpec
 from .._engine.leaf import Leaf, take
 from .._engine.matrix import Matrix
 from .._engine.products.scaled_norms import Norms, combined
-from .._jax.compat import trace_state
+from .._engine.tails.tail import Tail
+from .._engine.trace import Factors
+from .._jax.compat import is_outside_traces, trace_state
 from .._jax.sharding import in_auto, layout, sum_over
 from .._trees.checks import PyTree
 from .clip import Clip
@@ -31,23 +33,14 @@ class SumForm:
     for.
     """
 
-    make: Callable[[], tuple[Leaf, ...]]
-    made_in: Any  # the trace
-
-    @property
-    def is_at_hand(self) -> bool:
-        """Whether the trace is the one in which J was made.
-
-        Inside a loop body the trace differs, and there the sum would run at every turn.
-        """
-        return trace_state() == self.made_in
+    make: Callable[[], Factors]
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["origin", "leaves", "weights", "valid"],
-    meta_fields=[],
-    drop_fields=["sum_form"],
+    data_fields=["origin", "sources", "weights", "valid", "tail"],
+    meta_fields=["weight_of"],
+    drop_fields=["made_in", "sum_form"],
 )
 @dataclass(frozen=True)
 class Kept:
@@ -59,15 +52,21 @@ class Kept:
     """
 
     origin: Origin
-    leaves: tuple[Leaf, ...]
-    weights: tuple[jax.Array, ...] | None = None  # of rows, for each leaf
+    sources: tuple[Leaf, ...]  # see `Matrix`
+    weights: tuple[jax.Array, ...] | None = None  # of rows, each once
     valid: jax.Array | None = None  # rows that count; the others are zero
+    tail: Tail | None = None
+    weight_of: tuple[int, ...] = ()  # the weights of each leaf, by their position
+    made_in: Any = None  # the trace in which J was made
     sum_form: SumForm | None = None
 
     @property
     def matrix(self) -> Matrix:
         """The rows as the engine takes them."""
-        return Matrix(self.leaves, self.weights, self.valid)
+        weights = self.weights
+        if weights is not None:
+            weights = tuple(weights[i] for i in self.weight_of)
+        return Matrix(self.sources, weights, self.valid, self.tail)
 
     def as_argument(self) -> "Kept":
         """What a compiled product takes in place of these rows."""
@@ -75,7 +74,7 @@ class Kept:
 
     def bare(self) -> "Kept":
         """The rows before they were scaled and clipped."""
-        return replace(self, weights=None, valid=None)
+        return replace(self, weights=None, valid=None, weight_of=())
 
     def taken(self, start: int, size: int) -> "Kept":
         """The rows of `size` examples from `start` on."""
@@ -84,15 +83,18 @@ class Kept:
         sums = self.sum_form
         if sums is not None:
             whole = sums.make
-            sums = replace(
-                sums, make=lambda: tuple(take(x, start, size) for x in whole())
-            )
-        return Kept(origin, cut.leaves, cut.weights, cut.valid, sums)
+
+            def part() -> Factors:
+                sources, tail = whole()
+                return Factors(tuple(take(x, start, size) for x in sources), tail)
+
+            sums = replace(sums, make=part)
+        return replace(self, origin=origin)._weighted(cut, sums)
 
     def scaled(self, factors: jax.Array) -> "Kept":
         """The rows times numbers of their own."""
         self.origin.require_one()
-        return self._weighted(self.matrix.scaled([factors] * len(self.leaves)))
+        return self._weighted(self.matrix.scaled([factors] * len(self.origin.primals)))
 
     def clipped(self, clip: Clip) -> "Kept":
         """The clipped rows."""
@@ -111,8 +113,20 @@ class Kept:
         clipped, norms = self.clipped_with_norms(clip)
         return clipped.sum(c), norms
 
-    def _weighted(self, matrix: Matrix) -> "Kept":
-        return replace(self, weights=matrix.weights, valid=matrix.valid, sum_form=None)
+    def _weighted(self, matrix: Matrix, sum_form: SumForm | None = None) -> "Kept":
+        """The rows of a matrix; weights that leaves share are stored once."""
+        own: dict[int, int] = {}
+        weights = matrix.weights or ()
+        weight_of = tuple(own.setdefault(id(w), len(own)) for w in weights)
+        once = tuple(weights[weight_of.index(i)] for i in range(len(own)))
+        return replace(
+            self,
+            sources=matrix.sources,
+            weights=None if matrix.weights is None else once,
+            valid=matrix.valid,
+            weight_of=weight_of,
+            sum_form=sum_form,
+        )
 
     def map(
         self, fun: Callable[..., PyTree], *args: PyTree, out: PyTree = None
@@ -152,15 +166,34 @@ class Kept:
         are summed from their `sum_form`. All others are summed from what norms take.
         """
         rows, sums = self, self.sum_form
-        if sums is not None and sums.is_at_hand:
-            rows = replace(self, leaves=sums.make(), sum_form=None)
+        if sums is not None and self._is_at_hand:
+            sources, tail = sums.make()
+            rows = replace(self, sources=sources, tail=tail, sum_form=None)
         return rows.fold(Matrix.weighted_sum, c)
 
     def norms(self) -> jax.Array:
         """The norms of the rows."""
-        return combined(self._leaf_norms(), range(len(self.leaves)))
+        return combined(self._leaf_norms(), range(len(self.origin.primals)))
+
+    @property
+    def _is_at_hand(self) -> bool:
+        """Whether a trace is the one in which J was made.
+
+        Inside a loop body the trace differs, and what is computed there runs at every
+        turn.
+        """
+        return not is_outside_traces() and trace_state() == self.made_in
 
     def _leaf_norms(self) -> tuple[Norms, ...]:
+        return self._norms_once if self._is_at_hand else self.map(_leaf_norms)
+
+    @cached_property
+    def _norms_once(self) -> tuple[Norms, ...]:
+        """The norms of leaves, written once in the trace in which J was made.
+
+        XLA merges equal expressions, but for loops. A J with other weights is another
+        object, with norms of its own.
+        """
         return self.map(_leaf_norms)
 
 

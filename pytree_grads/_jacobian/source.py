@@ -115,7 +115,8 @@ class Source:
         """`fun(matrix)`, which returns arrays of rows, chunk by chunk."""
 
         def of_chunk(chunk: Batch, rows: Any) -> PyTree:
-            return fun(Matrix(self.factor(trace, chunk, form).leaves, *rows))
+            made = self.factor(trace, chunk, form).rows
+            return fun(Matrix(made.sources, *rows, made.tail))
 
         rows = (weights, valid)
         return map_chunks(of_chunk, self.batch.localized(), self.chunk_size, rows)
@@ -137,7 +138,8 @@ class Source:
 
         def step(carry: Any, chunk: Batch, place: Place) -> Any:
             weights, valid, extra = jax.tree.map(place.cut, rows)
-            matrix = Matrix(self.factor(trace, chunk, form).leaves, weights, valid)
+            made = self.factor(trace, chunk, form).rows
+            matrix = Matrix(made.sources, weights, valid, made.tail)
             sums, numbers = fun(matrix, extra)
             return jax.tree.map(jnp.add, carry, sums), numbers
 

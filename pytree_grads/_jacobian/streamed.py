@@ -133,7 +133,11 @@ class Streamed:
         source, size = self.origin.source, self.origin.shape[0]
         batch = source.batch.chunk(0, min(source.chunk_size or size, size))
         trace = self.trace or source.trace()
-        return jax.eval_shape(lambda: source.factor(trace, batch).leaves)
+        def leaves() -> tuple[Leaf, ...]:
+            made = source.factor(trace, batch).rows
+            return Matrix(made.sources, tail=made.tail).leaves
+
+        return jax.eval_shape(leaves)
 
     def map(
         self,

@@ -8,6 +8,7 @@ scaled likewise before they are combined; see `scaled_norms`.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
+from itertools import combinations_with_replacement
 from math import prod
 from typing import Any
 
@@ -17,10 +18,9 @@ from jax import lax
 
 from ..._trees.algebra import common_dtype
 from .. import thresholds
-from ..leaf import Leaf, inner, over_rows, row
+from ..leaf import Leaf, inner_of_summands, over_rows, row
 from ..terms.dense import Dense
 from ..terms.protocol import Squared, Term
-from ..terms.scales import times_twice
 from ..weighing import times
 from .routes import Route, norm_route
 from .scaled_norms import Norms, combined
@@ -99,25 +99,31 @@ def _norms_of_rows(leaf: Leaf) -> Norms:
 def _squared_norm_of_summands(leaf: Leaf, terms: Sequence[Term]) -> Squared:
     """The squared norm of a row that is the sum of several terms.
 
-    All terms take the scale of the largest one. The square of the sum of their masses
-    bounds the sum of the absolute inner products.
+    Each term is brought near one, and its inner products are multiplied by numbers that
+    restore the proportions: all terms then have the scale of the largest one. The
+    square of the sum of their masses bounds the sum of the absolute inner products.
     """
     units, scales = zip(*(term.near_one() for term in terms), strict=True)
     dtype = common_dtype(*(x.dtype for x in scales))
     scales = [x.astype(dtype) for x in scales]
     scale = reduce(jnp.minimum, scales)
-    units = [_shrunk(unit, scale / x) for unit, x in zip(units, scales, strict=True)]
-    square = jnp.real(inner(leaf, units, leaf, units)).astype(leaf.real)
-    pairs = zip(units, leaf.summands, strict=True)
-    masses = [times(unit.mass(), abs(x.factor)) for unit, x in pairs]
-    total = jnp.sum(jnp.stack([x.astype(leaf.real) for x in masses]))
+    shares = [
+        times(((scale / x) ** 2).astype(leaf.real), summand.factor)
+        for x, summand in zip(scales, leaf.summands, strict=True)
+    ]
+    square = jnp.zeros((), leaf.real)
+    for i, j in combinations_with_replacement(range(len(units)), 2):
+        product = inner_of_summands(
+            leaf.summands[i], units[i], leaf.summands[j], units[j]
+        )
+        both = shares[i] * shares[j] * jnp.real(product).astype(leaf.real)
+        square += both if i == j else 2 * both
+    masses = [
+        unit.mass().astype(leaf.real) * abs(share)
+        for unit, share in zip(units, shares, strict=True)
+    ]
+    total = jnp.sum(jnp.stack(masses))
     return Squared(square, total**2, scale)
-
-
-def _shrunk(term: Term, share: jax.Array) -> Term:
-    """A row multiplied twice by a number, in its last factor."""
-    *others, last = term.factors
-    return term.with_factors([*others, times_twice(last, share)])
 
 
 def _product_count(term: Term) -> int:

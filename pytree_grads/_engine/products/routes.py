@@ -7,6 +7,7 @@ nothing here.
 """
 
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from math import prod
 from typing import Literal, TypeAlias
 
@@ -42,7 +43,7 @@ def norm_route(leaf: Leaf) -> Route:
     if needs_rows(leaf, leaf):
         made = sum(x.of_one_row.row_cost for x in leaf.summands if not x.is_shared)
         return Route("rows", "rows", made + 2 * prod(leaf.shape))
-    pairs = [(x, y) for x in leaf.summands for y in leaf.summands]
+    pairs = combinations_with_replacement(leaf.summands, 2)
     products = sum(inner_cost(x, y) for x, y in pairs if not _are_shared(x, y))
     masses = sum(2 * sum(_own_sizes(x)) for x in leaf.summands)
     return Route("summands", "inner products", products + masses)
@@ -53,7 +54,8 @@ def _route_of_one(summand: Summand) -> Route:
     if term.norm_is_product:
         return Route("vectors", "squares", 2 * sum(_own_sizes(summand)))
     way, flops = term.norm_cost
-    return Route("term", way, 0 if summand.is_shared else flops)
+    kind = "rows" if way == "rows" else "term"
+    return Route(kind, way, 0 if summand.is_shared else flops)
 
 
 def _are_shared(*summands: Summand) -> bool:

@@ -127,6 +127,7 @@ class _Rows:
 
     arrays: list[jax.Array]
     differs: list[bool]  # whether an array has a row axis; others are shared
+    coefficients: list[int]  # arrays that are shared by construction
     weights: jax.Array | None  # (size,)
     axis: int  # of rows
     size: int  # how many rows
@@ -139,11 +140,12 @@ def _added(
     treedef = jax.tree.structure(summand.term)
     found = _with_one_axis(summand, leaf, weights)
     own = [i for i, differs in enumerate(found.differs) if differs]
+    may_differ = [i for i in range(len(found.arrays)) if i not in found.coefficients]
     is_linear = len(own) <= 1 and set(own) <= set(summand.factor_positions)
-    if not is_linear and len(own) < len(found.arrays):
+    if not is_linear and own != may_differ:
         found = _broadcast(found)
-        own = list(range(len(found.arrays)))
-    if len(own) == len(found.arrays):
+        own = may_differ
+    if own == may_differ:
         term = jax.tree.unflatten(treedef, found.arrays)
         return term.add_rows(onto, found.weights, found.axis, summand.factor)
     arrays = list(found.arrays)
@@ -162,8 +164,9 @@ def _with_one_axis(summand: Summand, leaf: Leaf, weights: jax.Array | None) -> _
     """The arrays of a summand, with N and K reduced to one row axis."""
     arrays, axis, n = jax.tree.leaves(summand.term), summand.axis, leaf.size
     differs = [count > 0 for count in summand.row_axes]
+    coefficients = summand.coefficient_positions
     if leaf.outputs is None:
-        return _Rows(arrays, differs, weights, axis, n)
+        return _Rows(arrays, differs, coefficients, weights, axis, n)
     k = leaf.outputs
     both = [i for i, count in enumerate(summand.row_axes) if count == 2]
     if not both:  # all rows of an example are the same
@@ -171,20 +174,20 @@ def _with_one_axis(summand: Summand, leaf: Leaf, weights: jax.Array | None) -> _
             weights = jnp.full((n,), k, leaf.real)
         else:
             weights = jnp.sum(weights, axis=1)
-        return _Rows(arrays, differs, weights, axis, n)
+        return _Rows(arrays, differs, coefficients, weights, axis, n)
     if len(both) == 1 < len(arrays) and both[0] in summand.factor_positions:
         # A row is linear in the only factor that has outputs: sum over these first.
         (i,) = both
         fold = jax.vmap(partial(weighted_total, axis=axis), (0, axis), axis)
         weights = jnp.ones((n, k), leaf.real) if weights is None else weights
         arrays[i] = fold(weights, arrays[i])
-        return _Rows(arrays, differs, None, axis, n)
+        return _Rows(arrays, differs, coefficients, None, axis, n)
     flat = [
         _flat_rows(x, c, axis, n, k)
         for x, c in zip(arrays, summand.row_axes, strict=True)
     ]
     weights = None if weights is None else weights.reshape(n * k)
-    return _Rows(flat, differs, weights, axis, n * k)
+    return _Rows(flat, differs, coefficients, weights, axis, n * k)
 
 
 def _flat_rows(x: jax.Array, row_axes: int, axis: int, n: int, k: int) -> jax.Array:
@@ -204,6 +207,10 @@ def _broadcast(rows: _Rows) -> _Rows:
         shape = (*x.shape[: rows.axis], rows.size, *x.shape[rows.axis + 1 :])
         return jnp.broadcast_to(x, shape)
 
-    pairs = zip(rows.arrays, rows.differs, strict=True)
-    arrays = [x if differs else wide(x) for x, differs in pairs]
-    return replace(rows, arrays=arrays, differs=[True] * len(arrays))
+    narrow = [
+        not differs and i not in rows.coefficients
+        for i, differs in enumerate(rows.differs)
+    ]
+    arrays = [wide(x) if n else x for x, n in zip(rows.arrays, narrow, strict=True)]
+    differs = [i not in rows.coefficients for i in range(len(arrays))]
+    return replace(rows, arrays=arrays, differs=differs)

@@ -22,7 +22,7 @@ def scan(equation: Equation, value: Value, view: View) -> Sequence[Cut] | None:
     cuts = decompose(output)
     if value.index < steps_from - carry_from:
         return _added_up(equation, value.index, cuts, view)
-    return _stacked(equation, cuts, view)
+    return stacked(equation, cuts, view)
 
 
 def _added_up(
@@ -41,7 +41,7 @@ def _added_up(
     return found
 
 
-def _stacked(equation: Equation, cuts: Sequence[Cut], view: View) -> list[Cut]:
+def stacked(equation: Equation, cuts: Sequence[Cut], view: View) -> list[Cut]:
     """The stack of each term; the walk goes on from operands that are read by steps."""
     body, length = equation.body, equation.params["length"]
     _, steps_from = equation.splits

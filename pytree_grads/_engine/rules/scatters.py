@@ -23,12 +23,12 @@ from .table import rule, through
 @rule(p.scatter_add_p)
 def scatter_add(equation: Equation, value: Value, view: View) -> Sequence[Cut] | None:
     """A scatter term of the lines, and the array to which they are added."""
-    layout = scatter_layout(equation)
-    if layout is None:
+    found = scatter_layout(equation)
+    if found is None:
         return None
+    layout, axes = found
     operand, *rest = equation.inputs
-    numbers = equation.params["dimension_numbers"]
-    lines_first = _from_lines(operand.aval.shape, numbers.scatter_dims_to_operand_dims)
+    lines_first = _from_lines(operand.aval.shape, axes)
     scattered = Cut(AtTerm(equation, layout, tuple(rest)), lines_first + view)
     return [scattered, through(operand, view)]
 
@@ -70,6 +70,13 @@ class ScatterLayout:
     index: Side
     lines: Side
     clips: bool  # whether an index out of range means the nearest line, not none
+    # The axes of the indices along which index i goes to line i, one for each of the
+    # first `lengths`.
+    batch_at: Shape = ()
+    # Which numbers of an index the other lengths have; None for all of several arrays.
+    numbers_at: Shape | None = None
+    # Numbers of an index that must be zero: a line has all entries along that axis.
+    zeros_at: Shape = ()
 
     def __call__(
         self, operands: Sequence[jax.Array], frames: Sequence[Frame]
@@ -77,17 +84,29 @@ class ScatterLayout:
         triples = zip(self._sides, operands, frames, strict=True)
         *indices, lines = (side(x, frame) for side, x, frame in triples)
         index_rows = max(frame.rows for frame in frames[:-1])
-        # (B, *rows, T) for each axis in `lengths`
-        numbers = [
+        # (B, *rows, T) for each number of an index
+        given = [
             _with_rows(_wide(x[..., i]), index_rows, 1)
             for x in indices
             for i in range(x.shape[-1])
         ]
+        named = range(len(given)) if self.numbers_at is None else self.numbers_at
+        numbers = [self._own_line(axis, given[0]) for axis in self.batch_at]
+        numbers += [given[i] for i in named]
+        zeros = [given[i] for i in self.zeros_at]
         lines = _a_line_for_each_step(lines, numbers[0].shape[-1])
         if self.clips:
             return Scatter(self._clipped(numbers), lines, self.length)
         rows = max(index_rows, frames[-1].rows)
-        return Scatter(*self._without_outside(numbers, lines, rows), self.length)
+        index, lines = self._without_outside(numbers, zeros, lines, rows)
+        return Scatter(index, lines, self.length)
+
+    def _own_line(self, axis: int, like: jax.Array) -> jax.Array:
+        """The position of each look-up along an axis of the indices."""
+        shape = self.index.limit[:-1]
+        steps = lax.broadcasted_iota(like.dtype, shape, axis).reshape(-1)
+        repeats = like.shape[-1] // max(1, steps.size)  # steps of scans come first
+        return jnp.broadcast_to(jnp.tile(steps, repeats), like.shape)
 
     def _clipped(self, numbers: Sequence[jax.Array]) -> jax.Array:
         """The flat index of the nearest line."""
@@ -95,7 +114,11 @@ class ScatterLayout:
         return self._flat([jnp.clip(x, 0, length - 1) for x, length in pairs])
 
     def _without_outside(
-        self, numbers: Sequence[jax.Array], lines: jax.Array, rows: int
+        self,
+        numbers: Sequence[jax.Array],
+        zeros: Sequence[jax.Array],
+        lines: jax.Array,
+        rows: int,
     ) -> tuple[jax.Array, jax.Array]:
         """The flat index, and the lines, which are zero if their index is out of range.
 
@@ -103,6 +126,7 @@ class ScatterLayout:
         """
         pairs = zip(numbers, self.lengths, strict=True)
         inside = [(x >= 0) & (x < length) for x, length in pairs]
+        inside += [x == 0 for x in zeros]
         is_inside = reduce(jnp.bitwise_and, inside)
         index = self._flat(numbers)
         index = jnp.where(is_inside, index, jnp.asarray(self.length, index.dtype))
@@ -127,6 +151,8 @@ class ScatterLayout:
     @property
     def _sides(self) -> list[Side]:
         """One side for each operand: first the indices, then the lines."""
+        if self.numbers_at is not None:
+            return [self.index, self.lines]
         count = self.index.sizes[2]
         return [self.index] * (len(self.lengths) // count) + [self.lines]
 
@@ -170,33 +196,48 @@ def _a_line_for_each_step(lines: jax.Array, steps: int) -> jax.Array:
     return jnp.repeat(lines, steps // count, axis=-2)
 
 
-def scatter_layout(equation: Equation) -> ScatterLayout | None:
-    """The layout of a `scatter-add`, or None unless it adds whole lines."""
+def scatter_layout(equation: Equation) -> tuple[ScatterLayout, Shape] | None:
+    """The layout of a `scatter-add`, or None unless it adds whole lines.
+
+    The second result has the axes of the operand that index the lines. Along each of
+    them, an update has one entry; along all others, it has all entries.
+    """
     operand, indices, updates = (atom.aval for atom in equation.inputs)
     numbers = equation.params["dimension_numbers"]
-    axes = tuple(numbers.scatter_dims_to_operand_dims)
+    named = tuple(numbers.scatter_dims_to_operand_dims)
+    batched = tuple(numbers.operand_batching_dims)
     free = tuple(numbers.update_window_dims)
-    lengths = tuple(operand.shape[axis] for axis in axes)
-    line = [operand.shape[i] for i in _others(operand.shape, axes)]
-    if not axes or numbers.operand_batching_dims or not _fits_an_index(lengths):
+    gone = {*numbers.inserted_window_dims, *batched}
+    windows = dict(zip(_others(operand.shape, gone), free, strict=True))
+    # The axes of an update with one entry; those with all entries need no index.
+    axes = [i for i in named if i in gone or operand.shape[i] != 1]
+    axes = [i for i in axes if i in gone or updates.shape[windows[i]] == 1]
+    lengths = tuple(operand.shape[i] for i in (*batched, *axes))
+    whole = [i for i in windows if i not in axes]
+    if not lengths or not _fits_an_index(lengths):
         return None
-    if tuple(numbers.inserted_window_dims) != tuple(sorted(axes)):
+    if any(updates.shape[windows[i]] != operand.shape[i] for i in whole):
         return None
-    if [updates.shape[i] for i in free] != line:
+    if gone - {*axes, *batched}:
         return None
 
+    ones = [windows[i] for i in axes if i in windows]
     steps = _others(updates.shape, free)
-    lines = whole_side(updates.shape, steps, free)
+    lines = whole_side(updates.shape, [*steps, *ones], [windows[i] for i in whole])
     if same_along(equation.inputs[2]).issuperset(steps):  # one line goes to all
         sizes = enumerate(updates.shape)
         lines = replace(lines, limit=tuple(1 if i in steps else n for i, n in sizes))
     last = len(indices.shape) - 1  # the axis of the numbers of an index
-    return ScatterLayout(
+    layout = ScatterLayout(
         lengths,
         index=whole_side(indices.shape, range(last), (last,)),
         lines=lines,
         clips=equation.params["mode"] is lax.GatherScatterMode.CLIP,
+        batch_at=tuple(numbers.scatter_indices_batching_dims),
+        numbers_at=tuple(named.index(i) for i in axes),
+        zeros_at=tuple(j for j, i in enumerate(named) if i not in axes),
     )
+    return layout, (*batched, *axes)
 
 
 def _fits_an_index(lengths: Shape) -> bool:

@@ -12,6 +12,7 @@ methods that have a cheaper form.
 ``dense``     the row itself
 ``outer``     sums of outer products
 ``scatter``   lines that are added at indices
+``weighed``   outer products times an array that all rows share
 ``patches``   patches of an image times a cotangent, from convolutions
 ``pairs``     inner products of two terms, and their costs
 ``scales``    squared norms of factors, with scales that prevent overflow
@@ -27,3 +28,4 @@ from .outer import Outer as Outer
 from .patches import Patches as Patches
 from .protocol import Term as Term
 from .scatter import Scatter as Scatter
+from .weighed import Weighed as Weighed

@@ -19,9 +19,11 @@ class ByRow(ABC):
 
     Override the methods that have a cheaper form. If the row is linear in some arrays
     of the dataclass, name them in `factor_names`. Weights of rows then multiply these.
+    Arrays that all rows share by construction are named in `coefficient_names`.
     """
 
     factor_names: ClassVar[tuple[str, ...]] = ()
+    coefficient_names: ClassVar[tuple[str, ...]] = ()
 
     @property
     def is_dense(self) -> bool:
@@ -45,6 +47,10 @@ class ByRow(ABC):
     @property
     def factors(self) -> tuple[jax.Array, ...]:
         return tuple(getattr(self, name) for name in self.factor_names)
+
+    @property
+    def coefficients(self) -> tuple[jax.Array, ...]:
+        return tuple(getattr(self, name) for name in self.coefficient_names)
 
     def with_factors(self, factors: Sequence[jax.Array]) -> Self:
         # `self` is a dataclass, although this abstract class is not.
@@ -70,6 +76,10 @@ class ByRow(ABC):
     @property
     def apply_cost(self) -> int:
         return self.row_cost + 2 * prod(self.shape)
+
+    @property
+    def shared_apply_cost(self) -> int:
+        return self.apply_cost
 
     # ------------------------------------------------------------------------------
 
@@ -119,7 +129,9 @@ class ByRow(ABC):
         axis: int,
         factor: float,
     ) -> jax.Array:
-        rows = jax.vmap(type(self).materialize, in_axes=axis)(self)  # (N, *shape)
+        shared = {id(x) for x in self.coefficients}
+        axes = jax.tree.map(lambda x: None if id(x) in shared else axis, self)
+        rows = jax.vmap(type(self).materialize, in_axes=(axes,))(self)  # (N, *shape)
         return Dense(rows).add_rows(onto, weights, 0, factor)
 
     @property

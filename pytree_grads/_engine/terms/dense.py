@@ -42,6 +42,10 @@ class Dense:
     def factors(self) -> tuple[jax.Array, ...]:
         return (self.value,)
 
+    @property
+    def coefficients(self) -> tuple[()]:
+        return ()
+
     def with_factors(self, factors: Sequence[jax.Array]) -> "Dense":
         (value,) = factors
         return Dense(value)
@@ -67,6 +71,10 @@ class Dense:
     @property
     def apply_cost(self) -> int:
         return 2 * self.value.size
+
+    @property
+    def shared_apply_cost(self) -> int:
+        return self.apply_cost
 
     # ------------------------------------------------------------------------------
 

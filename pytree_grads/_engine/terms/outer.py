@@ -66,6 +66,10 @@ class Outer(ByRow):
         images = dot("btm,bmn->btn", self.left, v)
         return jnp.sum(images * self.right.astype(self.dtype))
 
+    @property
+    def shared_apply_cost(self) -> int:
+        return self.row_cost + 2 * self.right.size
+
     # ------------------------------------------------------------------------------
 
     @property

@@ -6,7 +6,7 @@ Otherwise, both rows are materialised. A new kind needs no entry.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import jax
@@ -15,7 +15,9 @@ from jax import lax
 
 from ..einsum import dot, times_counts
 from .outer import Outer, left_products, outer_cost, right_products
+from . import weighed
 from .protocol import Term
+from .weighed import Weighed
 from .scatter import (
     Scatter,
     adds_one,
@@ -32,7 +34,7 @@ def inner(x: Term, y: Term) -> jax.Array:
         return y.apply_own(x.materialize().conj())
     if y.is_dense:
         return x.apply_own(y.materialize().conj()).conj()
-    rule = _RULES.get((type(x), type(y)))
+    rule = _rule(x, y)
     if rule is not None:
         return rule.inner(x, y)
     return jnp.sum(x.materialize().conj() * y.materialize())
@@ -44,7 +46,7 @@ def inner_cost(x: Term, y: Term) -> int:
         return y.apply_cost
     if y.is_dense:
         return x.apply_cost
-    rule = _RULES.get((type(x), type(y)))
+    rule = _rule(x, y)
     if rule is not None:
         return rule.cost(x, y)
     return x.row_cost + y.row_cost + 2 * prod(x.shape)
@@ -54,7 +56,7 @@ def needs_rows(x: Term, y: Term) -> bool:
     """Whether the inner product must build a row as an array."""
     if x.is_dense or y.is_dense:
         return False
-    return (type(x), type(y)) not in _RULES
+    return _rule(x, y) is None
 
 
 # ------------------------------------------------------------------------------------
@@ -65,6 +67,7 @@ def needs_rows(x: Term, y: Term) -> bool:
 class _Rule:
     inner: Callable[[Any, Any], jax.Array]
     cost: Callable[[Any, Any], int]
+    most_pairs: float = inf  # the most pairs of a row for which it is cheaper than rows
 
 
 def _outer_outer(x: Outer, y: Outer) -> jax.Array:
@@ -106,7 +109,18 @@ _RULES: dict[tuple[type, type], _Rule] = {
     (Outer, Scatter): _Rule(_outer_scatter, _mixed_cost),
     (Scatter, Outer): _Rule(_scatter_outer, _mixed_cost),
     (Scatter, Scatter): _Rule(_scatter_scatter, _scatter_cost),
+    (Weighed, Weighed): _Rule(weighed.inner, weighed.inner_cost, 1),
+    (Outer, Weighed): _Rule(weighed.inner, weighed.inner_cost, 1),
+    (Weighed, Outer): _Rule(weighed.inner, weighed.inner_cost, 1),
 }
+
+
+def _rule(x: Term, y: Term) -> _Rule | None:
+    rule = _RULES.get((type(x), type(y)))
+    if rule is None or rule.most_pairs == inf:
+        return rule
+    are_few = all(z.pair_count <= rule.most_pairs for z in (x, y))
+    return rule if are_few else None
 
 
 # ------------------------------------------------------------------------------------

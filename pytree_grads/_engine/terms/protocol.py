@@ -58,6 +58,11 @@ class Term(Protocol):
         """The arrays in each of which the row is linear, if there are any."""
         ...
 
+    @property
+    def coefficients(self) -> tuple[jax.Array, ...]:
+        """The arrays that all rows share by construction; they have no row axes."""
+        ...
+
     def with_factors(self, factors: Sequence[jax.Array]) -> Self:
         """The term with other factors."""
         ...
@@ -92,6 +97,11 @@ class Term(Protocol):
     @property
     def apply_cost(self) -> int:
         """Multiplications and additions of `apply_own`."""
+        ...
+
+    @property
+    def shared_apply_cost(self) -> int:
+        """Multiplications and additions of `apply`, for each row."""
         ...
 
     # ------------------------------------------------------------------------------

@@ -1,0 +1,407 @@
+"""Find tails: the largest shared linear map behind each leaf, and where it begins.
+
+A value of the backward pass is of one of four kinds:
+
+- shared: it is the same for all examples.
+- term: the example enters here, and the value has terms that are smaller than itself.
+- array: it is evaluated for each example anyway, or is as small as what made it.
+- linear: a shared linear map of terms, or of arrays that are smaller than it.
+
+A tail consists of the equations that make linear values. It begins at its sources:
+terms, arrays, and shared values that are added.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any, Literal, TypeAlias
+
+import jax
+import numpy as np
+from jax.extend.core import primitives as p
+
+from .. import evaluate, thresholds
+from ..facts import is_zero
+from ..graph import Atom, Equation, Graph, Known, Value
+from ..plan import Cuts, LeafPlan, plan_leaf
+from ..rules.scans import stacked
+from ..sites import AtNorm, AtRow, AtScan, AtTerm, AtValue, Site, is_dense
+from .linear import added, is_linear
+
+Kind: TypeAlias = Literal["shared", "term", "array", "linear"]
+# Which cuts of a value to take: those for all products, or for a single sum.
+Choice: TypeAlias = Callable[[LeafPlan], Cuts]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A value at which a tail begins."""
+
+    plan: LeafPlan
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclass(eq=False)
+class Part:
+    """The part of a tail inside one graph: the graph itself, or the body of a scan."""
+
+    equations: list[Equation] = field(default_factory=list)  # in order
+    sources: dict[Atom, None] = field(default_factory=dict)
+    shared: dict[Atom, None] = field(default_factory=dict)
+    scans: dict[Equation, "Part"] = field(default_factory=dict)
+    broadcasts: dict[Equation, None] = field(default_factory=dict)  # of coefficients
+
+    def run(
+        self, sources: Iterator[jax.Array], shared: Iterator[jax.Array]
+    ) -> dict[Atom, jax.Array]:
+        """The values of this part, from its sources and coefficients.
+
+        Those of scans come after its own, stacked over the steps.
+        """
+        env: dict[Atom, Any] = {x: next(sources) for x in self.sources}
+        env |= {x: next(shared) for x in self.shared}
+
+        def read(atom: Atom) -> Any:
+            return env[atom] if atom in env or isinstance(atom, Value) else atom.value
+
+        for equation in self.equations:
+            if equation in self.scans:
+                outputs = self._run_scan(equation, sources, shared)
+                env.update(outputs)
+            else:
+                found = equation.evaluate([read(x) for x in equation.inputs])
+                env.update(zip(equation.outputs, found, strict=True))
+        return env
+
+    def _run_scan(
+        self,
+        equation: Equation,
+        sources: Iterator[jax.Array],
+        shared: Iterator[jax.Array],
+    ) -> dict[Atom, jax.Array]:
+        part = self.scans[equation]
+        body = equation.body.outputs
+        wanted = [
+            (outer, inner)
+            for outer, inner in zip(equation.outputs, body, strict=True)
+            if inner in part.made
+        ]
+
+        def step(sources: list[jax.Array], shared: list[jax.Array]) -> list[jax.Array]:
+            env = part.run(iter(sources), iter(shared))
+            return [env[inner] for _, inner in wanted]
+
+        counts = len(part.all_sources), len(part.all_shared)
+        own = [[next(x) for _ in range(n)] for x, n in zip((sources, shared), counts)]
+        found = jax.vmap(step, axis_size=equation.params["length"])(*own)
+        return dict(zip((outer for outer, _ in wanted), found, strict=True))
+
+    @cached_property
+    def made(self) -> set[Atom]:
+        """The linear values, and the sources."""
+        return {x for e in self.equations for x in e.outputs} | set(self.sources)
+
+    @cached_property
+    def all_sources(self) -> list[tuple[tuple[Equation, ...], Atom]]:
+        """The sources, each with the scans around it, in the order of `run`."""
+        found: list[Any] = [((), x) for x in self.sources]
+        for equation, part in self._scans_in_order:
+            found += [((equation, *scans), x) for scans, x in part.all_sources]
+        return found
+
+    @cached_property
+    def all_shared(self) -> list[evaluate.Key]:
+        """The keys of the coefficients, in the order of `run`."""
+        found: list[evaluate.Key] = list(self.shared)
+        for equation, part in self._scans_in_order:
+            found += [evaluate.Stacked(equation, key) for key in part.all_shared]
+        return found
+
+    @property
+    def _scans_in_order(self) -> list[tuple[Equation, "Part"]]:
+        return [(x, self.scans[x]) for x in self.equations if x in self.scans]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The tail of all leaves that have one."""
+
+    leaves: tuple[int, ...]  # their positions
+    roots: tuple[Atom, ...]  # the leaves themselves
+    part: Part
+    sources: tuple[Source, ...]
+
+    @property
+    def shared(self) -> list[evaluate.Key]:
+        return self.part.all_shared
+
+    def run(self, sources: Sequence[Any], shared: Sequence[Any]) -> list[jax.Array]:
+        """The leaves, from arrays at the sources and the coefficients."""
+        env = self.part.run(iter(sources), iter(shared))
+        return [env[root] for root in self.roots]
+
+
+def search(
+    graph: Graph,
+    leaves: Sequence[Atom],
+    results: Sequence[Atom],
+    seeds: Sequence[Atom],
+    plans: Sequence[LeafPlan],
+    choice: Choice,
+) -> Found | None:
+    """The tail of the leaves that have one, or None.
+
+    `seeds` are the inputs that differ between examples, `results` what is evaluated in
+    any case, and `plans` the plans of the leaves without a tail.
+    """
+    level = _Level(graph, graph.downstream(seeds), choice)
+    if not any(level.may_have_tail(choice(x)) for x in plans):
+        return None
+    keys = [key for x in plans for site in level.sound(choice(x)) for key in site]
+    level.set_evaluated(evaluate.needs_of(graph, [*keys, *results]))
+    at = [i for i, x in enumerate(plans) if level.has_tail(choice(x), leaves[i])]
+    if not at:
+        return None
+    roots = tuple(leaves[i] for i in at)
+    part = level.part(roots)
+    sources = tuple(level.source(*x) for x in part.all_sources)
+    return Found(tuple(at), roots, part, sources)
+
+
+class _Level:
+    """One graph, with what is known of its values."""
+
+    def __init__(self, graph: Graph, varying: set[Atom], choice: Choice):
+        self.graph = graph
+        self.varying = varying
+        self.choice = choice
+        self.evaluated: set[Atom] = set()
+        self.needs: evaluate.Needs | None = None
+        self._kinds: dict[Atom, Kind] = {}
+        self._plans: dict[Atom, LeafPlan] = {}
+        self._bodies: dict[Equation, _Level] = {}
+
+    def body(self, equation: Equation) -> "_Level":
+        """The body of a scan."""
+        if equation not in self._bodies:
+            varying = evaluate.reached_in_body(equation, self.varying)
+            level = _Level(equation.body, varying, self.choice)
+            if self.needs is not None and equation in self.needs.scans:
+                level.set_evaluated(self.needs.scans[equation].body)
+            self._bodies[equation] = level
+        return self._bodies[equation]
+
+    def set_evaluated(self, needs: "evaluate.Needs") -> None:
+        """Record what is evaluated whether there is a tail or not."""
+        self.needs, self.evaluated = needs, needs.atoms
+        self._bodies.clear()
+        self._kinds.clear()
+
+    # ------------------------------------------------------------------------------
+    # Cuts: does a cut materialise what a tail need not?
+
+    def may_have_tail(self, cuts: Cuts) -> bool:
+        """Whether a cut could be a shared linear map of terms; a quick look."""
+        return any(self._is_open(*self._inside(cut.site)) for cut in cuts)
+
+    def _is_open(self, level: "_Level", site: Site) -> bool:
+        match site:
+            case AtValue(value):
+                made = value.producer if isinstance(value, Value) else None
+                return (
+                    value in level.varying
+                    and made is not None
+                    and (made.primitive is p.scan_p or level.is_linear(made))
+                )
+            case AtTerm(equation):
+                return level.is_linear(equation)
+        return False
+
+    def sound(self, cuts: Cuts) -> list[tuple[evaluate.Key, ...]]:
+        """The keys of the cuts at which two values of the example meet."""
+        found = []
+        for cut in cuts:
+            level, site = self._inside(cut.site)
+            if isinstance(site, AtTerm) and not level.is_linear(site.equation):
+                found.append(evaluate.keys_of(cut.site))
+        return found
+
+    def has_tail(self, cuts: Cuts, leaf: Atom) -> bool:
+        """Whether some cut materialises what a tail need not, and none is in doubt."""
+        opened = [self._inside(cut.site) for cut in cuts]
+        if not any(self._materializes(*x) for x in opened):
+            return False
+        return self.kind(leaf) == "linear"
+
+    def _materializes(self, level: "_Level", site: Site) -> bool:
+        match site:
+            case AtValue(value):
+                return level.kind(value) == "linear"
+            case AtTerm(equation, _, operands):
+                if not level.is_linear(equation):
+                    return False
+                return any(level.kind(x) in ("term", "linear") for x in operands)
+        return False
+
+    def _inside(self, site: Site) -> tuple["_Level", Site]:
+        """A site without the scans around it, and the level where it is."""
+        level = self
+        while isinstance(site, AtScan | AtNorm | AtRow):
+            if isinstance(site, AtScan):
+                level = level.body(site.equation)
+            site = site.site
+        return level, site
+
+    # ------------------------------------------------------------------------------
+    # Kinds of values
+
+    def is_linear(self, equation: Equation) -> bool:
+        return is_linear(equation, self.varying)
+
+    def kind(self, atom: Atom) -> Kind:
+        """The kind of a value; see the module's docstring."""
+        if atom not in self._kinds:
+            for value in self._back_from(atom):
+                self._kinds[value] = self._kind(value)
+        return self._kinds[atom]
+
+    def _back_from(self, atom: Atom) -> list[Atom]:
+        """What the kind of a value depends on, and the value itself, in order."""
+        reached: dict[Atom, None] = {}
+        todo = [atom]
+        while todo:
+            value = todo.pop()
+            if value in reached or value in self._kinds:
+                continue
+            reached[value] = None
+            made = self._producer(value)
+            if made is not None and self.is_linear(made):
+                todo += [x for x in made.inputs if x in self.varying]
+        return sorted(reached, key=self._position)
+
+    def _position(self, atom: Atom) -> int:
+        made = atom.producer if isinstance(atom, Value) else None
+        return -1 if made is None else self.graph.position[made]
+
+    def _producer(self, atom: Atom) -> Equation | None:
+        """The equation that makes a value, unless it is evaluated in any case."""
+        if atom not in self.varying or atom in self.evaluated:
+            return None
+        return atom.producer if isinstance(atom, Value) else None
+
+    def _kind(self, atom: Atom) -> Kind:
+        if atom not in self.varying:
+            return "shared"
+        made = self._producer(atom)
+        if made is None or not isinstance(atom, Value):
+            return "array"
+        own = [x for x in made.inputs if x in self.varying]
+        if not self.is_linear(made):
+            if self._has_terms(atom):
+                return "term"
+            return self._kind_of_scanned(made, atom)
+        if any(self._kinds[x] in ("term", "linear") for x in own):
+            return "linear"
+        if self._has_terms(atom):
+            return "term"
+        size = sum(prod(x.aval.shape) for x in own)
+        return "linear" if _is_larger(prod(atom.aval.shape), size) else "array"
+
+    def _has_terms(self, atom: Atom) -> bool:
+        """Whether terms of a value are smaller than the value itself."""
+        sites = [cut.site for cut in self.choice(self.plan(atom))]
+        if any(is_dense(x) and self._differs(x) for x in sites):
+            return False
+        if any(self._materializes(*self._inside(x)) for x in sites):
+            return False
+        return not all(map(is_dense, sites))
+
+    def _differs(self, site: Site) -> bool:
+        level, inner = self._inside(site)
+        return not isinstance(inner, AtValue) or inner.value in level.varying
+
+    def _kind_of_scanned(self, made: Equation, atom: Value) -> Kind:
+        """The kind of a scan's output: that of the body's output, if it is stacked."""
+        carry_from, steps_from = made.splits if made.primitive is p.scan_p else (0, 0)
+        if made.primitive is not p.scan_p or atom.index < steps_from - carry_from:
+            return "array"
+        inner = made.body.outputs[atom.index]
+        return "linear" if self.body(made).kind(inner) == "linear" else "array"
+
+    def plan(self, atom: Atom) -> LeafPlan:
+        if atom not in self._plans:
+            self._plans[atom] = plan_leaf(atom, self.varying, "auto")
+        return self._plans[atom]
+
+    # ------------------------------------------------------------------------------
+    # The tail itself
+
+    def part(self, roots: Sequence[Atom]) -> Part:
+        """The part of the tail that leads to some linear values of this graph."""
+        part, reached = Part(), set[Equation]()
+        inner_roots: dict[Equation, dict[Atom, None]] = {}
+        todo, seen = list(roots), set[Atom]()
+        while todo:
+            atom = todo.pop()
+            if atom in seen:
+                continue
+            seen.add(atom)
+            made = atom.producer if isinstance(atom, Value) else None
+            if self.kind(atom) != "linear" or made is None:
+                part.sources[atom] = None
+                continue
+            reached.add(made)
+            if made.primitive is p.scan_p:
+                assert isinstance(atom, Value)
+                inner = made.body.outputs[atom.index]
+                inner_roots.setdefault(made, {})[inner] = None
+            else:
+                todo += self._operands(made, part)
+        part.equations = sorted({*reached, *part.broadcasts}, key=self.graph.position.__getitem__)
+        for equation, inner in inner_roots.items():
+            part.scans[equation] = self.body(equation).part(list(inner))
+        return part
+
+    def _operands(self, equation: Equation, part: Part) -> list[Atom]:
+        """The operands that the walk goes on from; the others are coefficients."""
+        extra = set(added(equation))
+        found: list[Atom] = []
+        for x in equation.inputs:
+            if x in self.varying or (x in extra and not is_zero(x)):
+                found.append(x)
+            else:
+                self._add_coefficient(x, part)
+        return found
+
+    def _add_coefficient(self, x: Atom, part: Part) -> None:
+        """A coefficient; if it is a broadcast, the broadcast is part of the tail."""
+        made = x.producer if isinstance(x, Value) else None
+        if made is not None and made.primitive is p.broadcast_in_dim_p:
+            part.broadcasts[made] = None
+            self._add_coefficient(made.inputs[0], part)
+        elif isinstance(x, Value) or not _is_number(x):
+            part.shared[x] = None
+
+    def source(self, scans: tuple[Equation, ...], atom: Atom) -> Source:
+        """A source of the tail, which may be inside scans of this graph."""
+        shape, dtype = tuple(atom.aval.shape), atom.aval.dtype
+        if not scans:
+            return Source(self.plan(atom), shape, dtype)
+        first, *rest = scans
+        inner = self.body(first).source(tuple(rest), atom)
+        plan = LeafPlan(
+            tuple(stacked(first, inner.plan.for_rows, ())),
+            tuple(stacked(first, inner.plan.for_sums, ())),
+        )
+        return Source(plan, (first.params["length"], *inner.shape), dtype)
+
+
+def _is_number(atom: Known) -> bool:
+    """Whether a known value is a plain number, which can be part of a program."""
+    return isinstance(atom.value, int | float | bool | np.generic)
+
+
+def _is_larger(size: int, other: int) -> bool:
+    return thresholds.exceeds(size, other)

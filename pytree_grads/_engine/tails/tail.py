@@ -1,0 +1,185 @@
+"""A tail as a program: the linear map from the rows at its sources to leaves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives as p
+
+from ..._jax.compat import abstract_like
+from ..._trees.algebra import carried_dtype
+from ..graph import Atom, Equation, Graph, Known, build
+from .search import Found
+
+
+@dataclass(frozen=True)
+class Program:
+    """The equations of a tail.
+
+    Two programs are equal if they print alike. So equal calls of `jacobian` have equal
+    treedefs, and compiled products are used again.
+    """
+
+    text: str
+    leaves: tuple[int, ...]  # the positions of its outputs among all leaves
+    source_count: int
+    graph: Graph = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, found: Found, sources: Sequence[Any], shared: Sequence[Any]) -> Any:
+        """The program of a tail, for arrays of these shapes and dtypes."""
+        jaxpr = jax.make_jaxpr(found.run)(sources, shared)
+        return cls(str(jaxpr), found.leaves, len(sources), build(jaxpr))
+
+    def of_leaves(self, leaves: Sequence[int]) -> "Program":
+        """The program of some of its outputs."""
+        at = [self.leaves.index(i) for i in leaves]
+        outputs = [self.graph.outputs[k] for k in at]
+        graph = Graph(self.graph.inputs, self.graph.equations, outputs)
+        text = f"{self.text}: {at}"
+        return Program(text, tuple(leaves), self.source_count, graph)
+
+    @cached_property
+    def needed(self) -> list[bool]:
+        """Which sources the outputs need."""
+        return [x in self._needed for x in self.sources]
+
+    @cached_property
+    def _needed(self) -> set[Atom]:
+        found = set(self.graph.outputs)
+        for equation in reversed(self.graph.equations):
+            if any(x in found for x in equation.outputs):
+                found.update(equation.inputs)
+        return found
+
+    @property
+    def avals(self) -> list[Any]:
+        """The shapes and dtypes of the leaves."""
+        return [x.aval for x in self.graph.outputs]
+
+    @property
+    def sources(self) -> list[Any]:
+        return self.graph.inputs[: self.source_count]
+
+    @cached_property
+    def varying(self) -> set[Atom]:
+        """The values that differ between examples."""
+        return self.graph.downstream(self.sources)
+
+    def run(
+        self, sources: Sequence[jax.Array], shared: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        """The leaves, in their accumulation dtypes."""
+        env: dict[Atom, Any] = dict(
+            zip(self.graph.inputs, map(_carried, [*sources, *shared]), strict=True)
+        )
+        for equation in self.graph.equations:
+            if not any(x in self._needed for x in equation.outputs):
+                continue
+            operands = [_read(env, x) for x in equation.inputs]
+            env.update(zip(equation.outputs, _evaluate(equation, operands), strict=True))
+        return [_carried(jnp.asarray(_read(env, x))) for x in self.graph.outputs]
+
+    @cached_property
+    def flops(self) -> int:
+        """Multiplications and additions of one run, where values differ by example."""
+        return sum(map(self._flops, self.graph.equations))
+
+    def _flops(self, equation: Equation) -> int:
+        if not any(x in self.varying for x in equation.inputs):
+            return 0
+        made = sum(prod(x.aval.shape) for x in equation.outputs)
+        if equation.primitive is p.dot_general_p:
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.inputs[0].aval.shape
+            return 2 * made * prod(shape[i] for i in contracted)
+        if equation.primitive in (p.reduce_sum_p, p.scatter_add_p):
+            return max(prod(x.aval.shape) for x in equation.inputs)
+        return made if equation.primitive in (p.mul_p, p.add_jaxvals_p, p.div_p) else 0
+
+
+def _read(env: dict[Atom, Any], atom: Atom) -> Any:
+    return _carried(atom.value) if isinstance(atom, Known) else env[atom]
+
+
+def _carried(x: Any) -> Any:
+    """A value in its accumulation dtype, if it is a floating-point array."""
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        return x
+    return lax.convert_element_type(x, carried_dtype(jnp.result_type(x)))
+
+
+def _evaluate(equation: Equation, operands: Sequence[Any]) -> Sequence[Any]:
+    """Evaluate an equation whose operands are in their accumulation dtypes."""
+    if all(_is_carried(x.aval.dtype) for x in (*equation.inputs, *equation.outputs)):
+        return equation.evaluate(operands)
+    params, dtype = equation.params, carried_dtype(equation.outputs[0].aval.dtype)
+    if equation.primitive is p.convert_element_type_p:
+        return [_carried(lax.convert_element_type(operands[0], dtype))]
+    if equation.primitive is p.dot_general_p:
+        operands = [lax.convert_element_type(x, dtype) for x in operands]
+        numbers, precision = params["dimension_numbers"], params["precision"]
+        return [
+            lax.dot_general(
+                *operands, numbers, precision=precision, preferred_element_type=dtype
+            )
+        ]
+    if equation.primitive is p.scatter_add_p:
+        return [
+            lax.scatter_add(
+                *operands,
+                params["dimension_numbers"],
+                indices_are_sorted=params["indices_are_sorted"],
+                unique_indices=params["unique_indices"],
+                mode=params["mode"],
+            )
+        ]
+    return [_carried(x) for x in equation.evaluate(operands)]
+
+
+def _is_carried(dtype: Any) -> bool:
+    return not jnp.issubdtype(dtype, jnp.floating) or carried_dtype(dtype) == dtype
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["shared"],
+    meta_fields=["program"],
+)
+@dataclass(frozen=True)
+class Tail:
+    """A program with its coefficients."""
+
+    program: Program
+    shared: tuple[jax.Array, ...]
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """The positions of its outputs among all leaves."""
+        return self.program.leaves
+
+    def of(self, leaves: Sequence[int]) -> "Tail":
+        """The tail of some of its leaves."""
+        if list(leaves) == list(self.leaves):
+            return self
+        return Tail(self.program.of_leaves(leaves), self.shared)
+
+    def __call__(self, sources: Sequence[jax.Array]) -> list[jax.Array]:
+        """The leaves of one row, or of a sum of rows, from the values at the sources."""
+        return self.program.run(sources, self.shared)
+
+    def transposed(
+        self, vectors: Sequence[jax.Array], shapes: Sequence[tuple[tuple[int, ...], Any]]
+    ) -> list[jax.Array]:
+        """Pull vectors like the leaves back to the sources, of given shapes."""
+        taken = [
+            abstract_like(vectors[0].astype(carried_dtype(dtype)), shape)
+            for shape, dtype in shapes
+        ]
+        (found,) = jax.linear_transpose(self.__call__, taken)(list(vectors))
+        return found
