@@ -24,7 +24,7 @@ from .weighing import times
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["term"],
-    meta_fields=["shape", "axis", "view", "factor", "row_axes", "reason"],
+    meta_fields=["shape", "axis", "view", "factor", "row_axes", "reason", "folding"],
 )
 @dataclass(frozen=True)
 class Summand:
@@ -43,6 +43,7 @@ class Summand:
     factor: float
     row_axes: tuple[int, ...]
     reason: str  # why the term is dense, if it is
+    folding: int = 0  # multiplications and additions to fold a tail into one row
 
     @property
     def of_one_row(self) -> Term:

@@ -1,6 +1,6 @@
 """The rows of all leaves together, each row with a weight: diag(weights) J."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -108,6 +108,15 @@ class Matrix:
             return own
         extra = extra.astype(leaf.real)
         return extra if own is None else own * extra
+
+    def by_leaf(self, number: Callable[[Leaf], int]) -> list[int]:
+        """A cost of each leaf; that of a source counts for the first leaf behind it."""
+        plain = self._plain
+        found = dict(zip(plain, map(number, self.sources), strict=False))
+        for i, own in [] if self.tail is None else self.tail.first_needed:
+            costs = zip(own, self.sources[len(plain) :], strict=True)
+            found[i] = sum(number(leaf) for is_first, leaf in costs if is_first)
+        return [found[i] for i in range(len(found))]
 
     def leaf_norms(self) -> list[Norms]:
         """The norms of the rows of each leaf."""

@@ -36,11 +36,13 @@ Cuts: TypeAlias = tuple[Cut, ...]
 class LeafPlan:
     """The cuts of a leaf: for all products, and for a single sum of rows.
 
-    A single sum may cost less from other cuts.
+    A single sum may cost less from other cuts. `terms` are the cuts that were found,
+    before sizes were compared.
     """
 
     for_rows: Cuts
     for_sums: Cuts
+    terms: Cuts = ()
 
 
 def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> LeafPlan:
@@ -61,6 +63,7 @@ def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> LeafPlan:
     return LeafPlan(
         for_rows=_norms_of(kept) if route == "norms" else kept,
         for_sums=terms if sums_terms else kept,
+        terms=terms,
     )
 
 

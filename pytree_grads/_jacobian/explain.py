@@ -15,9 +15,11 @@ from .rows import Rows
 def explain(rows: Rows, title: str) -> str:
     """The table of `Jacobian.explain`, for a Jacobian of some title."""
     if isinstance(rows, Kept):
-        leaves, mode = rows.matrix.leaves, "rows are kept"
+        matrix, mode = rows.matrix, "rows are kept"
     else:
-        leaves, mode = rows.leaves_of_a_chunk(), "rows are recomputed for each product"
+        matrix, mode = rows.of_a_chunk(), "rows are recomputed for each product"
+    leaves = jax.eval_shape(lambda: matrix.leaves)
+    costs = zip(matrix.by_leaf(sum_flops), matrix.by_leaf(_bytes), strict=True)
     paths = [path for path, _ in jax.tree.leaves_with_path(rows.origin.params)]
     header = (
         "leaf",
@@ -29,7 +31,7 @@ def explain(rows: Rows, title: str) -> str:
         "bytes",
         "why materialised",
     )
-    table = [header, *(_line(p, x) for p, x in zip(paths, leaves, strict=True))]
+    table = [header, *map(_line, paths, leaves, costs)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = [
         "  ".join(
@@ -39,7 +41,7 @@ def explain(rows: Rows, title: str) -> str:
         for row in table
     ]
     lines.insert(1, "-" * max(map(len, lines)))
-    kept = sum(_bytes(leaf) for leaf in leaves)
+    kept = sum(map(_bytes, matrix.sources))
     dense = sum(prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
     lines.append(
         f"{title}: {mode}; {_number(kept)}B per row, {_number(dense)}B if it were "
@@ -48,7 +50,7 @@ def explain(rows: Rows, title: str) -> str:
     return "\n".join(lines)
 
 
-def _line(path: Any, leaf: Leaf) -> tuple[str, ...]:
+def _line(path: Any, leaf: Leaf, costs: tuple[int, int]) -> tuple[str, ...]:
     """The cells of one leaf; routes and costs are those that the products use."""
     route = norm_route(leaf)
     return (
@@ -57,8 +59,7 @@ def _line(path: Any, leaf: Leaf) -> tuple[str, ...]:
         " + ".join(map(_term, leaf.summands)) or "zero",
         route.way,
         _number(route.flops),
-        _number(sum_flops(leaf)),
-        _number(_bytes(leaf)),
+        *map(_number, costs),
         _note(leaf),
     )
 

@@ -128,16 +128,16 @@ class Streamed:
             self, weights=matrix.weights, valid=matrix.valid, uniform=uniform
         )
 
-    def leaves_of_a_chunk(self) -> tuple[Leaf, ...]:
-        """The leaves of J for the first chunk, abstract."""
+    def of_a_chunk(self) -> Matrix:
+        """The rows of the first chunk, abstract."""
         source, size = self.origin.source, self.origin.shape[0]
         batch = source.batch.chunk(0, min(source.chunk_size or size, size))
         trace = self.trace or source.trace()
-        def leaves() -> tuple[Leaf, ...]:
+        def matrix() -> Matrix:
             made = source.factor(trace, batch).rows
-            return Matrix(made.sources, tail=made.tail).leaves
+            return Matrix(made.sources, tail=made.tail)
 
-        return jax.eval_shape(leaves)
+        return jax.eval_shape(matrix)
 
     def map(
         self,

@@ -210,5 +210,5 @@ def test_a_gramian_counts_the_work_of_one_row():
 
     tokens = jnp.zeros((64, 2), int).at[:, 1].set(jnp.arange(64) % 4)
     for few in (tokens[:8], tokens):
-        (leaf,) = jacobian(f)(jnp.ones((4, 3)), few)._rows.leaves
+        (leaf,) = jacobian(f)(jnp.ones((4, 3)), few)._rows.matrix.leaves
         assert gram_prefers_rows(leaf, leaf)

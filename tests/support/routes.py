@@ -7,7 +7,7 @@ import jax
 
 from pytree_grads._engine import plan as _plan
 from pytree_grads._engine import thresholds
-from pytree_grads._engine.leaf import Leaf
+from pytree_grads._jacobian.kept import Kept
 
 
 @contextlib.contextmanager
@@ -34,10 +34,14 @@ def few_at_once(entries):
     return with_thresholds(entries_at_once=entries, squares_at_once=entries)
 
 
+def matrix_of(J):
+    """The engine's matrix of a Jacobian; that of the first chunk if it is recomputed."""
+    return J._rows.matrix if isinstance(J._rows, Kept) else J._rows.of_a_chunk()
+
+
 def leaves_of(J):
-    """The engine's leaves of a Jacobian, in the order of the parameters."""
-    nodes = jax.tree.leaves(J, is_leaf=lambda x: isinstance(x, Leaf))
-    return [x for x in nodes if isinstance(x, Leaf)]
+    """The engine's leaves of a Jacobian, in the order of the parameters, abstract."""
+    return list(jax.eval_shape(lambda matrix: matrix.leaves, matrix_of(J)))
 
 
 def is_dense(leaf):

@@ -6,7 +6,7 @@ share, such as the gradient of a penalty on the parameters, is computed once. It
 nothing here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from math import prod
 from typing import Literal, TypeAlias
@@ -36,6 +36,12 @@ def norm_route(leaf: Leaf) -> Route:
     - summands: inner products of all pairs of summands.
     - rows: each row is materialised.
     """
+    route = _norm_route(leaf)
+    folding = sum(x.folding for x in leaf.summands)
+    return replace(route, flops=route.flops + folding) if folding else route
+
+
+def _norm_route(leaf: Leaf) -> Route:
     if not leaf.summands:
         return Route("zero", "zero", 0)
     if len(leaf.summands) == 1 and isometric(leaf.summands[0].view):

@@ -47,6 +47,7 @@ class Piece:
     weight: jax.Array | None = None  # (B, m, n), the same for all rows
     index: jax.Array | None = None  # (B, *rows, T) of a scatter
     precision: Any = None
+    flops: int = 0  # to fold the tail so far, for one row
 
     @property
     def shape(self) -> Shape:
@@ -63,6 +64,16 @@ class Piece:
     def sizes(self) -> tuple[int, int, int]:
         """(B, m, n)."""
         return self.size("B"), self.size("M"), self.size("N")
+
+    def with_factor(self, group: Group, factor: jax.Array, flops: int = 0) -> "Piece":
+        """The piece with another factor, which took some operations for each row."""
+        name = "left" if group == "M" else "right"
+        return replace(self, **{name: factor}, flops=self.flops + flops)
+
+    def entries(self, group: Group) -> int:
+        """How many entries a factor has for one row."""
+        factor = self.left if group == "M" else self.right
+        return 0 if factor is None else factor.shape[0] * prod(factor.shape[-2:])
 
     @property
     def is_scatter(self) -> bool:
@@ -302,6 +313,7 @@ def summand_of(piece: Piece, factor: float) -> Summand:
         factor=factor,
         row_axes=row_axes,
         reason="",
+        folding=piece.flops,
     )
 
 
@@ -319,6 +331,7 @@ def _dense_summand(piece: Piece, factor: float) -> Summand:
         factor=factor,
         row_axes=(piece.right_rows,),
         reason="the example enters last",
+        folding=piece.flops,
     )
 
 

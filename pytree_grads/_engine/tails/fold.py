@@ -48,6 +48,8 @@ def fold(tail: Tail, sources: Sequence[Leaf]) -> list[Leaf]:
 
 
 def _pieces(source: Leaf) -> Sum | None:
+    if not prod(source.shape):
+        return None
     found: Sum = {}
     for summand in source.summands:
         piece = pieces_of(summand)
@@ -156,7 +158,8 @@ class _Folding:
             return
         rule = _RULES.get(equation.primitive)
         for value in equation.outputs:
-            made = rule(self, equation, value.index) if rule else None
+            folds = rule is not None and all(value.aval.shape)
+            made = rule(self, equation, value.index) if rule and folds else None
             if made is not None and len(made) > 4 * _MOST_PIECES:
                 made = None
             self.values[value] = made
@@ -285,7 +288,8 @@ def _select(folding: _Folding, equation: Equation, index: int) -> Sum | None:
     for i, case in enumerate(cases):
         if is_zero(case):
             continue
-        chosen = folding.coefficient(which) == i
+        cases_at = folding.coefficient(which)
+        chosen = cases_at == jnp.asarray(i, cases_at.dtype)
 
         def keep(piece: Piece, chosen: jax.Array = chosen) -> Piece | None:
             return _times(piece, chosen.astype(piece.right.dtype), frozenset())
@@ -300,7 +304,7 @@ def _select(folding: _Folding, equation: Equation, index: int) -> Sum | None:
 def _times(piece: Piece, x: jax.Array, same: frozenset[int]) -> Piece | None:
     """A piece times a shared array, which repeats its entries along some axes."""
     if x.ndim == 0:
-        return replace(piece, right=piece.right * x)
+        return piece.with_factor("N", piece.right * x, piece.entries("N"))
     axes = [a for i, a in enumerate(piece.axes) if a.size != 1 and i not in same]
     groups = {axis.group for axis in axes}
     if piece.is_scatter:
@@ -319,7 +323,7 @@ def _factor_times(piece: Piece, group: Group, x: jax.Array) -> Piece:
     rows = piece.left_rows if group == "M" else piece.right_rows
     assert factor is not None
     numbers = numbers.reshape(numbers.shape[0], *[1] * (rows + 1), numbers.shape[1])
-    return with_factor(piece, group, factor * numbers)
+    return piece.with_factor(group, factor * numbers, piece.entries(group))
 
 
 def _scatter_times(piece: Piece, x: jax.Array) -> Piece:
@@ -332,13 +336,8 @@ def _scatter_times(piece: Piece, x: jax.Array) -> Piece:
     lines = lines.reshape(index.shape[0], *rows, index.shape[-1], x.shape[2])
     lines, right = _with_equal_rows(lines, piece.left_rows, piece.right, piece.right_rows)
     most = max(piece.left_rows, piece.right_rows)
-    return replace(piece, right=right * lines, right_rows=most)
-
-
-def with_factor(piece: Piece, group: Group, factor: jax.Array) -> Piece:
-    if group == "M":
-        return replace(piece, left=factor)
-    return replace(piece, right=factor)
+    flops = piece.flops + piece.entries("N")
+    return replace(piece, right=right * lines, right_rows=most, flops=flops)
 
 
 def _with_equal_rows(
@@ -568,7 +567,7 @@ def _along(
         axes=tuple(new if x is axis else x for x in piece.axes),
         groups=tuple(new if x is axis else x for x in piece.groups),
     )
-    return with_factor(swapped, axis.group, made)
+    return swapped.with_factor(axis.group, made, piece.entries(axis.group))
 
 
 # --------------------------------------------------------------------------------------
@@ -606,11 +605,13 @@ def _factor_summed(piece: Piece, group: Group, gone: list[Axis]) -> Piece:
     factor = piece.left if group == "M" else piece.right
     assert factor is not None
     if piece.repeats(group):
-        return with_factor(piece, group, factor * float(prod(x.size for x in gone)))
+        count = float(prod(x.size for x in gone))
+        return piece.with_factor(group, factor * count, piece.entries(group))
     lead = factor.shape[:-1]
     tensor = factor.reshape(*lead, *(x.size for x in own))
     places = [len(lead) + own.index(x) for x in gone]
-    return with_factor(piece, group, jnp.sum(tensor, places).reshape(*lead, -1))
+    total = jnp.sum(tensor, places).reshape(*lead, -1)
+    return piece.with_factor(group, total, piece.entries(group))
 
 
 def _contracted(piece: Piece, gone: list[Axis]) -> Piece | None:
@@ -643,13 +644,12 @@ def _contracted(piece: Piece, gone: list[Axis]) -> Piece | None:
     one = jnp.full((1, 1, 1), 1 / count, made.dtype)
     one = jnp.broadcast_to(one, (1, made.shape[-2], 1))
     rows = max(counts)
+    pairs = piece.left.shape[0] * piece.left.shape[-2]
+    flops = piece.flops + pairs * (2 * prod(weight.shape[1:]) + made.shape[-1])
+    bare = replace(piece, weight=None, flops=flops)
     if group == "M":
-        return replace(
-            piece, left=one, right=made, left_rows=0, right_rows=rows, weight=None
-        )
-    return replace(
-        piece, left=made, right=one, left_rows=rows, right_rows=0, weight=None
-    )
+        return replace(bare, left=one, right=made, left_rows=0, right_rows=rows)
+    return replace(bare, left=made, right=one, left_rows=rows, right_rows=0)
 
 
 def _collapsed(piece: Piece) -> Piece:
@@ -672,6 +672,7 @@ def _collapsed(piece: Piece) -> Piece:
         right=total,
         left_rows=0,
         right_rows=max(piece.left_rows, piece.right_rows),
+        flops=piece.flops + 2 * piece.left.shape[-2] * piece.size("M") * piece.size("N"),
     )
 
 
@@ -704,6 +705,7 @@ def _summed_scatter(piece: Piece, gone: list[Axis]) -> Piece | None:
         left_rows=0,
         right_rows=max(piece.left_rows, piece.right_rows),
         index=None,
+        flops=piece.flops + piece.entries("N"),
     )
 
 
@@ -772,4 +774,6 @@ def _times_matrix(
         axes=tuple(order),
         groups=in_order([*others, *batch, *kept, *new]),
     )
-    return with_factor(changed, group, made.reshape(*lead, -1))
+    count = prod(matrix.shape[i] for i in other[0])
+    flops = 2 * count * lead[0] * lead[-1] * prod(x.size for x in [*batch, *kept, *new])
+    return changed.with_factor(group, made.reshape(*lead, -1), flops)

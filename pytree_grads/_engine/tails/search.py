@@ -19,12 +19,14 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import primitives as p
 
 from .. import evaluate, thresholds
+from .. import plan as _plan
 from ..facts import is_zero
 from ..graph import Atom, Equation, Graph, Known, Value
-from ..plan import Cuts, LeafPlan, plan_leaf
+from ..plan import Cuts, LeafPlan
 from ..rules.scans import stacked
 from ..sites import AtNorm, AtRow, AtScan, AtTerm, AtValue, Site, is_dense
 from .linear import added, is_linear
@@ -64,7 +66,7 @@ class Part:
         env |= {x: next(shared) for x in self.shared}
 
         def read(atom: Atom) -> Any:
-            return env[atom] if atom in env or isinstance(atom, Value) else atom.value
+            return env[atom] if atom in env else _number(atom)
 
         for equation in self.equations:
             if equation in self.scans:
@@ -157,11 +159,11 @@ def search(
     any case, and `plans` the plans of the leaves without a tail.
     """
     level = _Level(graph, graph.downstream(seeds), choice)
-    if not any(level.may_have_tail(choice(x)) for x in plans):
+    if not any(level.may_have_tail(x.terms) for x in plans):
         return None
-    keys = [key for x in plans for site in level.sound(choice(x)) for key in site]
+    keys = [key for x in plans for site in level.sound(x.terms) for key in site]
     level.set_evaluated(evaluate.needs_of(graph, [*keys, *results]))
-    at = [i for i, x in enumerate(plans) if level.has_tail(choice(x), leaves[i])]
+    at = [i for i, x in enumerate(plans) if level.has_tail(x.terms, leaves[i])]
     if not at:
         return None
     roots = tuple(leaves[i] for i in at)
@@ -332,7 +334,7 @@ class _Level:
 
     def plan(self, atom: Atom) -> LeafPlan:
         if atom not in self._plans:
-            self._plans[atom] = plan_leaf(atom, self.varying, "auto")
+            self._plans[atom] = _plan.plan_leaf(atom, self.varying, "auto")
         return self._plans[atom]
 
     # ------------------------------------------------------------------------------
@@ -381,7 +383,7 @@ class _Level:
         if made is not None and made.primitive is p.broadcast_in_dim_p:
             part.broadcasts[made] = None
             self._add_coefficient(made.inputs[0], part)
-        elif isinstance(x, Value) or not _is_number(x):
+        elif _number(x) is None:
             part.shared[x] = None
 
     def source(self, scans: tuple[Equation, ...], atom: Atom) -> Source:
@@ -398,9 +400,12 @@ class _Level:
         return Source(plan, (first.params["length"], *inner.shape), dtype)
 
 
-def _is_number(atom: Known) -> bool:
-    """Whether a known value is a plain number, which can be part of a program."""
-    return isinstance(atom.value, int | float | bool | np.generic)
+def _number(atom: Atom) -> Any:
+    """A known scalar as a number of NumPy, which is part of a program; else None."""
+    if not isinstance(atom, Known) or isinstance(atom.value, Tracer):
+        return None
+    value = np.asarray(atom.value) if np.ndim(atom.value) == 0 else None
+    return None if value is None else value[()]
 
 
 def _is_larger(size: int, other: int) -> bool:

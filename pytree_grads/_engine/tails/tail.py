@@ -100,7 +100,7 @@ class Program:
             return 2 * made * prod(shape[i] for i in contracted)
         if equation.primitive in (p.reduce_sum_p, p.scatter_add_p):
             return max(prod(x.aval.shape) for x in equation.inputs)
-        return made if equation.primitive in (p.mul_p, p.add_jaxvals_p, p.div_p) else 0
+        return 0  # cheap next to products, as in the other costs
 
 
 def _read(env: dict[Atom, Any], atom: Atom) -> Any:
@@ -168,6 +168,18 @@ class Tail:
         if list(leaves) == list(self.leaves):
             return self
         return Tail(self.program.of_leaves(leaves), self.shared)
+
+    @property
+    def first_needed(self) -> list[tuple[int, list[bool]]]:
+        """For each leaf, which sources it needs and no leaf before it does."""
+        found, seen = [], [False] * self.program.source_count
+        for i in self.leaves:
+            needed = self.program.of_leaves([i]).needed
+            found.append(
+                (i, [x and not y for x, y in zip(needed, seen, strict=True)])
+            )
+            seen = [x or y for x, y in zip(needed, seen, strict=True)]
+        return found
 
     def __call__(self, sources: Sequence[jax.Array]) -> list[jax.Array]:
         """The leaves of one row, or of a sum of rows, from the values at the sources."""

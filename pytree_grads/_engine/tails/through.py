@@ -17,20 +17,21 @@ from .tail import Program, Tail
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["terms", "shared"],
+    data_fields=["terms", "scale", "shared"],
     meta_fields=["program", "index", "sources"],
 )
 @dataclass(frozen=True)
 class Through(ByRow):
-    """Output number `index` of a tail, for one row of its sources."""
+    """Output number `index` of a tail, for one row of its sources, times a number."""
 
     terms: tuple[tuple[Term, ...], ...]  # of each source
+    scale: jax.Array  # (), which weights of rows multiply
     shared: tuple[jax.Array, ...]  # the coefficients of the tail
     program: Program
     index: int
     sources: tuple[Leaf, ...]  # without their terms
 
-    coefficient_names: ClassVar = ()
+    factor_names: ClassVar = ("scale",)
 
     @property
     def coefficients(self) -> tuple[jax.Array, ...]:
@@ -50,20 +51,16 @@ class Through(ByRow):
         return Leaf((), self.shape, aval.dtype, 0, None)
 
     def describe(self) -> str:
-        made = (
-            " + ".join(
-                x.of_one(term).describe() for x, term in zip(own.summands, terms)
-            )
-            for own, terms in zip(self.sources, self.terms, strict=True)
-        )
-        return f"{', '.join(made)}, through a shared map"
+        made = (term.describe() for terms in self.terms for term in terms)
+        return f"{' + '.join(dict.fromkeys(made))}, through a shared map"
 
     def materialize(self) -> jax.Array:
         rows = [
             row(leaf, terms)
             for leaf, terms in zip(self.sources, self.terms, strict=True)
         ]
-        return Tail(self.program, self.shared)(rows)[self.index]
+        found = Tail(self.program, self.shared)(rows)[self.index]
+        return found * self.scale.astype(found.dtype)
 
     @property
     def row_cost(self) -> int:
@@ -83,8 +80,10 @@ def through(tail: Tail, index: int, sources: Sequence[Leaf]) -> Leaf:
         )
         for leaf in sources
     )
-    term = Through(terms, tail.shared, tail.program, index, bare)
+    scale = jnp.ones(first.rows, first.real)
+    term = Through(terms, scale, tail.shared, tail.program, index, bare)
     row_axes = [n for leaf in sources for x in leaf.summands for n in x.row_axes]
+    row_axes.append(len(first.rows))
     summand = Summand(
         term=term,
         shape=tuple(aval.shape),
