@@ -65,6 +65,7 @@ LAST = (
     "narrow",
     "shared",
     "pairs",
+    "compared",
 )
 
 
@@ -164,11 +165,13 @@ def memory_cases() -> Iterator[Case]:
         (8, 1000, 16),
         (32, 8000, 64),
         (32, 8000, 256),
-        (64, 4000, 256),
+        (32, 16_000, 64),
         (256, 4000, 8),
     ):
         problem = look_ups(32, count, words, d)
-        yield Case("pairs", count**2 * (16 + d) // words, problem, "clipped")
+        yield Case("pairs", count**2 * 16 // words, problem, "clipped")
+    for count in (64, 128, 512, 1024):
+        yield Case("compared", count, look_ups(8, count, 1 << 22, 8), "clipped")
 
 
 def program_cases() -> Iterator[Case]:

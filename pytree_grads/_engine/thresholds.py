@@ -74,7 +74,10 @@ class Thresholds:
     # Look-ups that share an index are found by comparing all pairs, if that costs at
     # most this many multiplications for each line of the table. Otherwise they are
     # found with an array of one number for each line.
-    pairs: int = 20
+    pairs: int = 4
+
+    # More look-ups than this are sorted, rather than compared with one another.
+    compared: int = 256
 
     # A sum over rows is computed as the transpose of the transposed product if it has
     # at most `narrow` columns, takes at least `large_narrow` multiplications, and has

@@ -58,6 +58,10 @@ class Slice:
         bounds = zip(self.start, self.limit, self.strides, strict=True)
         return tuple(slice_length(*bound) for bound in bounds)
 
+    def is_whole(self, shape: Shape) -> bool:
+        """Whether all of an array of this shape is taken."""
+        return not any(self.start) and self.limit == shape and set(self.strides) <= {1}
+
     def mapped(self, length: int) -> "Slice":
         return Slice((0, *self.start), (length, *self.limit), (1, *self.strides))
 
@@ -165,7 +169,7 @@ def disjoint(one: View, other: View) -> bool:
 
 
 def simplified(view: View, shape: Shape) -> View:
-    """An equal view of arrays of `shape`, without redundant reshapes."""
+    """An equal view of arrays of `shape`, without redundant reshapes and slices."""
     steps: list[Step] = []
     before = [shape]  # steps[i] takes an array of shape before[i]
     for step in view:
@@ -175,6 +179,8 @@ def simplified(view: View, shape: Shape) -> View:
                 before.pop()
             if step.shape == before[-1]:
                 continue
+        if isinstance(step, Slice) and step.is_whole(before[-1]):
+            continue
         steps.append(step)
         before.append(step.shape_from(before[-1]))
     return tuple(steps)

@@ -76,7 +76,7 @@ def _aligned(pieces: list[Piece]) -> list[Piece]:
 
     Inner products of pieces can then be taken factor by factor.
     """
-    full = [x for x in pieces if not x.is_dense and not x.repeats("M")]
+    full = [x for x in pieces if not x.is_dense and x.left_rows and x.right_rows]
     if not full:
         return pieces
     guide = max(full, key=lambda x: min(x.size("M"), x.size("N")))
@@ -85,6 +85,7 @@ def _aligned(pieces: list[Piece]) -> list[Piece]:
 
 def _like(piece: Piece, guide: Piece) -> Piece:
     """A piece whose left factor repeats, with the groups of another if possible."""
+    piece = _with_shared_weight(piece)
     if piece.is_scatter or piece.left is None or not piece.repeats("M"):
         return piece
     places = {
@@ -120,6 +121,17 @@ def _like(piece: Piece, guide: Piece) -> Piece:
         right_rows=counts[1],
         weight=weight,
     )
+
+
+def _with_shared_weight(piece: Piece) -> Piece:
+    """A piece whose left factor is shared, with that factor in its weight."""
+    if piece.is_scatter or piece.left is None or piece.left_rows:
+        return piece
+    if piece.size("M") == 1 or piece.left.shape[-1] == 1 or piece.left.shape[-2] != 1:
+        return piece
+    weight = jnp.broadcast_to(piece.left[:, 0, :, None], piece.sizes)
+    weight = weight if piece.weight is None else weight * piece.weight
+    return replace(piece, left=jnp.ones((1, 1, 1), piece.left.dtype), weight=weight)
 
 
 class _Folding:
@@ -739,6 +751,8 @@ def _times_matrix(
 
     `own` has the contracted and batch axes of the value, `other` those of the array.
     """
+    if not own[0] and not own[1] and piece.left_rows == 0 and not piece.is_scatter:
+        return _outer_with(piece, matrix, own_first=own_first)
     involved = [piece.axes[i] for i in (*own[0], *own[1])]
     groups = {x.group for x in involved if x.size != 1}
     if len(groups) > 1 or piece.weight is not None or "B" in groups:
@@ -777,3 +791,24 @@ def _times_matrix(
     count = prod(matrix.shape[i] for i in other[0])
     flops = 2 * count * lead[0] * lead[-1] * prod(x.size for x in [*batch, *kept, *new])
     return changed.with_factor(group, made.reshape(*lead, -1), flops)
+
+
+def _outer_with(piece: Piece, x: jax.Array, *, own_first: bool) -> Piece | None:
+    """The outer product with a shared array, which goes to a left factor that is shared.
+
+    So the piece stays as small as it was.
+    """
+    if piece.weight is not None or piece.size("B") != 1 or piece.left is None:
+        return None
+    left = wide(piece, "M").reshape(-1, 1) * x.reshape(1, -1)  # (m, new)
+    new = [Axis(size, "M") for size in x.shape]
+    axes = [*piece.axes, *new] if own_first else [*new, *piece.axes]
+    pairs = piece.left.shape[-2]
+    if pairs != 1:
+        return None
+    return replace(
+        piece,
+        axes=tuple(axes),
+        groups=in_order([*piece.groups, *new]),
+        left=left.reshape(1, 1, -1),
+    )

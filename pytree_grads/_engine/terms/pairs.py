@@ -86,15 +86,20 @@ def _scatter_outer(x: Scatter, y: Outer) -> jax.Array:
 def _scatter_scatter(x: Scatter, y: Scatter) -> jax.Array:
     if adds_one(x) and adds_one(y):
         rights = dot("bn,bn->b", x.right[:, 0].conj(), y.right[:, 0])
-        found = lines_at(counts(x, x.dtype), y.index)  # (B, S, 1)
-        return jnp.sum(times_counts(jnp.sum(found, axis=(1, 2)), rights))
+        if x.has_few_pairs:
+            found = same_index(x, y)  # (B, T, S)
+        else:
+            found = lines_at(counts(x, x.dtype), y.index)  # (B, S, 1)
+        count = jnp.sum(found, axis=(1, 2), dtype=jnp.finfo(x.dtype).dtype)
+        return jnp.sum(times_counts(count, rights))
     return jnp.sum(jnp.where(same_index(x, y), right_products(x, y), 0))
 
 
 def _scatter_cost(x: Scatter, y: Scatter) -> int:
     if adds_one(x) and adds_one(y):
         blocks, _, n = x.shape
-        return 2 * blocks * (y.pair_count + n)
+        count = x.pairs_cost if x.has_few_pairs else 2 * blocks * y.pair_count
+        return count + 2 * blocks * n
     return _mixed_cost(x, y)
 
 

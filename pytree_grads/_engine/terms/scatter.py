@@ -1,7 +1,7 @@
 """Scatter terms: lines that are added at indices, from embeddings for example."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any, ClassVar
@@ -117,31 +117,41 @@ class Scatter(ByRow):
 
     def merged(self) -> "Scatter":
         """One look-up of each index gets the sum of its vectors; others get zeros."""
-        return _merged_by_pairs(self) if self._has_few_pairs else _merged_by_lines(self)
+        if not self.has_few_pairs:
+            return _merged_by_lines(self)
+        if self.right.shape[1] == 1 or not self._is_long:
+            return _merged_by_pairs(self)
+        return _merged_by_sorting(self)
 
     def squared(self) -> "Scatter":
         return self.with_factors([scales.square(self.right)])
 
     @property
-    def _has_few_pairs(self) -> bool:
+    def has_few_pairs(self) -> bool:
         """Whether comparing all pairs of look-ups costs less than a number per line."""
         most = thresholds.current().pairs * self.index.shape[0] * self.length
-        return not thresholds.exceeds(self._pairs_cost, most)
+        return not thresholds.exceeds(self.pairs_cost, most)
 
     @property
-    def _pairs_cost(self) -> int:
-        """The cost, in multiplications, to compare all pairs of look-ups and add up."""
-        entries = 0 if self.right.shape[1] == 1 else self.right.shape[-1]
-        return self.index.shape[0] * self.pair_count**2 * (_COMPARISON + entries)
+    def pairs_cost(self) -> int:
+        """The cost, in multiplications, to compare all pairs of look-ups."""
+        return self.index.shape[0] * self.pair_count**2 * _COMPARISON
+
+    @property
+    def _is_long(self) -> bool:
+        """Whether sorting the look-ups costs less than comparing all pairs."""
+        return thresholds.exceeds(self.pair_count, thresholds.current().compared)
 
     @property
     def _merge_cost(self) -> int:
         """The cost to find the look-ups that share an index."""
         if not self.must_merge:
             return 0
-        if self._has_few_pairs:
-            return self._pairs_cost
-        return prod(self.shape[:2]) + self.right.size
+        if self.right.shape[1] == 1:
+            return self.pairs_cost if self.has_few_pairs else prod(self.shape[:2])
+        if not self.has_few_pairs:
+            return prod(self.shape[:2]) + self.right.size
+        return (0 if self._is_long else self.pairs_cost) + self.right.size
 
     # ------------------------------------------------------------------------------
 
@@ -227,7 +237,7 @@ def same_index(x: Scatter, y: Scatter) -> jax.Array:
 def equal_pairs(term: Scatter) -> jax.Array:
     """How many pairs of look-ups of a row share a line: real, (B,)."""
     dtype = jnp.finfo(term.dtype).dtype
-    if term._has_few_pairs:
+    if term.has_few_pairs:
         return jnp.sum(same_index(term, term), axis=(1, 2), dtype=dtype)
     return jnp.sum(counts(term, dtype) ** 2, axis=(1, 2))
 
@@ -240,17 +250,38 @@ def counts(term: Scatter, dtype: Any) -> jax.Array:
 
 def _merged_by_pairs(term: Scatter) -> Scatter:
     """Merge look-ups that share an index, by comparing all pairs."""
-    dtype = term.dtype
     same = same_index(term, term)  # (B, T, T)
-    t, s = (lax.broadcasted_iota(jnp.int32, same.shape, axis) for axis in (1, 2))
-    is_first = jnp.logical_not(jnp.any(same & (s < t), axis=2))  # (B, T)
     if term.right.shape[1] == 1:
-        count = jnp.sum(same, axis=2, dtype=dtype)
-        right = count[..., None] * term.right.astype(dtype)
-    else:
-        right = dot("bts,bsn->btn", same.astype(dtype), term.right)
-    right = jnp.where(is_first[..., None], right, jnp.zeros((), dtype))
-    return term.with_factors([right])
+        t, s = (lax.broadcasted_iota(jnp.int32, same.shape, axis) for axis in (1, 2))
+        is_first = jnp.logical_not(jnp.any(same & (s < t), axis=2))  # (B, T)
+        count = jnp.sum(same, axis=2, dtype=term.dtype)
+        right = count[..., None] * term.right.astype(term.dtype)
+        right = jnp.where(is_first[..., None], right, jnp.zeros((), term.dtype))
+        return term.with_factors([right])
+    first = lax.argmax(same, 2, jnp.int32)  # (B, T); a line out of range is zero
+    return term.with_factors([_added_at(first, term)])
+
+
+def _merged_by_sorting(term: Scatter) -> Scatter:
+    """Merge look-ups that share an index, which stand side by side in sorted order."""
+    own = lax.broadcasted_iota(jnp.int32, term.index.shape, 1)
+    index, order = lax.sort((term.index, own), dimension=1, num_keys=1)
+    begins = jnp.pad(index[:, 1:] != index[:, :-1], ((0, 0), (1, 0)))
+    where = order[:, :, None]
+    lines = jnp.take_along_axis(term._right_of_each, where, axis=1)
+    runs = Scatter(jnp.cumsum(begins, axis=1, dtype=jnp.int32), lines, term.pair_count)
+    # Run number r gets the sum of its lines, and the place of its first look-up.
+    starts = lax.cummax(jnp.where(begins, own, jnp.zeros_like(own)), axis=1)
+    at = jnp.take_along_axis(order, starts, axis=1)
+    total = jnp.take_along_axis(runs.materialize(), runs.index[:, :, None], axis=1)
+    is_start = starts == own
+    total = jnp.where(is_start[..., None], total, jnp.zeros((), total.dtype))
+    return term.with_factors([_added_at(at, replace(term, right=total))])
+
+
+def _added_at(place: jax.Array, term: Scatter) -> jax.Array:
+    """The vectors of a term, each added to the one at its place: (B, T, n)."""
+    return Scatter(place, term.right, term.pair_count).materialize()
 
 
 def _merged_by_lines(term: Scatter) -> Scatter:
