@@ -59,6 +59,12 @@ class Equation:
         """The body of a scan, as a separate graph."""
         return build(self.params["jaxpr"])
 
+    @cached_property
+    def rematerializes(self) -> bool:
+        """Whether the body of a scan has a part that is computed again."""
+        equations = compat.all_equations(self.params["jaxpr"])
+        return any(x.primitive is p.remat_p for x in equations)
+
     @property
     def splits(self) -> tuple[int, int]:
         """Where a scan's inputs split into constants, carry and per-step inputs."""

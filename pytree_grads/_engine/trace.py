@@ -20,6 +20,7 @@ from . import evaluate as _evaluate
 from . import graph as _graph
 from . import plan as _plan
 from .leaf import Leaf, Summand
+from .sites import AtScan, AtValue, is_dense
 from .tails.search import Found, search
 from .tails.tail import Program, Tail
 from .terms import Term
@@ -216,6 +217,8 @@ class Factored:
     rows: Factors
     # Builds the rows in the form "sum". None if that form is the same.
     for_sum: Callable[[], Factors] | None
+    # Whether a single sum costs less as one vector-Jacobian product of the batch.
+    pulls_back: bool = False
 
 
 def factor(
@@ -269,8 +272,29 @@ def factor(
         return Factors(tuple(leaves), Tail(program, tuple(values)))
 
     return Factored(
-        outputs, aux, rows(own), None if alone is own else lambda: rows(alone)
+        outputs,
+        aux,
+        rows(own),
+        for_sum=None if alone is own else lambda: rows(alone),
+        pulls_back=any(_pulls_back(cut, varying) for own in alone.cuts for cut in own),
     )
+
+
+def _pulls_back(cut: _plan.Cut, varying: set[_graph.Atom]) -> bool:
+    """Whether a sum costs less without this cut, as one vector-Jacobian product.
+
+    That is so for a matrix that is materialised for each example, and for factors that
+    a scan with rematerialisation stacks, which an ordinary backward pass need not keep.
+    """
+    if is_dense(cut.site):
+        differs = not isinstance(cut.site, AtValue) or cut.site.value in varying
+        return differs and len([n for n in cut.site.shape if n != 1]) > 1
+    site = cut.site
+    while isinstance(site, AtScan):
+        if site.equation.rematerializes:
+            return True
+        site = site.site
+    return False
 
 
 def _for_rows(plan: _plan.LeafPlan) -> _plan.Cuts:

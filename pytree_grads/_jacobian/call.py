@@ -192,8 +192,7 @@ def _make(
             values, aux = _outputs(source) if with_outputs or has_aux else (None, None)
         else:
             factored = source.factor(trace, batch.localized(), with_sum=True)
-            make = factored.for_sum
-            sum_form = None if make is None else SumForm(make)
+            sum_form = SumForm.of(factored)
             sources, tail = factored.rows
             rows = Kept(
                 origin, sources, tail=tail, made_in=trace_state(), sum_form=sum_form

@@ -12,7 +12,7 @@ from .._engine.leaf import Leaf, take
 from .._engine.matrix import Matrix
 from .._engine.products.scaled_norms import Norms, combined
 from .._engine.tails.tail import Tail
-from .._engine.trace import Factors
+from .._engine.trace import Factored, Factors
 from .._jax.compat import is_outside_traces, trace_state
 from .._jax.sharding import in_auto, layout, sum_over
 from .._trees.checks import PyTree
@@ -34,6 +34,14 @@ class SumForm:
     """
 
     make: Callable[[], Factors]
+    pulls_back: bool  # whether one vector-Jacobian product costs less, if it is allowed
+
+    @classmethod
+    def of(cls, factored: Factored) -> "SumForm | None":
+        """The form that differs from the rows, if one does."""
+        if factored.for_sum is None and not factored.pulls_back:
+            return None
+        return cls(factored.for_sum or (lambda: factored.rows), factored.pulls_back)
 
 
 @partial(
@@ -167,6 +175,10 @@ class Kept:
         """
         rows, sums = self, self.sum_form
         if sums is not None and self._is_at_hand:
+            if sums.pulls_back and self.valid is None and self.origin.may_pull_back:
+                found = self.origin.pulled_back(c)
+                if found is not None:
+                    return found
             sources, tail = sums.make()
             rows = replace(self, sources=sources, tail=tail, sum_form=None)
         return rows.fold(Matrix.weighted_sum, c)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from .._jax.sharding import AxisName, device_count
+from .._jax.sharding import AxisName, device_count, sum_over
+from .._trees.algebra import carried_dtype
 from .._trees.checks import PyTree
 from .source import Source
 
@@ -74,6 +75,23 @@ class Origin:
     def count(self) -> int:
         """How many rows there are on all devices along `axis_name`."""
         return prod(self.shape) * device_count(self.axis_name)
+
+    @property
+    def may_pull_back(self) -> bool:
+        """Whether a sum of rows in the dtypes of the parameters is exact enough."""
+        return all(carried_dtype(x.dtype) == x.dtype for x in self.primals)
+
+    def pulled_back(self, c: jax.Array | None) -> list[jax.Array] | None:
+        """The sum of the rows times c, as one vector-Jacobian product of the batch.
+
+        None if a custom rule or an effect does not allow it.
+        """
+        examined = self.source.examined()
+        if not examined.pulls_back:
+            return None
+        weights = jnp.ones(self.shape) if c is None else c
+        sums = self.source.pull_back(weights, examined.fun, alone=False)
+        return sum_over(sums, self.axis_name)
 
     @property
     def layout(self) -> PartitionSpec:

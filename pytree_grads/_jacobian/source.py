@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from types import MethodType
 from typing import Any
 
@@ -151,20 +153,23 @@ class Source:
     def pull_back(
         self, weights: jax.Array, fun: Fun | None = None, *, alone: bool
     ) -> list[jax.Array]:
-        """The weighted sum of the rows of a scalar function: one ordinary gradient."""
+        """The weighted sum of the rows: one ordinary gradient.
+
+        The weights are (N,), or (N, K) if an example has K outputs.
+        """
         fun = fun or self.of_one
         primals = jax.tree.leaves(self.batch.primals)
 
-        def values_of(chunk: Batch) -> jax.Array:
+        def values_of(chunk: Batch) -> PyTree:
             values, _ = fun.mapped(chunk)
-            return values.astype(carried_dtype(values.dtype))
+            return jax.tree.map(lambda x: x.astype(carried_dtype(x.dtype)), values)
 
         def step(carry: Any, chunk: Batch, place: Place) -> Any:
             own = place.cut(weights)
             values, vjp, *_ = jax.vjp(
                 lambda primals: values_of(chunk.with_primals(primals)), chunk.primals
             )
-            (sums,) = vjp(placed_like(own.astype(values.dtype), values))
+            (sums,) = vjp(placed_like(_like(values, own), values))
             sums = placed_like(jax.tree.leaves(sums), primals)
             return jax.tree.map(jnp.add, carry, sums), None
 
@@ -187,6 +192,19 @@ class Source:
 
         with self.note:
             return self.batch.localized().vmap(one)
+
+
+def _like(values: PyTree, numbers: jax.Array) -> PyTree:
+    """Numbers (N,) or (N, K) as a tree of outputs (N, *k), in their dtypes."""
+    leaves, treedef = jax.tree.flatten(values)
+    flat = numbers.reshape(len(numbers), -1)
+    ends = list(accumulate(prod(x.shape[1:]) for x in leaves))
+    parts = jnp.split(flat, ends[:-1], axis=1)
+    shaped = [
+        part.reshape(x.shape).astype(x.dtype)
+        for part, x in zip(parts, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, shaped)
 
 
 @jax.tree_util.register_static

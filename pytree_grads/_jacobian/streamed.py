@@ -236,9 +236,8 @@ class Streamed:
     @property
     def _can_pull_back(self) -> bool:
         """Whether a sum may be one backward pass in the dtypes of the parameters."""
-        wide = all(carried_dtype(x.dtype) == x.dtype for x in self.origin.primals)
         alike = self.uniform and self.valid is None and self.clip is None
-        return self.pulls_back and len(self.origin.shape) == 1 and wide and alike
+        return self.pulls_back and alike and self.origin.may_pull_back
 
     def norms(self) -> jax.Array:
         """The norms of the rows."""
