@@ -75,7 +75,7 @@ def masked_sequence(draw: Draw, d: int, n: int, positions: int = 16) -> Problem:
     kept = np.random.default_rng(0).random((d, d)) < 0.5
 
     def fun(p, x):
-        return jnp.sum(jnp.tanh(x @ (p["w"] * kept)) ** 2)
+        return jnp.sum(jnp.tanh(x @ (p["w"] * kept.astype(p["w"].dtype))) ** 2)
 
     return Problem(fun, {"w": draw(d, d) / d**0.5}, (draw(n, positions, d),))
 
@@ -151,9 +151,9 @@ def hash_grid(draw: Draw, d: int, n: int, levels: int = 8) -> Problem:
         features = []
         for level in range(levels):
             corner = jnp.floor(point * 2.0**level).astype(jnp.uint32)
-            corners = corner + jnp.asarray([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.uint32)
+            corners = corner[None] + jnp.asarray([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.uint32)
             primes = jnp.asarray([1, 2654435761], jnp.uint32)
-            hashed = jnp.bitwise_xor(*(corners * primes).T) % size
+            hashed = jnp.bitwise_xor(*(corners * primes[None]).T) % jnp.uint32(size)
             features.append(jnp.sum(p["tables"][level][hashed.astype(jnp.int32)], 0))
         h = jnp.tanh(jnp.concatenate(features) @ p["w"])
         return jnp.sum(h**2)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import _computed as computed
 from _images import depthwise_net, mixer, residual_net, small_conv_net
 from _layers import Draw, Problem, cross_entropy, dense
 from _sequences import embedding_bag, gru, lstm, next_word, rnn, state_space
@@ -156,4 +157,23 @@ MODELS = [
     _model("residual net 32×32, N=16", residual_net, 16),
     _model("depthwise net 64×64, N=16", depthwise_net, 16),
     _model("MLP-mixer, 64 patches, N=32", mixer, 32),
+]
+
+# Weights that are computed from parameters, and terms that examples share.
+COMPUTED = [
+    _model("mask, N=128", computed.mask, 512, 128),
+    _model("learned scale, N=128", computed.learned_scale, 512, 128),
+    _model("weight norm, N=128", computed.weight_norm, 512, 128),
+    _model("spectral norm, N=128", computed.spectral_norm, 512, 128),
+    _model("merged adapters, N=128", computed.merged_adapters, 512, 128),
+    _model("permuted, N=128", computed.permuted, 512, 128),
+    _model("softplus, N=128", computed.softplus, 512, 128),
+    _model("mask at 16 positions, N=64", computed.masked_sequence, 256, 64),
+    _model("weight decay in the loss, N=128", computed.weight_decay, 512, 128),
+    _model("flow with log-determinant, N=128", computed.flow, 256, 128),
+    _model("Kalman filter, N=64", computed.kalman_filter, 16, 64),
+    _model("vmapped embedding, N=64", computed.vmapped_embedding, 128, 64),
+    _model("word2vec with 16 negatives, N=256", computed.word2vec, 128, 256),
+    _model("hash grid, N=128", computed.hash_grid, 64, 128),
+    _model("vocabulary in chunks, N=16", computed.chunked_vocabulary, 128, 16),
 ]

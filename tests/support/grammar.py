@@ -111,7 +111,101 @@ def squared(scope, shape):
     return shape, lambda w: w * jnp.abs(w)
 
 
-DISGUISES = [plain] * 8 + [
+# Weights that are computed from parameters, with coefficients that all examples share.
+
+
+def _mask(shape):
+    return np.arange(int(np.prod(shape))).reshape(shape) % 3 != 1
+
+
+def masked(scope, shape):
+    return shape, lambda w: w * _mask(shape).astype(w.dtype)
+
+
+def chosen(scope, shape):
+    return shape, lambda w: jnp.where(_mask(shape), w, jnp.zeros((), w.dtype))
+
+
+def positive(scope, shape):
+    return shape, jax.nn.softplus
+
+
+def normal(scope, shape):
+    """Normalised along one axis, or along all."""
+    axis = scope.choose([0, -1, None])
+
+    def read(w):
+        return w / jnp.sqrt(0.1 + jnp.sum(w**2, axis=axis, keepdims=True))
+
+    return shape, read
+
+
+def permuted(scope, shape):
+    order = np.random.default_rng(sum(shape)).permutation(shape[0])
+    return shape, lambda w: w[order]
+
+
+def repeated(scope, shape):
+    """Lines of a smaller parameter, taken several times."""
+    lines = np.arange(shape[0]) // 2
+    return (int(lines[-1]) + 1, *shape[1:]), lambda w: w[lines]
+
+
+def through(scope, shape):
+    size = shape[0]
+    matrix = np.sin(np.arange(size * (size + 1)).reshape(size, size + 1))
+    return (size + 1, *shape[1:]), lambda w: jnp.tensordot(
+        matrix.astype(w.dtype), w, axes=1
+    )
+
+
+def scaled(scope, shape):
+    """Scaled by lines of the same parameter: of all entries, or of the first axis."""
+    if scope.choose([True, False]):
+        return (shape[0] + 1, *shape[1:]), lambda w: w[1:] * w[:1]
+    return (shape[0], *shape[1:-1], shape[-1] + 1), lambda w: w[..., 1:] * w[..., :1]
+
+
+def merged(scope, shape):
+    """The product of two thin matrices."""
+    if len(shape) != 2:
+        return scaled(scope, shape)
+    lines = shape[0]
+    return (sum(shape), 2), lambda w: w[:lines] @ w[lines:].T
+
+
+def cumulative(scope, shape):
+    return shape, lambda w: jnp.cumsum(w, axis=0)
+
+
+def solved(scope, shape):
+    size = shape[0]
+    lower = np.tril(np.ones((size, size))) + np.eye(size)
+
+    def read(w):
+        flat = w.reshape(size, -1)
+        solution = jax.scipy.linalg.solve_triangular(
+            lower.astype(w.dtype), flat, lower=True
+        )
+        return solution.reshape(shape)
+
+    return shape, read
+
+
+COMPUTED = [
+    masked,
+    chosen,
+    positive,
+    normal,
+    permuted,
+    repeated,
+    through,
+    scaled,
+    merged,
+    cumulative,
+    solved,
+]
+DISGUISES = [plain] * 8 + COMPUTED + [
     folded,
     cut,
     split,
@@ -170,7 +264,7 @@ def words(scope):
     """Look words up in a table, all at once or one of them, and add or multiply."""
     t, d = scope.shape
     table = scope.param(WORDS, d)
-    kind = scope.choose(["all", "one", "one-hot", "fill"])
+    kind = scope.choose(["all", "one", "one-hot", "fill", "mapped", "along", "entries"])
 
     def step(p, h, example):
         tokens = jnp.resize(example[1], t)
@@ -180,9 +274,22 @@ def words(scope):
             return h + jax.nn.one_hot(tokens, WORDS, dtype=h.dtype) @ table(p)
         if kind == "fill":
             return h + jnp.take(table(p), tokens + 2, axis=0, mode="fill", fill_value=0)
+        if kind == "mapped":
+            return h + jax.vmap(lambda i: table(p)[i])(tokens)
+        if kind == "along":
+            return h + jnp.take_along_axis(table(p), tokens[:, None], axis=0)
+        if kind == "entries":
+            return h + table(p)[tokens[:, None], jnp.arange(d)[None]]
         return h + table(p)[tokens]
 
     return step
+
+
+def penalty(scope):
+    """A term that all examples share, and one that they share up to a factor."""
+    t, d = scope.shape
+    w = scope.param(t, d)
+    return lambda p, h, example: h + 0.1 * jnp.sum(w(p) ** 2) + h[0, 0] * w(p)
 
 
 def convolve(scope):
@@ -365,7 +472,7 @@ SIMPLE = [
     convolve,
     attend,
 ]
-SIMPLE += [over_time]
+SIMPLE += [over_time, penalty]
 NESTED = [residual, remat, call, branch, again, layers, remember]
 SHAPES = [transpose, reshape, part, widen, pool]
 
