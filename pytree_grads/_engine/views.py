@@ -41,6 +41,11 @@ class Transpose:
     def shape_from(self, shape: Shape) -> Shape:
         return tuple(shape[axis] for axis in self.permutation)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no axis moves."""
+        return self.permutation == tuple(range(len(self.permutation)))
+
     def mapped(self, length: int) -> "Transpose":
         return Transpose((0, *(axis + 1 for axis in self.permutation)))
 
@@ -169,7 +174,7 @@ def disjoint(one: View, other: View) -> bool:
 
 
 def simplified(view: View, shape: Shape) -> View:
-    """An equal view of arrays of `shape`, without redundant reshapes and slices."""
+    """An equal view of arrays of `shape`, without steps that do nothing."""
     steps: list[Step] = []
     before = [shape]  # steps[i] takes an array of shape before[i]
     for step in view:
@@ -180,6 +185,8 @@ def simplified(view: View, shape: Shape) -> View:
             if step.shape == before[-1]:
                 continue
         if isinstance(step, Slice) and step.is_whole(before[-1]):
+            continue
+        if isinstance(step, Transpose) and step.is_idle:
             continue
         steps.append(step)
         before.append(step.shape_from(before[-1]))

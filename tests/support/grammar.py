@@ -163,7 +163,7 @@ def scaled(scope, shape):
     """Scaled by lines of the same parameter: of all entries, or of the first axis."""
     if scope.choose([True, False]):
         return (shape[0] + 1, *shape[1:]), lambda w: w[1:] * w[:1]
-    return (shape[0], *shape[1:-1], shape[-1] + 1), lambda w: w[..., 1:] * w[..., :1]
+    return (*shape[:-1], shape[-1] + 1), lambda w: w[..., 1:] * w[..., :1]
 
 
 def merged(scope, shape):

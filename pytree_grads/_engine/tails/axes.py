@@ -48,6 +48,8 @@ class Piece:
     index: jax.Array | None = None  # (B, *rows, T) of a scatter
     precision: Any = None
     flops: int = 0  # to fold the tail so far, for one row
+    # Steps that only move the entries of the value, after which nothing folds.
+    after: View = ()
 
     @property
     def shape(self) -> Shape:
@@ -210,7 +212,7 @@ def split(
         wide = {x.group for x in mine if x.size != 1}
         if len(wide) > 1:
             return None
-        group = next(iter(wide), mine[0].group if mine else "B")
+        group = next(iter(wide), mine[0].group if mine else "N")
         pairs.append((mine, [Axis(size, group) for size in sizes]))
     return pairs
 
@@ -309,7 +311,7 @@ def summand_of(piece: Piece, factor: float) -> Summand:
         term=term,
         shape=sizes,
         axis=1,
-        view=simplified(view, sizes),
+        view=simplified(view + piece.after, sizes),
         factor=factor,
         row_axes=row_axes,
         reason="",
@@ -327,7 +329,7 @@ def _dense_summand(piece: Piece, factor: float) -> Summand:
         term=Dense(right.reshape(*rows, *own)),
         shape=own,
         axis=0,
-        view=() if back.permutation == tuple(range(len(own))) else (back,),
+        view=simplified((back, *piece.after), own),
         factor=factor,
         row_axes=(piece.right_rows,),
         reason="the example enters last",

@@ -9,6 +9,7 @@ go through the tail.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 from math import prod
 from typing import Any, TypeAlias
 
@@ -23,6 +24,8 @@ from ..facts import concrete_scalar, is_zero, same_along
 from ..graph import Atom, Equation, Known
 from ..leaf import Leaf, Summand
 from ..products.routes import norm_route
+from ..rules.structural import pad
+from ..views import Pad, Reshape, Slice, Transpose, View, part_of, simplified
 from .axes import Axis, Group, Piece, in_order, oriented, pieces_of, reshaped, summand_of, wide
 from .tail import Tail
 from .through import through
@@ -61,7 +64,10 @@ def _pieces(source: Leaf) -> Sum | None:
 
 def _leaf(value: Sum | None, rows: Leaf) -> Leaf | None:
     """A leaf that is a sum of pieces, if that takes fewer operations than rows."""
-    if value is None or len(value) > _MOST_PIECES:
+    if value is None:
+        return None
+    value = _joined(value)
+    if len(value) > _MOST_PIECES:
         return None
     aligned = _aligned(list(value))
     summands = tuple(map(summand_of, aligned, value.values()))
@@ -69,6 +75,28 @@ def _leaf(value: Sum | None, rows: Leaf) -> Leaf | None:
     if norm_route(leaf).flops > norm_route(rows).flops:
         return None
     return leaf
+
+
+def _joined(value: Sum) -> Sum:
+    """Add the weights of pieces that have the same factors."""
+    groups: dict[Any, list[Piece]] = {}
+    for piece in value:
+        own = id(piece.left), id(piece.right), piece.axes, piece.groups, piece.after
+        groups.setdefault(own if not piece.is_scatter else id(piece), []).append(piece)
+    found: Sum = {}
+    for pieces in groups.values():
+        first = pieces[0]
+        if len(pieces) == 1 or not any(x.weight is not None for x in pieces):
+            found |= {piece: value[piece] for piece in pieces}
+            continue
+        weights = [
+            value[x] * (jnp.ones(x.sizes, x.right.dtype) if x.weight is None else x.weight)
+            for x in pieces
+        ]
+        total = reduce(jnp.add, weights)
+        flops = max(x.flops for x in pieces)
+        found[replace(first, weight=total, flops=flops)] = 1.0
+    return found
 
 
 def _aligned(pieces: list[Piece]) -> list[Piece]:
@@ -176,14 +204,24 @@ class _Folding:
                 made = None
             self.values[value] = made
 
-    def each(self, atom: Atom, fun: Callable[[Piece], Piece | None]) -> Sum | None:
-        """Apply a function to each piece of a value."""
+    def each(
+        self,
+        atom: Atom,
+        fun: Callable[[Piece], Piece | None],
+        moves: View | None = None,
+    ) -> Sum | None:
+        """Apply a function to each piece of a value.
+
+        If it does not apply, steps that only move entries are put behind the piece.
+        """
         value = self.read(atom)
         if value is None:
             return None
         found: Sum = {}
         for piece, factor in value.items():
-            made = fun(piece)
+            made = None if piece.after else fun(piece)
+            if made is None and moves is not None:
+                made = replace(piece, after=piece.after + moves)
             if made is None:
                 return None
             found[made] = found.get(made, 0.0) + factor
@@ -373,6 +411,7 @@ def _transpose(folding: _Folding, equation: Equation, index: int) -> Sum | None:
     return folding.each(
         equation.inputs[0],
         lambda x: oriented(replace(x, axes=tuple(x.axes[i] for i in order))),
+        (Transpose(tuple(order)),),
     )
 
 
@@ -381,7 +420,8 @@ def _reshape(folding: _Folding, equation: Equation, index: int) -> Sum | None:
     if equation.params.get("dimensions") is not None and equation.primitive is p.reshape_p:
         return None
     shape = tuple(equation.outputs[0].aval.shape)
-    return folding.each(equation.inputs[0], lambda x: reshaped(x, shape))
+    moved = (Reshape(shape),)
+    return folding.each(equation.inputs[0], lambda x: reshaped(x, shape), moved)
 
 
 @_rule(p.broadcast_in_dim_p)
@@ -425,7 +465,9 @@ def _rev(folding: _Folding, equation: Equation, index: int) -> Sum | None:
 
     def flipped(piece: Piece) -> Piece | None:
         for i in dimensions:
-            made = _along(piece, i, lambda x, axis: lax.rev(x, (axis,)), piece.shape[i])
+            made = _along(
+                piece, i, lambda x, axis: lax.rev(x, (axis,)), piece.shape[i], moves=True
+            )
             if made is None:
                 return None
             piece = made
@@ -460,7 +502,7 @@ def _slice(folding: _Folding, equation: Equation, index: int) -> Sum | None:
             def part(x: jax.Array, axis: int, bound: Any = (start, limit, stride)) -> Any:
                 return lax.slice_in_dim(x, *bound, axis=axis)
 
-            made = _along(piece, i, part, sizes[i])
+            made = _along(piece, i, part, sizes[i], moves=True)
             if made is None:
                 return None
             piece = made
@@ -486,13 +528,62 @@ def _pad(folding: _Folding, equation: Equation, index: int) -> Sum | None:
                 pads[axis] = own
                 return lax.pad(x, jnp.zeros((), x.dtype), pads)
 
-            made = _along(piece, i, more, sizes[i])
+            made = _along(piece, i, more, sizes[i], moves=True)
             if made is None:
                 return None
             piece = made
         return piece
 
-    return folding.each(operand, padded)
+    steps = pad(equation, equation.outputs[0])
+    moved = None if steps is None else simplified(steps, tuple(operand.aval.shape))
+    is_cut = moved is None or any(isinstance(step, Slice) for step in moved)
+    return folding.each(operand, padded, None if is_cut else moved)
+
+
+@_rule(lax.split_p)
+def _split(folding: _Folding, equation: Equation, index: int) -> Sum | None:
+    axis, sizes = equation.params["axis"], equation.params["sizes"]
+    start = sum(sizes[:index])
+
+    def part(x: jax.Array, i: int) -> jax.Array:
+        return lax.slice_in_dim(x, start, start + sizes[index], axis=i)
+
+    def cut(piece: Piece) -> Piece | None:
+        return _along(piece, axis, part, sizes[index], moves=True)
+
+    return folding.each(equation.inputs[0], cut)
+
+
+@_rule(p.dynamic_update_slice_p)
+def _write(folding: _Folding, equation: Equation, index: int) -> Sum | None:
+    """An array written into zeros at a known place."""
+    operand, update, *starts = equation.inputs
+    at = [concrete_scalar(x) for x in starts]
+    if not is_zero(operand) or any(x is None for x in at):
+        return None
+    whole, taken = operand.aval.shape, update.aval.shape
+    first = [
+        max(0, min(int(x), n - own))  # as JAX clamps it
+        for x, n, own in zip((x or 0 for x in at), whole, taken, strict=True)
+    ]
+
+    def placed(piece: Piece) -> Piece | None:
+        for i, (start, own, n) in enumerate(zip(first, taken, whole, strict=True)):
+            if own == n:
+                continue
+
+            def more(x: jax.Array, axis: int, pads: Any = (start, n - own - start, 0)):
+                config = [(0, 0, 0)] * x.ndim
+                config[axis] = pads
+                return lax.pad(x, jnp.zeros((), x.dtype), config)
+
+            made = _along(piece, i, more, n, moves=True)
+            if made is None:
+                return None
+            piece = made
+        return piece
+
+    return folding.each(update, placed)
 
 
 @_rule(p.concatenate_p)
@@ -502,6 +593,8 @@ def _concatenate(folding: _Folding, equation: Equation, index: int) -> Sum | Non
     for atom in equation.inputs:
         size = atom.aval.shape[axis]
         own = (start, total[axis] - start - size, 0)
+        box = part_of(total, axis, start, size)
+        moved = (Pad(box.start, box.limit, tuple(total), box.strides),)
 
         def placed(piece: Piece, own: Any = own) -> Piece | None:
             def more(x: jax.Array, i: int) -> jax.Array:
@@ -509,9 +602,9 @@ def _concatenate(folding: _Folding, equation: Equation, index: int) -> Sum | Non
                 pads[i] = own
                 return lax.pad(x, jnp.zeros((), x.dtype), pads)
 
-            return _along(piece, axis, more, total[axis])
+            return _along(piece, axis, more, total[axis], moves=True)
 
-        made = folding.each(atom, placed)
+        made = folding.each(atom, placed, moved)
         if made is None:
             return None
         found |= made
@@ -557,29 +650,55 @@ def _scatter(folding: _Folding, equation: Equation, index: int) -> Sum | None:
 
 
 def _along(
-    piece: Piece, i: int, fun: Callable[[jax.Array, int], jax.Array], size: int
+    piece: Piece,
+    i: int,
+    fun: Callable[[jax.Array, int], jax.Array],
+    size: int,
+    *,
+    moves: bool = False,
 ) -> Piece | None:
     """Apply a linear map along one axis of a value to the factor that it belongs to.
 
     `fun(x, axis)` maps an array along an axis; afterwards the axis has `size` entries.
+    If it only moves entries or adds zeros, it acts on a weight as well.
     """
     axis = piece.axes[i]
+    piece, axis = _with_own_group(piece, axis)
     if axis.group == "B" or (piece.is_scatter and axis.group == "M"):
         return None
-    if piece.weight is not None:
+    if piece.weight is not None and not moves:
         return None
-    own, factor = piece.of(axis.group), wide(piece, axis.group)
-    lead = factor.shape[:-1]
-    place = own.index(axis)
-    tensor = factor.reshape(*lead, *(x.size for x in own))
-    made = fun(tensor, len(lead) + place).reshape(*lead, -1)
-    new = Axis(size, axis.group)
+    group, own = axis.group, piece.of(axis.group)
+    new = Axis(size, group)
     swapped = replace(
         piece,
         axes=tuple(new if x is axis else x for x in piece.axes),
         groups=tuple(new if x is axis else x for x in piece.groups),
     )
-    return swapped.with_factor(axis.group, made, piece.entries(axis.group))
+    if piece.weight is not None:
+        whole = piece.weight.reshape([x.size for x in piece.groups])
+        weight = fun(whole, piece.groups.index(axis)).reshape(swapped.sizes)
+        swapped = replace(swapped, weight=weight)
+        if piece.repeats(group):
+            return swapped
+    factor = wide(piece, group)
+    lead = factor.shape[:-1]
+    tensor = factor.reshape(*lead, *(x.size for x in own))
+    made = fun(tensor, len(lead) + own.index(axis)).reshape(*lead, -1)
+    return swapped.with_factor(group, made, piece.entries(group))
+
+
+def _with_own_group(piece: Piece, axis: Axis) -> tuple[Piece, Axis]:
+    """An axis of size 1 of a dense piece, moved to the left factor.
+
+    If it becomes longer, the piece stays as small as it is.
+    """
+    if axis.size != 1 or not piece.is_dense or len(piece.axes) == 1:
+        return piece, axis
+    own = Axis(1, "M")
+    groups = in_order([own if x is axis else x for x in piece.groups])
+    axes = tuple(own if x is axis else x for x in piece.axes)
+    return replace(piece, axes=axes, groups=groups), own
 
 
 # --------------------------------------------------------------------------------------

@@ -78,10 +78,8 @@ def _is_real(atom: Atom) -> bool:
 
 def _is_placed(equation: Equation) -> bool:
     """Whether no output has a sharding of its own, on a mesh with explicit axes."""
-    return (
-        equation.params.get("out_sharding") is None
-        and equation.params.get("sharding") is None
-    )
+    given = [equation.params.get(name) for name in ("out_sharding", "sharding")]
+    return all(x is None or x.mesh.empty for x in given)
 
 
 # Operands that are added to the output, rather than coefficients of it. If one of them

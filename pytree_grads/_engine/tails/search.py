@@ -73,7 +73,9 @@ class Part:
                 outputs = self._run_scan(equation, sources, shared)
                 env.update(outputs)
             else:
-                found = equation.evaluate([read(x) for x in equation.inputs])
+                found = [read(x) for x in equation.inputs]
+                if equation.primitive is not None:  # a barrier is not needed here
+                    found = equation.evaluate(found)
                 env.update(zip(equation.outputs, found, strict=True))
         return env
 
@@ -184,6 +186,7 @@ class _Level:
         self._kinds: dict[Atom, Kind] = {}
         self._plans: dict[Atom, LeafPlan] = {}
         self._bodies: dict[Equation, _Level] = {}
+        self._linear_scans: dict[Equation, bool] = {}
 
     def body(self, equation: Equation) -> "_Level":
         """The body of a scan."""
@@ -232,8 +235,9 @@ class _Level:
 
     def has_tail(self, cuts: Cuts, leaf: Atom) -> bool:
         """Whether some cut materialises what a tail need not, and none is in doubt."""
+        stacks = any(isinstance(x.site, AtScan) and is_dense(x.site) for x in cuts)
         opened = [self._inside(cut.site) for cut in cuts]
-        if not any(self._materializes(*x) for x in opened):
+        if not stacks and not any(self._materializes(*x) for x in opened):
             return False
         return self.kind(leaf) == "linear"
 
@@ -260,7 +264,29 @@ class _Level:
     # Kinds of values
 
     def is_linear(self, equation: Equation) -> bool:
+        if equation.primitive is p.scan_p:
+            return self._is_linear_scan(equation)
         return is_linear(equation, self.varying)
+
+    def _is_linear_scan(self, equation: Equation) -> bool:
+        """Whether a scan is one linear map of what differs between examples."""
+        if equation not in self._linear_scans:
+            level = self.body(equation)
+            carry_from, steps_from = equation.splits
+            starts = zip(equation.inputs, equation.body.inputs, strict=True)
+            self._linear_scans[equation] = all(
+                x in self.varying or inner not in level.varying or is_zero(x)
+                for x, inner in list(starts)[carry_from:steps_from]
+            ) and all(map(level.keeps_linear, equation.body.equations))
+        return self._linear_scans[equation]
+
+    def keeps_linear(self, equation: Equation) -> bool:
+        """Whether an equation is linear, with nothing added, in what differs."""
+        if not any(x in self.varying for x in equation.inputs):
+            return True
+        others = [x for x in added(equation) if x not in self.varying]
+        is_plain = equation.primitive is not p.scan_p
+        return is_plain and self.is_linear(equation) and all(map(is_zero, others))
 
     def kind(self, atom: Atom) -> Kind:
         """The kind of a value; see the module's docstring."""
@@ -355,7 +381,7 @@ class _Level:
                 part.sources[atom] = None
                 continue
             reached.add(made)
-            if made.primitive is p.scan_p:
+            if made.primitive is p.scan_p and not self.is_linear(made):
                 assert isinstance(atom, Value)
                 inner = made.body.outputs[atom.index]
                 inner_roots.setdefault(made, {})[inner] = None

@@ -1,0 +1,190 @@
+"""Every step of a tail: the smallest function that needs it, against plain rows.
+
+A new step is one function in ``pytree_grads/_engine/tails`` and one row here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tree_allclose
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from routes import factors_kept, leaves_of, matrix_of, with_thresholds
+
+from pytree_grads import jacobian
+from pytree_grads._engine.tails import fold as folding
+from pytree_grads._engine.tails.linear import _LINEAR
+from pytree_grads._engine.tails.through import Through
+
+N = 5
+D, K = 48, 40  # so large that inner products cost less than rows
+MASK = np.arange(D * K).reshape(D, K) % 3 != 1
+ORDER = np.random.default_rng(0).permutation(D)
+MATRIX = np.sin(np.arange(D * D)).reshape(D, D) / D
+LOWER = np.tril(np.ones((D, D))) + np.eye(D)
+
+
+def mask(w):
+    return w * MASK.astype(w.dtype)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A weight that is a function of a parameter, and whether its tail folds."""
+
+    name: str  # of the primitive in the tail
+    weight: Callable[[jax.Array], jax.Array]  # of (D, K), to (D, K)
+    folds: bool = True
+    shape: tuple[int, ...] = (D, K)
+
+
+def solved(w):
+    return lax.linalg.triangular_solve(LOWER.astype(w.dtype), w, left_side=True)
+
+
+def convolved(w):
+    kernel = jnp.arange(3.0, dtype=w.dtype).reshape(3, 1, 1)
+    return lax.conv_general_dilated(
+        w.T[:, :, None], kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )[:, :, 0].T
+
+
+def scanned(w):
+    """A weight made line by line."""
+    return lax.scan(lambda _, line: (None, line * jnp.cos(line[::-1])), None, w)[1]
+
+
+ROWS = [
+    Row("mul", mask),
+    Row("mul", lambda w: w * jnp.sin(w[:, :1])),
+    Row("mul", lambda w: w * jnp.sin(w[:1])),
+    Row("mul", lambda w: w * jnp.sin(w[0, 0])),
+    Row("div", lambda w: w / jnp.asarray(MASK + 1.5, w.dtype)),
+    Row("select_n", lambda w: jnp.where(MASK, w, jnp.zeros((), w.dtype))),
+    Row("select_n", lambda w: jnp.where(MASK, w, 2 * w)),
+    Row("dot_general", lambda w: MATRIX.astype(w.dtype) @ w),
+    Row("dot_general", lambda w: w @ MATRIX[:K, :K].astype(w.dtype)),
+    Row("dot_general", lambda w: w[:, :2] @ w[:2]),
+    Row("dot_general", lambda w: w / (w[0] @ mask(w)[0]), folds=False),
+    Row("reduce_sum", lambda w: w / jnp.sum(w**2 + 1, axis=0, keepdims=True)),
+    Row("reduce_sum", lambda w: w / jnp.sum(w**2 + 1, axis=1, keepdims=True)),
+    Row("reduce_sum", lambda w: w / jnp.sum(w**2 + 1)),
+    Row("broadcast_in_dim", lambda w: mask(jnp.broadcast_to(w[:1], (D, K)))),
+    Row("gather", lambda w: mask(w)[ORDER]),
+    Row("scatter-add", lambda w: w[ORDER]),
+    Row("scatter-add", lambda w: w[np.arange(D) // 2]),
+    Row("scatter-add", lambda w: w[:, np.arange(K) // 3 + 2]),
+    Row("cumsum", lambda w: jnp.cumsum(w, axis=0)),
+    Row("rev", lambda w: mask(w)[::-1]),
+    Row("pad", lambda w: jnp.pad(mask(w)[1:], ((1, 0), (0, 0)))),
+    # Two pieces: their inner products cost more than rows.
+    Row("concatenate", lambda w: jnp.concatenate([mask(w)[2:], w[:2]]), folds=False),
+    Row("slice", lambda w: mask(jnp.pad(w, ((1, 0), (0, 0)))[:-1])),
+    Row("transpose", lambda w: mask(w.T), shape=(K, D)),
+    Row("reshape", lambda w: mask(w.reshape(D, K)), shape=(D * K,)),
+    Row("squeeze", lambda w: mask(w[0]), shape=(1, D, K)),
+    Row("neg", lambda w: -mask(w)),
+    Row("add_any", lambda w: mask(w) + w * jnp.cos(w)),
+    Row("sub", lambda w: mask(w) - w * jnp.cos(w)),
+    Row("copy", lambda w: mask(jnp.copy(w))),
+    Row("name", lambda w: mask(checkpoint_name(w, "w"))),
+    Row(
+        "convert_element_type",
+        lambda w: mask(w.astype(jnp.float32).astype(w.dtype)),
+    ),
+    Row("triangular_solve", solved, folds=False),
+    Row("conv_general_dilated", convolved, folds=False),
+    Row("cumsum", lambda w: jnp.cumsum(mask(w), axis=0)),
+    Row("optimization_barrier", lambda w: jax.checkpoint(mask)(w)),
+    Row("scan", scanned, folds=False),
+    Row("dynamic_slice", lambda w: mask(lax.dynamic_slice(w, (0, 0), (D, K)))),
+    Row("split", lambda w: mask(jnp.concatenate([w[2:], w[:2]])), folds=False),
+    Row("concatenate", lambda w: jnp.concatenate([mask(w), w[:0]])),
+    Row(
+        "dynamic_update_slice",
+        lambda w: lax.dynamic_update_slice(mask(w), w[:1] * 2, (1, 0)),
+        folds=False,
+    ),
+]
+
+
+def loss(row, positions=None):
+    def fun(w, x):
+        return jnp.sum(jnp.sin(x @ row.weight(w)))
+
+    x = np.random.default_rng(1)
+    w = jnp.asarray(x.normal(size=row.shape))
+    shape = (N, D) if positions is None else (N, positions, D)
+    return fun, w, jnp.asarray(x.normal(size=shape)) / 4
+
+
+def products(J, v, c):
+    gram = J.gram()
+    squares = J.square_sum(c)
+    return J.to_rows(), J.norms(), gram, J @ v, J.weighted_sum(c), squares
+
+
+MODES = {"kept": {}, "recomputed": {"recompute": True}, "chunks": {"chunk_size": 2}}
+
+
+@pytest.mark.any_release
+@pytest.mark.parametrize("positions", [None, 2], ids=["T=1", "T=2"])
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_products_are_those_of_rows(row, mode, positions, x64):
+    fun, w, x = loss(row, positions)
+    v, c = jnp.cos(jnp.arange(w.size)).reshape(w.shape), jnp.linspace(-1, 2, N)
+    with factors_kept():
+        J = jacobian(fun, **mode)(w, x)
+        got = products(J, v, c)
+    rows = jax.vmap(jax.grad(fun), (None, 0))(w, x)
+    flat = rows.reshape(N, -1)
+    want = (
+        rows,
+        jnp.linalg.norm(flat, axis=1),
+        flat @ flat.T,
+        flat @ v.ravel(),
+        jnp.tensordot(c, rows, 1),
+        jnp.tensordot(c, rows**2, 1),
+    )
+    rounds = row.name == "convert_element_type"
+    assert tree_allclose(got, want, 1e-5 if rounds else 1e-10)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_nothing_is_materialised(row, x64):
+    """The sources of the tail are factors, and the tail folds if it can."""
+    fun, w, x = loss(row)
+    with factors_kept():
+        J = jacobian(fun)(w, x)
+    (leaf,) = leaves_of(J)
+    sources = matrix_of(J).sources
+    assert not any(s.term.is_dense for leaf in sources for s in leaf.summands)
+    is_through = any(isinstance(s.term, Through) for s in leaf.summands)
+    assert is_through != row.folds
+
+
+def test_every_step_that_folds_has_a_row():
+    names = {getattr(x, "name", "optimization_barrier") for x in folding._RULES}
+    names = {name.replace("add", "add_any", name == "add") for name in names}
+    assert names <= {row.name for row in ROWS} | {"add_any_any", "add_any"}
+
+
+def test_look_ups_that_are_sorted(x64):
+    """Many look-ups of a large table are merged after they are sorted."""
+
+    def fun(table, tokens):
+        return jnp.sum(jnp.sin(table[tokens] * jnp.arange(1.0, 8.0)[:, None]))
+
+    table = jnp.sin(jnp.arange(200.0)).reshape(100, 2)
+    tokens = jax.random.randint(jax.random.key(0), (N, 7), 0, 4)
+    rows = jax.vmap(jax.grad(fun), (None, 0))(table, tokens)
+    with with_thresholds(compared=2, pairs=1 << 20):
+        J = jacobian(fun)(table, tokens)
+        norms, squares = J.norms(), J.square_sum()
+    assert tree_allclose(norms, jnp.linalg.norm(rows.reshape(N, -1), axis=1))
+    assert tree_allclose(squares, jnp.sum(rows**2, 0))
