@@ -177,6 +177,19 @@ def test_every_example(tmp_path):
     assert figure.read_bytes().startswith(b"\x89PNG\r\n")
 
 
+def test_language_model(tmp_path):
+    figure = tmp_path / "language_model.png"
+    printed = run("language_model.py", "--steps", "80", "--output", str(figure))
+    line = re.search(r"correlation ([\d.-]+), slope ([\d.-]+)", printed)
+    assert line is not None
+    assert float(line[1]) > 0.8
+    assert 1 < float(line[2]) < 2
+    losses = re.findall(r"held-out loss ([\d.]+) nats", printed)
+    assert len(losses) == 2
+    assert max(map(float, losses)) < 3.2  # 4.6 is the logarithm of 96 letters
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n")
+
+
 def test_private_digits(tmp_path):
     pytest.importorskip("jax_privacy", reason="the extra `privacy` is not installed")
     figure = tmp_path / "private.png"
