@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _checks
-from ._solvers import positive_or_one
+from ._solvers import positive_or_one, safe_sqrt
 
 SCALES = ("min", "median", "rmse")
 
@@ -116,7 +116,7 @@ def aligned_mtl(
 
 @jax.jit
 def _imtl_g(gram: jax.Array) -> jax.Array:
-    norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
+    norms = safe_sqrt(jnp.diagonal(gram))
     unit = positive_or_one(norms)
     cosines = gram / (unit[:, None] * unit[None, :])
     raw = jnp.linalg.pinv(cosines, hermitian=True) @ (norms > 0).astype(gram.dtype)
@@ -128,7 +128,7 @@ def _imtl_g(gram: jax.Array) -> jax.Array:
 
 @jax.jit
 def _config(gram: jax.Array, preferred: jax.Array) -> jax.Array:
-    norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
+    norms = safe_sqrt(jnp.diagonal(gram))
     unit = positive_or_one(norms)
     cosines = gram / (unit[:, None] * unit[None, :])
     raw = jnp.linalg.pinv(cosines, hermitian=True) @ preferred

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _checks
-from ._solvers import positive_or_one
+from ._solvers import positive_or_one, safe_sqrt
 
 # Newton steps with a line search, and plain ones at the end.
 DAMPED, PLAIN = 30, 4
@@ -49,7 +49,7 @@ def nash_mtl(gram: Any, *, max_norm: Any = None) -> jax.Array:
     if max_norm is None:
         return weights
     bound = _checks.number("max_norm", max_norm, low=0, open_=True).astype(gram.dtype)
-    norm = jnp.sqrt(jnp.maximum(weights @ gram @ weights, 0))
+    norm = safe_sqrt(weights @ gram @ weights)
     return weights * jnp.minimum(1, bound / positive_or_one(norm))
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _checks
-from ._solvers import positive_or_one
+from ._solvers import positive_or_one, safe_sqrt
 from ._stateful import StatefulWeighting
 
 
@@ -124,8 +124,8 @@ def _gradvac(
 ) -> tuple[jax.Array, jax.Array]:
     def correct(product, norm, other, average):
         cosine = product / positive_or_one(norm * other)
-        sine = jnp.sqrt(jnp.maximum(1 - cosine**2, 0))
-        goal = positive_or_one(jnp.sqrt(jnp.maximum(1 - average**2, 0)))
+        sine = safe_sqrt(1 - cosine**2)
+        goal = positive_or_one(safe_sqrt(1 - average**2))
         added = norm * (average * sine / goal - cosine) / positive_or_one(other)
         applies = (cosine < average) & (other > 0)
         return jnp.where(applies, added, 0), kept * average + (1 - kept) * cosine
@@ -138,7 +138,7 @@ def _corrected(
 ) -> tuple[jax.Array, jax.Array]:
     """The weights of the sum of all corrected gradients, and the next averages."""
     count = len(gram)
-    norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
+    norms = safe_sqrt(jnp.diagonal(gram))
     orders = jax.vmap(lambda key: jax.random.permutation(key, count))(
         jax.random.split(key, count)
     )  # (K, K)
@@ -148,7 +148,7 @@ def _corrected(
 
         def step(carry, j):
             weights, averages = carry
-            norm = jnp.sqrt(jnp.maximum(weights @ gram @ weights, 0))
+            norm = safe_sqrt(weights @ gram @ weights)
             added, average = correct(weights @ gram[j], norm, norms[j], averages[j])
             added = jnp.where(j == i, 0, added)
             average = jnp.where(j == i, averages[j], average)

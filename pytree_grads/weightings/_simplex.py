@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _checks
-from ._solvers import minimum_on_simplex, positive_or_one, unit_trace
+from ._solvers import minimum_on_simplex, safe_sqrt, unit_trace
 
 
 def mgda(gram: Any) -> jax.Array:
@@ -89,7 +89,7 @@ def _cagrad(gram: jax.Array, c: jax.Array) -> jax.Array:
     gram = unit_trace(gram)
     uniform = _uniform(gram)
     square = uniform @ gram @ uniform
-    radius = c * jnp.where(square > 0, jnp.sqrt(positive_or_one(square)), square)
+    radius = c * safe_sqrt(square)
 
     def value(w: jax.Array, problem: tuple[jax.Array, jax.Array]) -> jax.Array:
         """The dual problem: its minimum leads to the best direction."""

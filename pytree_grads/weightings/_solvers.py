@@ -38,9 +38,15 @@ def positive_or_one(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x, jnp.where(jnp.isnan(x), x, 1.0))
 
 
+def safe_sqrt(squares: jax.Array) -> jax.Array:
+    """Square roots; zero, with derivative zero, where a square is not positive."""
+    return jnp.where(squares <= 0, 0, jnp.sqrt(positive_or_one(squares)))
+
+
 def ridge(gram: jax.Array) -> jax.Array:
     """What keeps a system solvable and changes a solution by no more than rounding."""
-    return 4 * len(gram) * jnp.finfo(gram.dtype).eps * jnp.trace(gram)
+    size = positive_or_one(jnp.trace(gram))
+    return 4 * len(gram) * jnp.finfo(gram.dtype).eps * size
 
 
 def minimum_above(gram: jax.Array, low: jax.Array) -> jax.Array:

@@ -394,6 +394,31 @@ def test_derivatives(name, case, x64):
     np.testing.assert_allclose(reverse, got.sum(), rtol=1e-8)
 
 
+# The eigenvectors of Aligned-MTL have no derivative where eigenvalues coincide.
+@each([name for name in WEIGHTINGS if not name.startswith("aligned")])
+@pytest.mark.parametrize(
+    "case", ["a row of zeros", "equal rows", "opposite rows", "stationary", "zeros"]
+)
+def test_derivatives_are_finite(name, case):
+    gram = gram_of(HARD[case])
+    slope = jax.grad(lambda gram: jnp.sum(WEIGHTINGS[name](gram)))(gram)
+    assert bool(jnp.isfinite(slope).all())
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("mean", 1), ("sum", 1), ("upgrad", 1), ("dualproj", 1), ("pcgrad", 1),
+        ("mgda", 1), ("cagrad", 1.5), ("nash_mtl", 0.2), ("fairgrad_1", 0.2),
+        ("fairgrad_2", 5 ** (-4 / 3)), ("aligned_mtl", 1), ("imtl_g", 1), ("config", 1),
+    ],
+)  # fmt: skip
+def test_a_single_loss(name, expected):
+    """Of a gradient of norm 5."""
+    weights = WEIGHTINGS[name](gram_of(HARD["one"]))
+    np.testing.assert_allclose(weights, [expected], rtol=1e-5)
+
+
 @each(WEIGHTINGS)
 def test_double_precision(name, x64):
     weights = WEIGHTINGS[name](gram_of(HARD["three"], np.float64))
