@@ -147,7 +147,7 @@ def clipped_grad(
       return_grad_norms: whether to return the norms of the gradients before the clip.
       microbatch_size: how many examples are worked on at a time; it need not divide N.
       nan_safe: whether a row with a NaN or an infinity counts as zero. Otherwise it
-        spoils the sum.
+        spoils the sum, even if it is padding.
       dtype: the dtype of the gradient, such as float32 for bfloat16 parameters; by
         default that of the parameters. Sums are carried in float32 or wider.
       prng_argnum: the positional argument that is a PRNG key, which is split into one
@@ -202,7 +202,8 @@ def clipped_grad(
         total, norms = J.clipped_sum(l2_clip_norm, weights, nan_safe=nan_safe)
         if rescale_to_unit_norm:
             total = _divided_by_bounds(total, l2_clip_norm)
-        total = jax.tree.map(lambda x: x / normalize_by, total)
+        total = jax.tree.map(lambda x: x / float(normalize_by), total)
+        total = total if dtype is None else optax.tree.cast(total, dtype)
         if not has_any_aux:
             return total
         whole = _whole_norms(norms) if return_grad_norms else None
@@ -337,13 +338,21 @@ class _Call:
     ) -> tuple[tuple[Any, ...], Callable[..., Any]]:
         """Parameters in the dtype of the gradient, and the function of one example.
 
-        The function casts them back, so that it computes what it did.
+        The function casts them back, so that it computes what it did. Parameters that
+        are wider than that stay as they are.
         """
+
+        def widened(x: Any) -> jax.Array:
+            x = jnp.asarray(x)
+            return (
+                x.astype(dtype) if jnp.dtype(dtype).itemsize > x.dtype.itemsize else x
+            )
+
         numbers = [self.argnums] if isinstance(self.argnums, int) else self.argnums
         narrow = {i: args[i] for i in numbers}
         if dtype is not None:
             for i in numbers:
-                args = _replaced(args, i, optax.tree.cast(args[i], dtype))
+                args = _replaced(args, i, jax.tree.map(widened, args[i]))
 
         def one_example(*args: Any, **kwargs: Any) -> Any:
             for i in numbers if dtype is not None else ():

@@ -12,7 +12,7 @@ import optax
 import pytest
 from helpers import tree_allclose
 
-from pytree_grads import per_example_grad, privacy
+from pytree_grads import jacobian, per_example_grad, privacy
 
 reason = "the extra `privacy` is not installed"
 jax_privacy = pytest.importorskip("jax_privacy", reason=reason)
@@ -258,6 +258,29 @@ def test_sums_of_narrow_gradients_in_a_wide_dtype():
     scales = jnp.minimum(1, 0.5 / norms)
     expected = jax.tree.map(lambda x: jnp.tensordot(scales, x, 1), rows)
     tree_allclose(grad, expected, rtol=2e-2)
+
+
+def test_a_narrow_dtype_rounds_the_sum_alone():
+    options = {"l2_clip_norm": 0.5, "keep_batch_dim": False, **BATCH}
+    exact = privacy.clipped_grad(of_one, **options)(PARAMS, XS, YS)
+    narrow = privacy.clipped_grad(of_one, dtype=jnp.bfloat16, **options)
+    expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
+    tree_allclose(narrow(PARAMS, XS, YS), expected, rtol=0)
+
+
+def test_it_costs_what_the_clipped_sum_costs():
+    clipped = privacy.clipped_grad(
+        of_one, l2_clip_norm=0.5, keep_batch_dim=False, **BATCH
+    )
+
+    def by_hand(params, xs, ys):
+        return jacobian(of_one)(params, xs, ys).clipped_sum(0.5, nan_safe=True)[0]
+
+    def flops(fun):
+        program = jax.jit(fun).lower(PARAMS, XS, YS).compile()
+        return program.cost_analysis()["flops"]
+
+    assert flops(clipped) <= 1.02 * flops(by_hand)
 
 
 # ----------------------------------------------------------------------------- noise
