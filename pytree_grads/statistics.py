@@ -125,12 +125,13 @@ def noise_scale(
     first = jax.tree.map(_squares, J.mean())
     if labels is not None:
         second, first = (_by_label(labels, tree) for tree in (second, first))
-    pairs = jax.tree.map(lambda a, b: _parts(a, b, count, unbiased), second, first)
-    is_pair = lambda x: isinstance(x, NoiseScale)  # noqa: E731
-    return NoiseScale(
-        jax.tree.map(lambda x: x.trace, pairs, is_leaf=is_pair),
-        jax.tree.map(lambda x: x.squared_norm, pairs, is_leaf=is_pair),
-    )
+
+    def part(name: str) -> Any:
+        return jax.tree.map(
+            lambda a, b: getattr(_parts(a, b, count, unbiased), name), second, first
+        )
+
+    return NoiseScale(part("trace"), part("squared_norm"))
 
 
 def variance(J: Jacobian) -> Any:

@@ -45,6 +45,8 @@ def cagrad(gram: Any, c: Any = 0.5) -> jax.Array:
     smallest Jᵢ·d is largest. With c = 0 it is the mean; with c ≥ 1 it conflicts with no
     loss; as c grows, the direction tends to that of ``mgda``. Where the losses are
     Pareto stationary, or g₀ is zero, the result stays within this ball, and is finite.
+    There, with c ≥ 1 and norms that differ by some hundreds, the direction is not
+    exact, and may leave a conflict.
 
     Args:
       gram: (K, K), the inner products of K gradients, as ``J.gram()``.
