@@ -22,6 +22,9 @@ products: empirical Fisher        ``fisher_product(f)(params, *batch)(v)``
 ``per_example_value_and_grad``, ``value_and_jacobian`` and
 ``chain_rule_value_and_grad`` return the outputs, or the loss, in addition.
 ``help(Jacobian)`` lists what J computes; ``J.to_rows()`` returns its rows as arrays.
+Uses are modules of their own, as in ``from pytree_grads import weightings``:
+``weightings`` has rules for several losses, ``statistics`` the gradient noise scale,
+``privacy`` clipped gradients that know their sensitivity.
 """
 
 from importlib import metadata as _metadata

@@ -132,6 +132,82 @@ def test_weights():
     assert by_hand > 20  # stalled
 
 
+def test_two_tasks(tmp_path):
+    figure = tmp_path / "two_tasks.png"
+    printed = run("two_tasks.py", "--steps", "150", "--output", str(figure))
+    rises = dict(
+        re.findall(r"^(\w+) +a loss rises in +([\d.]+)%", printed, re.MULTILINE)
+    )
+    assert float(rises["mean"]) > 10
+    for rule in ("upgrad", "mgda", "nash_mtl"):
+        assert float(rises[rule]) == 0
+    read = re.findall(r"reads ([\d.]+)% of the digits, ([\d.]+)% of the", printed)
+    assert min(max(float(x) for x in both) for both in read) > 30
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_noise_scale(tmp_path):
+    figure = tmp_path / "noise_scale.png"
+    printed = run("noise_scale.py", "--steps", "200", "--output", str(figure))
+    known = re.findall(
+        r": ([\d.]+) \(([\d.]+)\), without bias (\S+) \((\S+)\)", printed
+    )
+    assert len(known) == 4
+    for plain, expected, unbiased, sign_change in known:
+        assert float(plain) == pytest.approx(float(expected), rel=1e-3)
+        assert float(unbiased) == pytest.approx(float(sign_change), rel=1e-3)
+    grows = re.search(r"grows from (\d+) to (\d+)", printed)
+    assert grows is not None
+    assert int(grows[2]) > 2 * int(grows[1])
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_every_example(tmp_path):
+    figure = tmp_path / "every_example.png"
+    printed = run("every_example.py", "--steps", "60", "--output", str(figure))
+    told = re.findall(
+        r"^(\w+) +loss ([\d.]+), test accuracy ([\d.]+)%; ([\d.]+)%",
+        printed,
+        re.MULTILINE,
+    )
+    losers = {name: float(share) for name, _, _, share in told}
+    assert losers["mean"] > 5
+    assert losers["upgrad"] < 0.1
+    assert min(float(accuracy) for _, _, accuracy, _ in told) > 80
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_language_model(tmp_path):
+    figure = tmp_path / "language_model.png"
+    printed = run("language_model.py", "--steps", "80", "--output", str(figure))
+    line = re.search(r"correlation ([\d.-]+), slope ([\d.-]+)", printed)
+    assert line is not None
+    assert float(line[1]) > 0.8
+    assert 1 < float(line[2]) < 2
+    losses = re.findall(r"held-out loss ([\d.]+) nats", printed)
+    assert len(losses) == 2
+    assert max(map(float, losses)) < 3.2  # 4.6 is the logarithm of 96 letters
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_private_digits(tmp_path):
+    pytest.importorskip("jax_privacy", reason="the extra `privacy` is not installed")
+    figure = tmp_path / "private.png"
+    printed = run("private_digits.py", "--steps", "40", "--output", str(figure))
+    told = dict(
+        re.findall(r"^(\S.*\S) +test accuracy ([\d.]+)%", printed, re.MULTILINE)
+    )
+    assert float(told["not private"]) > 80
+    assert told["private"] == told["jax_privacy"]
+    assert min(float(x) for x in told.values()) > 50
+    away = re.search(r"differ by at most (\S+)", printed)
+    assert away is not None
+    assert float(away[1]) < 1e-5
+    sensitivities = re.findall(r"a sensitivity of ([\d.]+)", printed)
+    assert [float(x) for x in sensitivities] == [0.005, 0.00492]
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n")
+
+
 @pytest.mark.any_release
 def test_multi_device():
     """One device, eight, and two processes print the same."""
