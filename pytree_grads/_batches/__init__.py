@@ -6,6 +6,7 @@
                     cannot
 ``batch``           ``Batch``: the arguments of one call
 ``chunks``          which examples are worked on together
+``chosen``          which rows of a batch are chosen, by a slice or by indices
 ``loops``           a function over the chunks of a batch, in one compiled loop
 ``functions``       ``fun`` and ``outer`` with their options
 ``notes``           what an error in a user's function says of the call

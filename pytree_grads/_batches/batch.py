@@ -11,6 +11,7 @@
 ``.primals``          tuple of the differentiated arguments
 ``.with_primals(p)``  the same batch with other differentiated arguments
 ``.chunk(start, k)``  the Batch of examples start..start+k-1
+``.chosen(rows)``     the Batch of some of the examples
 ``.vmap(fun)``        ``fun(args, kwargs)`` mapped over the examples; results stack on
                       axis 0
 ``.chunks(k)``        which examples are worked on together, about k at a time
@@ -29,9 +30,10 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import compat
-from .._jax.sharding import Names, count_at, laid_out, layout, names_at, take, without
+from .._jax.sharding import Names, count_at, laid_out, layout, names_at, without
 from .._trees.checks import PyTree, argument_names, located, normalize_argnums
 from .axes import DEFAULT, Mapped, argument_specs, common_size, leaf_axes
+from .chosen import Chosen, Span
 from .chunks import Chunks, Place
 from .differentiable import check_differentiable
 
@@ -94,11 +96,15 @@ class Batch:
 
     def chunk(self, start: int, size: int) -> "Batch":
         """The batch of the ``size`` examples from ``start`` on."""
+        return self.chosen(Span(start, size))
+
+    def chosen(self, rows: Chosen) -> "Batch":
+        """The batch of some of the examples."""
         leaves = [
-            leaf if axis is None else take(leaf, start, size, axis)
+            leaf if axis is None else rows.cut(leaf, axis)
             for leaf, axis in zip(self.leaves, self.axes, strict=True)
         ]
-        taken = replace(self, leaves=tuple(leaves), size=size)
+        taken = replace(self, leaves=tuple(leaves), size=rows.size)
         return taken if taken.mesh_axes else replace(taken, gathered=self._names)
 
     def chunks(self, chunk_size: int) -> Chunks:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._jax import sharding
+from .._batches.chosen import Chosen, Span
 from .._jax.compat import varying_zeros
 from .._trees.algebra import carried_dtype
 from . import thresholds
@@ -125,16 +125,21 @@ def zeros_of(shape: Shape, dtype: Any, *leaves: Leaf) -> jax.Array:
 
 def take(leaf: Leaf, start: Any, size: int) -> Leaf:
     """The rows of `size` examples from `start` on, which may be traced."""
+    return chosen(leaf, Span(start, size))
+
+
+def chosen(leaf: Leaf, rows: Chosen) -> Leaf:
+    """The rows of some of the examples."""
 
     def of(summand: Summand) -> Summand:
         arrays, treedef = jax.tree.flatten(summand.term)
         cut = [
-            sharding.take(x, start, size, summand.axis) if count else x
+            rows.cut(x, summand.axis) if count else x
             for x, count in zip(arrays, summand.row_axes, strict=True)
         ]
         return replace(summand, term=jax.tree.unflatten(treedef, cut))
 
-    return replace(leaf, summands=tuple(map(of, leaf.summands)), size=size)
+    return replace(leaf, summands=tuple(map(of, leaf.summands)), size=rows.size)
 
 
 def widened(leaf: Leaf, dtype: Any) -> Leaf:

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._jax import sharding
+from .._batches.chosen import Chosen
 from .._trees.algebra import common_dtype
-from .leaf import Leaf, Summand, take, weighted, widened
+from .leaf import Leaf, Summand, chosen, weighted, widened
 from .products import gram as _gram
 from .products import sums as _sums
 from .products.norms import leaf_norms
@@ -149,14 +149,11 @@ class Matrix:
             stacks.append(stacked)
         return stacks
 
-    def taken(self, start: Any, size: int) -> "Matrix":
-        """The rows of `size` examples from `start` on."""
-        cut = partial(sharding.take, start=start, size=size)
-        weights = None if self.weights is None else tuple(map(cut, self.weights))
-        valid = None if self.valid is None else cut(self.valid)
-        return Matrix(
-            tuple(take(leaf, start, size) for leaf in self.leaves), weights, valid
-        )
+    def chosen(self, rows: Chosen) -> "Matrix":
+        """The rows of some of the examples."""
+        weights = None if self.weights is None else tuple(map(rows.cut, self.weights))
+        valid = None if self.valid is None else rows.cut(self.valid)
+        return Matrix(tuple(chosen(x, rows) for x in self.leaves), weights, valid)
 
 
 def product(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -8,21 +8,32 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from .._engine.matrix import Matrix
 from .._trees import algebra
-from .._trees.checks import PyTree, check_key, check_matching, describe, positive_int
+from .._trees.algebra import carried_reals
+from .._trees.checks import (
+    NotATree,
+    PyTree,
+    check_key,
+    check_matching,
+    describe,
+    positive_int,
+)
 from .._trees.vector import Vector
 from . import check as _check
 from . import clip as _clip
 from . import explain as _explain
 from . import rows as _rows
 from . import sketch as _sketch
+from .added import add
 from .gram import gram
+from .index import read as read_index
 from .kept import Kept
 from .outputs import Outputs
-from .refused import NotAnArray, check_slice
+from .refused import NotAnArray, written
 
 
 @partial(
@@ -117,12 +128,93 @@ class Jacobian(NotAnArray):
         text = f"Jacobian(shape={self.shape}, leaves={leaves}, rows {kept})"
         return f"a stack of {text}" if origin.is_stack else text
 
-    def __getitem__(self, index: slice) -> "Jacobian":
-        """The rows of a slice of examples; its step is 1, and its bounds are static."""
-        size = self._rows.origin.shape[0]
-        check_slice(index, size)
-        start, stop, _ = index.indices(size)
-        return replace(self, _rows=self._rows.taken(start, max(stop - start, 0)))
+    def __getitem__(self, index: Any) -> "Jacobian":
+        """The rows of some of the examples, as a ``Jacobian``.
+
+        ``J[i]`` has one example, and the shape (1, P). Like J, it keeps its rows or
+        recomputes them. Weights and clips of rows stay with them.
+
+        Args:
+          index: an int; a slice with static bounds; an array (k,) or a list of ints,
+            in any order, with repeats if wanted; or, if its values are known, a mask
+            (N,) of bools. Negative indices count from the end. A traced index that is
+            out of range is clamped to the first or last example, as in ``jnp.take``
+            with ``mode="clip"``.
+
+        Raises:
+          IndexError: an index that is not traced is out of range.
+          TypeError: it is something else, or its number of rows is not known.
+          ValueError: an array has more than one axis, or a mask not one entry for each
+            example.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> print(J[1].norms(), J[jnp.array([1, 0, 1])].norms(), J[::-1].norms())
+        [10.] [10.  5. 10.] [10.  5.]
+        """
+        chosen = read_index(index, self._rows.origin.shape[0])
+        return replace(self, _rows=self._rows.chosen(chosen))
+
+    def __mul__(self, number: Any) -> "Jacobian":
+        """All rows times one real number, traced, as in ``2 * J`` and ``J * 2.0``."""
+        return self._times(number, f"{{}} * {written(number)}", "{}")
+
+    def __rmul__(self, number: Any) -> "Jacobian":
+        return self._times(number, f"{written(number)} * {{}}", "{}")
+
+    def __truediv__(self, number: Any) -> "Jacobian":
+        """All rows divided by one real number."""
+        return self._times(number, f"{{}} / {written(number)}", "1 / {}")
+
+    def __neg__(self) -> "Jacobian":
+        return self._times(-1, "-{}", "{}")
+
+    def _times(self, number: Any, expression: str, form: str) -> "Jacobian":
+        """All rows times a number, or divided by it if the form is a fraction."""
+        if isinstance(number, NotATree) or np.ndim(number):
+            self._refuse_scaling(expression, number, form)
+        meets = carried_reals(self._rows.origin.params)
+        factor = jnp.asarray(algebra.floating("the factor", number, meets, real=True))
+        factor = 1 / factor if form != "{}" else factor
+        factors = jnp.broadcast_to(factor, self._rows.origin.shape)
+        return replace(self, _rows=self._rows.scaled(factors))
+
+    def __add__(self, other: Any) -> "Jacobian":
+        """J + J′: row i is the sum of the rows of example i.
+
+        It is the Jacobian of the sum of the functions, from rows in hand. Both have the
+        same shape, and parameters of the same structure, shapes and dtypes (their
+        values may differ), and both keep their rows, or recompute them in chunks of
+        one size.
+
+        Raises:
+          TypeError: ``other`` is not a Jacobian.
+          ValueError: ``other`` has another shape, other parameters, or another mode.
+        """
+        if not isinstance(other, Jacobian):
+            return super().__add__(other)
+        params, theirs = self._rows.origin.params, other._rows.origin.params
+        check_matching(params, theirs, "the parameters", "other")
+        if self.shape != other.shape or self._outputs != other._outputs:
+            raise ValueError(
+                "J + other takes Jacobians with the same examples and outputs, got "
+                f"{self} and {other}"
+            )
+        mine, yours = self._rows.mode, other._rows.mode
+        if mine != yours:
+            raise ValueError(
+                "J + other takes Jacobians that were made with the same options, got "
+                f"{mine} and {yours}"
+            )
+        return replace(self, _rows=add(self._rows, other._rows))
+
+    def __sub__(self, other: Any) -> "Jacobian":
+        """J - J′: J plus -1 times the other, as in ``+``."""
+        if not isinstance(other, Jacobian):
+            return super().__sub__(other)
+        return self + -other
 
     @property
     def T(self) -> "TransposedJacobian":

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from .._engine.leaf import Leaf, take
+from .._batches.chosen import Chosen
+from .._engine.leaf import Leaf, chosen
 from .._engine.matrix import Matrix
 from .._engine.products.scaled_norms import Norms, combined
 from .._jax.compat import trace_state
@@ -16,7 +17,7 @@ from .._jax.sharding import in_auto, layout, sum_over
 from .._trees.checks import PyTree
 from .clip import Clip
 from .compiled import compiled_once
-from .origin import Origin
+from .origin import Origin, options
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Kept:
     sum_form: SumForm | None = None
 
     @property
+    def mode(self) -> str:
+        """The options that say how rows are kept, and where they are summed."""
+        return options(self.origin, "rows that are kept")
+
+    @property
     def matrix(self) -> Matrix:
         """The rows as the engine takes them."""
         return Matrix(self.leaves, self.weights, self.valid)
@@ -77,16 +83,14 @@ class Kept:
         """The rows before they were scaled and clipped."""
         return replace(self, weights=None, valid=None)
 
-    def taken(self, start: int, size: int) -> "Kept":
-        """The rows of `size` examples from `start` on."""
-        origin = self.origin.taken(start, size)
-        cut = self.matrix.taken(start, size)
+    def chosen(self, rows: Chosen) -> "Kept":
+        """The rows of some of the examples."""
+        origin = self.origin.chosen(rows)
+        cut = self.matrix.chosen(rows)
         sums = self.sum_form
         if sums is not None:
             whole = sums.make
-            sums = replace(
-                sums, make=lambda: tuple(take(x, start, size) for x in whole())
-            )
+            sums = replace(sums, make=lambda: tuple(chosen(x, rows) for x in whole()))
         return Kept(origin, cut.leaves, cut.weights, cut.valid, sums)
 
     def scaled(self, factors: jax.Array) -> "Kept":

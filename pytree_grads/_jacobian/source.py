@@ -1,7 +1,7 @@
 """Where the rows of J come from: a function and a batch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from .._batches.batch import Batch
+from .._batches.chosen import Chosen
 from .._batches.chunks import Place
 from .._batches.functions import Fun
 from .._batches.loops import fold_chunks, map_chunks
 from .._batches.notes import Note, note_of_fun
 from .._engine import trace as _trace
+from .._engine.leaf import Leaf
 from .._engine.matrix import Matrix
 from .._engine.trace import Factored, Form, Trace
 from .._jax import compat
@@ -97,6 +99,27 @@ class Source:
             batch = self.batch.localized()
             return _trace.trace(fun or self.of_one, batch, runs_again=self.runs_again)
 
+    @property
+    def joint(self) -> Batch:
+        """The batch that is cut into chunks."""
+        return self.batch
+
+    def leaves(
+        self, trace: Trace, chunk: Batch, form: Form = "auto"
+    ) -> tuple[Leaf, ...]:
+        """The rows of a chunk of the joint batch."""
+        return self.factor(trace, chunk, form).leaves
+
+    def chosen(self, rows: Chosen) -> "Source":
+        """The source of some of the examples."""
+        return replace(self, batch=self.batch.chosen(rows))
+
+    def without_function(self) -> "Source":
+        """What a compiled product of kept rows takes: nothing is recomputed."""
+        pairs = zip(self.batch.leaves, self.traced, strict=True)
+        leaves = tuple(x if traced else None for x, traced in pairs)
+        return replace(self, fun=_not_needed, batch=replace(self.batch, leaves=leaves))
+
     def factor(
         self, trace: Trace, batch: Batch, form: Form = "auto", *, with_sum: bool = False
     ) -> Factored:
@@ -115,10 +138,10 @@ class Source:
         """`fun(matrix)`, which returns arrays of rows, chunk by chunk."""
 
         def of_chunk(chunk: Batch, rows: Any) -> PyTree:
-            return fun(Matrix(self.factor(trace, chunk, form).leaves, *rows))
+            return fun(Matrix(self.leaves(trace, chunk, form), *rows))
 
         rows = (weights, valid)
-        return map_chunks(of_chunk, self.batch.localized(), self.chunk_size, rows)
+        return map_chunks(of_chunk, self.joint.localized(), self.chunk_size, rows)
 
     def fold(
         self,
@@ -137,13 +160,13 @@ class Source:
 
         def step(carry: Any, chunk: Batch, place: Place) -> Any:
             weights, valid, extra = jax.tree.map(place.cut, rows)
-            matrix = Matrix(self.factor(trace, chunk, form).leaves, weights, valid)
+            matrix = Matrix(self.leaves(trace, chunk, form), weights, valid)
             sums, numbers = fun(matrix, extra)
             return jax.tree.map(jnp.add, carry, sums), numbers
 
         alone = rows[0] is not None
         return fold_chunks(
-            step, init, self.batch.localized(), self.chunk_size, alone=alone
+            step, init, self.joint.localized(), self.chunk_size, alone=alone
         )
 
     def pull_back(
@@ -185,6 +208,11 @@ class Source:
 
         with self.note:
             return self.batch.localized().vmap(one)
+
+
+def _not_needed(*args: Any, **kwargs: Any) -> Any:
+    """Stand in for the function in a product of rows that are kept."""
+    raise AssertionError("rows that are kept are not recomputed")
 
 
 @jax.tree_util.register_static

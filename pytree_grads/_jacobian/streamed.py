@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._batches.chosen import Chosen
 from .._engine.leaf import Leaf
 from .._engine.matrix import Matrix, product
 from .._engine.products.scaled_norms import Norms, combined
@@ -17,7 +18,7 @@ from .._trees.algebra import carried_dtype
 from .._trees.checks import PyTree
 from .clip import Clip
 from .compiled import compiled_once
-from .origin import Origin
+from .origin import Origin, options
 
 
 @partial(
@@ -49,6 +50,13 @@ class Streamed:
         """What a pickle holds: everything except the trace, which is not portable."""
         return {**self.__dict__, "trace": None}
 
+    @property
+    def mode(self) -> str:
+        """The options that say how rows are recomputed, and where they are summed."""
+        chunk_size = self.origin.source.chunk_size
+        made = f"recompute={not self.one_pass}, chunk_size={chunk_size}"
+        return options(self.origin, made)
+
     def as_argument(self) -> "Streamed":
         """What a compiled product takes in place of these rows."""
         return self
@@ -57,10 +65,10 @@ class Streamed:
         """The rows before they were scaled and clipped."""
         return replace(self, weights=None, valid=None, uniform=True, clip=None)
 
-    def taken(self, start: int, size: int) -> "Streamed":
-        """The rows of `size` examples from `start` on."""
-        cut = Matrix((), self.weights, self.valid).taken(start, size)
-        origin = self.origin.taken(start, size)
+    def chosen(self, rows: Chosen) -> "Streamed":
+        """The rows of some of the examples."""
+        cut = self._weights.chosen(rows)
+        origin = self.origin.chosen(rows)
         return replace(
             self, origin=origin, weights=cut.weights, valid=cut.valid, trace=None
         )
@@ -68,7 +76,7 @@ class Streamed:
     def scaled(self, factors: jax.Array) -> "Streamed":
         """The rows times numbers of their own."""
         self.origin.require_one()
-        rows = self._settled()
+        rows = self.settled()
         leaves = len(self.origin.primals)
         return rows._weighted(rows._weights.scaled([factors] * leaves), alike=True)
 
@@ -76,7 +84,7 @@ class Streamed:
         """The clipped rows. With `one_pass`, each product takes their norms itself."""
         self.origin.require_one()
         if self.one_pass:
-            return replace(self._settled(), clip=clip)
+            return replace(self.settled(), clip=clip)
         return self.clipped_with_norms(clip)[0]
 
     def clipped_with_norms(
@@ -87,7 +95,7 @@ class Streamed:
         The norms take a pass of their own. Later products need no norms.
         """
         self.origin.require_one()
-        rows = self._settled()
+        rows = self.settled()
         norms = clip.norms(rows._leaf_norms())
         alike = sum(map(bool, clip.members)) == 1
         return rows._weighted(clip(rows._weights, norms), alike=alike), norms
@@ -101,7 +109,7 @@ class Streamed:
         weights; for weighted rows, the norms came from an earlier, separate pass.
         """
         self.origin.require_one()
-        rows = self._settled()
+        rows = self.settled()
         if not rows.one_pass or rows.weights is not None:
             clipped, norms = rows.clipped_with_norms(clip)
             return clipped.sum(c), norms
@@ -111,7 +119,7 @@ class Streamed:
         )
         return sum_over(sums, self.origin.axis_name), norms
 
-    def _settled(self) -> "Streamed":
+    def settled(self) -> "Streamed":
         """The rows with no clip that waits: its norms are taken now."""
         if self.clip is None:
             return self
@@ -131,9 +139,9 @@ class Streamed:
     def leaves_of_a_chunk(self) -> tuple[Leaf, ...]:
         """The leaves of J for the first chunk, abstract."""
         source, size = self.origin.source, self.origin.shape[0]
-        batch = source.batch.chunk(0, min(source.chunk_size or size, size))
+        batch = source.joint.chunk(0, min(source.chunk_size or size, size))
         trace = self.trace or source.trace()
-        return jax.eval_shape(lambda: source.factor(trace, batch).leaves)
+        return jax.eval_shape(lambda: source.leaves(trace, batch))
 
     def map(
         self,

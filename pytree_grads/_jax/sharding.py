@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .compat import as_varying, varying_axes
@@ -87,6 +88,17 @@ def take(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
     if size % count_at(x, axis):
         x = laid_out(x, without(layout(x), names_at(x, axis)))
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def chosen(x: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
+    """The entries at some indices along an axis, gathered like those of `take`."""
+    if index.shape[0] % count_at(x, axis):
+        x = laid_out(x, without(layout(x), names_at(x, axis)))
+
+    def at(x: jax.Array, index: jax.Array) -> jax.Array:
+        return jnp.take(x, index, axis, mode="clip")
+
+    return in_auto(at, layout(x))(x, index)
 
 
 def placed_like(tree: PyTree, other: PyTree) -> PyTree:

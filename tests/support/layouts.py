@@ -134,6 +134,24 @@ def products(settings, loss, features, params, batch, axis_name):
     return numbers, sums
 
 
+def questions(settings, loss, features, params, batch, axis_name):
+    """Rows chosen and added. A device has an even number of rows."""
+
+    def new(fun=loss):
+        return jacobian(fun, axis_name=axis_name, **settings)(params, *batch)
+
+    clipped = new().clip(0.5, nan_safe=True)
+    total = 2 * clipped + new(lambda params, *example: -2 * loss(params, *example))
+    numbers = {
+        "chosen": new()[::2].norms(),
+        "indices": new()[jnp.arange(0, len(batch[1]), 2)] @ params,
+        "added": total.norms(),
+        "added, chosen": (new() + clipped)[::2].norms(),
+    }
+    sums = {"chosen": new()[::2].sum(), "added": total.weighted_sum(batch[1])}
+    return numbers, sums
+
+
 def sketch(loss, features, params, batch, axis_name):
     J = jacobian(loss)(params, *batch)
     return {"sketch": J.sketch(jax.random.key(3), 1)}, {}
@@ -200,6 +218,8 @@ CALLS = {
     "in uneven chunks": functools.partial(
         products, {"chunk_size": 12, "recompute": True}
     ),
+    "questions": functools.partial(questions, {}),
+    "questions in chunks": functools.partial(questions, {"chunk_size": 8}),
     "chain rule": functools.partial(chain, None),
     "chain rule in chunks": functools.partial(chain, 8),
     "chain rule in uneven chunks": functools.partial(chain, 12),
