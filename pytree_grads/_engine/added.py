@@ -3,11 +3,10 @@
 from dataclasses import replace
 
 import jax
-from jax import lax
 
 from .._trees.algebra import carried_dtype
-from .einsum import times_rows
-from .leaf import Leaf, Summand, weighted
+from .absorbed import absorbed
+from .leaf import Leaf, Summand
 from .matrix import Matrix
 from .terms.dense import Dense
 from .weighing import times
@@ -24,31 +23,7 @@ def added(one: Matrix, other: Matrix) -> tuple[Leaf, ...]:
 def _unweighted(matrix: Matrix) -> list[Leaf]:
     """The same rows as leaves alone."""
     rows = matrix.selected()
-    return [_weighed(leaf, rows.weight(i)) for i, leaf in enumerate(rows.leaves)]
-
-
-def _weighed(leaf: Leaf, weights: jax.Array | None) -> Leaf:
-    leaf, left = weighted(leaf, weights)
-    if left is None:
-        return leaf
-    # Rows share factors: one factor of each summand gets all axes of rows.
-    return replace(leaf, summands=tuple(_times(x, left) for x in leaf.summands))
-
-
-def _times(summand: Summand, weights: jax.Array) -> Summand:
-    """The summand of weighted rows, for weights (N,) or (N, K)."""
-    arrays, treedef = jax.tree.flatten(summand.term)
-    row_axes, axis = list(summand.row_axes), summand.axis
-    i = max(summand.factor_positions, key=lambda i: row_axes[i])
-    x, count = arrays[i], row_axes[i]
-    shape = (*x.shape[:axis], *weights.shape, *x.shape[axis + count :])
-    new = range(axis + count, axis + weights.ndim)
-    own = [k for k in range(len(shape)) if k not in new]
-    x = lax.broadcast_in_dim(x.astype(carried_dtype(x.dtype)), shape, own)
-    arrays[i] = times_rows(x, weights.astype(x.dtype), axis)
-    row_axes[i] = weights.ndim
-    term = jax.tree.unflatten(treedef, arrays)
-    return replace(summand, term=term, row_axes=tuple(row_axes))
+    return [absorbed(leaf, rows.weight(i)) for i, leaf in enumerate(rows.leaves)]
 
 
 def _joined(summands: list[Summand]) -> tuple[Summand, ...]:

@@ -142,6 +142,25 @@ def chosen(leaf: Leaf, rows: Chosen) -> Leaf:
     return replace(leaf, summands=tuple(map(of, leaf.summands)), size=rows.size)
 
 
+def at_output(leaf: Leaf, k: jax.Array) -> Leaf:
+    """The rows of one of the outputs, which may be traced."""
+
+    def of(summand: Summand) -> Summand:
+        arrays, treedef = jax.tree.flatten(summand.term)
+        axis, pairs = summand.axis + 1, zip(arrays, summand.row_axes, strict=True)
+        cut = [
+            jax.lax.dynamic_index_in_dim(x, k, axis, keepdims=False)
+            if count == 2
+            else x
+            for x, count in pairs
+        ]
+        row_axes = tuple(min(count, 1) for count in summand.row_axes)
+        term = jax.tree.unflatten(treedef, cut)
+        return replace(summand, term=term, row_axes=row_axes)
+
+    return replace(leaf, summands=tuple(map(of, leaf.summands)), outputs=None)
+
+
 def widened(leaf: Leaf, dtype: Any) -> Leaf:
     """The rows in a wider dtype, in which they are also accumulated."""
     if leaf.carried == dtype:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from .._batches.chosen import Chosen
 from .._trees.algebra import common_dtype
+from .absorbed import absorbed
 from .leaf import Leaf, Summand, chosen, weighted, widened
 from .products import gram as _gram
 from .products import sums as _sums
@@ -111,31 +112,21 @@ class Matrix:
             )
         return total
 
-    def gram(self, other: "Matrix") -> jax.Array:
-        """The inner products with the rows of `other`: (*rows, *other rows)."""
-        total, rows = None, self.selected()
+    def gram(
+        self, other: "Matrix", members: Sequence[Sequence[int]], *, trace: bool = False
+    ) -> list[jax.Array]:
+        """The inner products with the rows of `other`, over each group of leaves.
+
+        Their shape is (*rows, *other rows). With `trace` they are summed over the
+        outputs that both rows have in common, and the shape is (N, N′).
+        """
+        rows = self.selected()
         others = rows if other is self else other.selected()
-        for i, (leaf, theirs) in enumerate(
-            zip(rows.leaves, others.leaves, strict=True)
-        ):
-            wider = common_dtype(leaf.carried, theirs.carried)
-            mine, left = weighted(widened(leaf, wider), rows.weight(i))
-            yours, right = mine, left
-            if theirs is not leaf or others.weights is not rows.weights:
-                yours, right = weighted(widened(theirs, wider), others.weight(i))
-            product = _gram.gram(mine, yours)
-            if left is not None:
-                left = left.reshape(*leaf.rows, *[1] * len(theirs.rows))
-                product = product * left.astype(product.dtype)
-            if right is not None:
-                product = product * _leading(right, product.ndim).astype(product.dtype)
-            dtype = common_dtype(
-                product.dtype, *([] if total is None else [total.dtype])
-            )
-            product = product.astype(dtype)
-            total = product if total is None else total.astype(dtype) + product
-        assert total is not None
-        return total
+        gram = _traced_gram if trace else _weighted_gram
+        products = [gram(rows, others, i) for i in range(len(rows.leaves))]
+        return [
+            _total([products[i] for i in own] or [0 * products[0]]) for own in members
+        ]
 
     def rows(self) -> list[jax.Array]:
         """The stacked rows: one array per leaf, in the leaf's dtype."""
@@ -160,6 +151,43 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
     """Multiply two arrays of a number per row, in the accumulation dtype."""
     dtype = common_dtype(x.dtype, y.dtype)
     return x.astype(dtype) * y.astype(dtype)
+
+
+def _weighted_gram(rows: Matrix, others: Matrix, i: int) -> jax.Array:
+    """The inner products of all rows of leaf i of two matrices."""
+    leaf, theirs = rows.leaves[i], others.leaves[i]
+    wider = common_dtype(leaf.carried, theirs.carried)
+    mine, left = weighted(widened(leaf, wider), rows.weight(i))
+    yours, right = mine, left
+    if not _are_same(rows, others, i):
+        yours, right = weighted(widened(theirs, wider), others.weight(i))
+    product = _gram.gram(mine, yours)
+    if left is not None:
+        left = left.reshape(*leaf.rows, *[1] * len(theirs.rows))
+        product = product * left.astype(product.dtype)
+    if right is not None:
+        product = product * _leading(right, product.ndim).astype(product.dtype)
+    return product
+
+
+def _traced_gram(rows: Matrix, others: Matrix, i: int) -> jax.Array:
+    """The same, summed over the outputs that both rows have in common."""
+    leaf, theirs = rows.leaves[i], others.leaves[i]
+    wider = common_dtype(leaf.carried, theirs.carried)
+    mine = absorbed(widened(leaf, wider), rows.weight(i))
+    yours = mine
+    if not _are_same(rows, others, i):
+        yours = absorbed(widened(theirs, wider), others.weight(i))
+    return _gram.traced_gram(mine, yours)
+
+
+def _are_same(rows: Matrix, others: Matrix, i: int) -> bool:
+    return rows.leaves[i] is others.leaves[i] and rows.weights is others.weights
+
+
+def _total(products: Sequence[jax.Array]) -> jax.Array:
+    dtype = common_dtype(*(x.dtype for x in products))
+    return reduce(jnp.add, [x.astype(dtype) for x in products])
 
 
 def _leading(x: jax.Array, ndim: int) -> jax.Array:

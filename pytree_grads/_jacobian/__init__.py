@@ -11,6 +11,7 @@
 ``source``       the function and the batch from which rows are made
 ``added``        ``J + other``: the rows of two functions, added
 ``index``        which rows an index chooses
+``groups``       groups of parameters: a prefix tree, or each leaf
 ``clip``         bounds for the norms of rows
 ``gram``         inner products of the rows of two Jacobians
 ``sketch``       random projections

@@ -21,15 +21,18 @@ from .._trees.checks import (
     check_matching,
     describe,
     positive_int,
+    structure_difference,
 )
 from .._trees.vector import Vector
 from . import check as _check
 from . import clip as _clip
 from . import explain as _explain
+from . import groups as _groups
 from . import rows as _rows
 from . import sketch as _sketch
 from .added import add
 from .gram import gram
+from .groups import Groups
 from .index import read as read_index
 from .kept import Kept
 from .outputs import Outputs
@@ -179,6 +182,10 @@ class Jacobian(NotAnArray):
         factor = jnp.asarray(algebra.floating("the factor", number, meets, real=True))
         factor = 1 / factor if form != "{}" else factor
         factors = jnp.broadcast_to(factor, self._rows.origin.shape)
+        return self._scaled([factors] * len(self._rows.origin.param_shapes))
+
+    def _scaled(self, factors: Sequence[jax.Array]) -> "Jacobian":
+        """The rows times numbers, an array of them for each leaf."""
         return replace(self, _rows=self._rows.scaled(factors))
 
     def __add__(self, other: Any) -> "Jacobian":
@@ -357,8 +364,8 @@ class Jacobian(NotAnArray):
         rows = self._rows
         return rows.origin.rounded(rows.sum(None), rows.origin.count)
 
-    def norms(self) -> PyTree:
-        """The Euclidean norms of the rows, ‖Jᵢ‖.
+    def norms(self, *, groups: PyTree = None) -> PyTree:
+        """The Euclidean norms of the rows, ‖Jᵢ‖, or of their parts.
 
         Squaring neither overflows nor underflows when the norm itself is representable,
         even if the factors of a row share its size unevenly, as when the inputs of the
@@ -371,23 +378,48 @@ class Jacobian(NotAnArray):
         If it exceeds a thousandth of the squared norm, the error is added: such a norm
         may be too large, never too small.
 
+        Args:
+          groups: a prefix tree of the parameters, for the norms of the parts of rows
+            that belong to each of its leaves, a layer say, or ``"leaves"`` for those of
+            each leaf. The leaves of the prefix tree are ignored.
+
         Returns:
-          A real number per row, in float32 or wider.
+          A real number per row, in float32 or wider. With ``groups``, a tree like the
+          prefix that holds such numbers for each group; the root of the sum of their
+          squares is the norm of the row.
+
+        Raises:
+          ValueError: ``groups`` is not a prefix tree of the parameters.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
         >>> f = lambda p, x: jnp.dot(p["w"], x)
         >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
-        >>> print(J.norms())
-        [ 5. 10.]
+        >>> print(J.norms(), J.norms(groups="leaves"))
+        [ 5. 10.] {'w': Array([ 5., 10.], dtype=float32)}
         """
-        return self._outputs.expand(self._rows.norms())
+        if groups is None:
+            (whole,) = self._rows.norms((self._all_leaves,))
+            return self._outputs.expand(whole)
+        own = _groups.named(groups, self._rows.origin.params)
+        return own.tree(list(map(self._outputs.expand, self._rows.norms(own.members))))
 
-    def squared_norms(self) -> PyTree:
-        """The squared norms of the rows, ‖Jᵢ‖².
+    @property
+    def _all_leaves(self) -> tuple[int, ...]:
+        return tuple(range(len(self._rows.origin.param_shapes)))
+
+    def squared_norms(self, *, groups: PyTree = None) -> PyTree:
+        """The squared norms of the rows, ‖Jᵢ‖², or of their parts.
+
+        Args:
+          groups: as in ``norms``.
 
         Returns:
           A real number per row, in float32 or wider; infinite if the square overflows.
+          With ``groups``, a tree like the prefix that holds such numbers.
+
+        Raises:
+          ValueError: as ``norms``.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -396,9 +428,15 @@ class Jacobian(NotAnArray):
         >>> print(J.squared_norms())
         [ 25. 100.]
         """
-        return jax.tree.map(jnp.square, self.norms())
+        return jax.tree.map(jnp.square, self.norms(groups=groups))
 
-    def gram(self, other: "Jacobian | None" = None) -> PyTree:
+    def gram(
+        self,
+        other: "Jacobian | None" = None,
+        *,
+        trace: bool = False,
+        groups: PyTree = None,
+    ) -> PyTree:
         """Inner products of rows, J J′ᵀ; J′ is J itself by default.
 
         If ``f`` is the network's output instead of a loss, the result is the empirical
@@ -409,17 +447,24 @@ class Jacobian(NotAnArray):
         Args:
           other: a Jacobian of N′ rows by parameters of the same structure and shapes,
             or None for J itself. Its dtypes may differ.
+          trace: whether to sum over the outputs of an example, Σₖ ⟨Jᵢₖ, J′ⱼₖ⟩. The
+            products of different outputs are not computed. Static.
+          groups: a prefix tree of the parameters, for the inner products over the parts
+            of rows that belong to each of its leaves, or ``"leaves"``, as in ``norms``.
 
         Returns:
           Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k
           and k′; for trees of outputs, a tree like the output of J that holds trees
-          like that of the other. In float32, or in the wider dtype of the two if that
-          is wider.
+          like that of the other. With ``trace``, shape (N, N′) for all of them. In
+          float32, or in the wider dtype of the two if that is wider. With ``groups``, a
+          tree like the prefix that holds such products for each group; they add up to
+          the whole.
 
         Raises:
-          TypeError: ``other`` is not a Jacobian.
+          TypeError: ``other`` is not a Jacobian, or ``trace`` not a bool.
           ValueError: its parameters have another structure or other shapes, or one of a
-            pair of leaves is complex and the other real.
+            pair of leaves is complex and the other real; or with ``trace``, its outputs
+            are others; or ``groups`` is not a prefix tree of the parameters.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -434,11 +479,33 @@ class Jacobian(NotAnArray):
             raise TypeError(f"argument other must be a Jacobian, got {describe(other)}")
         params, theirs = self._rows.origin.params, other._rows.origin.params
         check_matching(params, theirs, "the parameters", "other", dtypes=False)
-        products = gram(self._rows) if other is self else gram(self._rows, other._rows)
-        rows = self._outputs.expand(products)
+        self._check_trace(trace, other)
+        own = None if groups is None else _groups.named(groups, params)
+        members = (self._all_leaves,) if own is None else own.members
+        theirs = None if other is self else other._rows
+        products = gram(self._rows, theirs, members=members, trace=bool(trace))
+        if not trace:
+            products = [self._expand_pairs(x, other) for x in products]
+        return products[0] if own is None else own.tree(products)
+
+    def _check_trace(self, trace: bool, other: "Jacobian") -> None:
+        """Raise if ``trace`` is not a bool, or outputs have no counterparts."""
+        if not isinstance(trace, bool | np.bool_):
+            raise TypeError(
+                f"argument trace must be a bool (it is static), got {trace!r}"
+            )
+        if trace and self._outputs != other._outputs:
+            raise ValueError(
+                "J.gram(other, trace=True) takes Jacobians with the same outputs, got "
+                f"{self} and {other}"
+            )
+
+    def _expand_pairs(self, products: jax.Array, other: "Jacobian") -> PyTree:
+        """A tree like the outputs that holds trees like those of the other."""
         depth = len(other._rows.origin.shape)
         return jax.tree.map(
-            lambda x: other._outputs.expand(x, axis=x.ndim - depth), rows
+            lambda x: other._outputs.expand(x, axis=x.ndim - depth),
+            self._outputs.expand(products),
         )
 
     def square_sum(self, c: PyTree = None) -> PyTree:
@@ -471,18 +538,21 @@ class Jacobian(NotAnArray):
         narrow = [x.astype(_real(p.dtype)) for x, p in pairs]
         return self._rows.origin.like_params(narrow)
 
-    def scale(self, s: PyTree) -> "Jacobian":
+    def scale(self, s: PyTree, *, groups: PyTree = None) -> "Jacobian":
         """Every row times a real number of its own, diag(s) J.
 
         Args:
-          s: a real number per row, traced.
+          s: a real number per row, traced. With ``groups``, a tree like the prefix that
+            holds such numbers for each group, by which its part of the rows is scaled.
+          groups: a prefix tree of the parameters, or ``"leaves"``, as in ``norms``.
 
         Returns:
           A ``Jacobian`` of the same shape.
 
         Raises:
           TypeError: ``s`` does not hold real numbers.
-          ValueError: ``s`` does not have one number per row.
+          ValueError: ``s`` does not have one number per row, or for each group; or
+            ``groups`` is not a prefix tree of the parameters.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -491,7 +561,30 @@ class Jacobian(NotAnArray):
         >>> print(J.scale(jnp.array([2.0, 0.5])).norms())
         [10.  5.]
         """
-        return replace(self, _rows=self._rows.scaled(self._per_row("s", s)))
+        if groups is None:
+            return self._scaled([self._per_row("s", s)] * len(self._all_leaves))
+        own = _groups.named(groups, self._rows.origin.params)
+        return self._scaled(own.of_leaves(self._per_group("s", s, own)))
+
+    def _per_group(self, name: str, tree: PyTree, groups: Groups) -> list[jax.Array]:
+        """A user's tree of one number per row for each group as arrays."""
+        count = groups.treedef.num_leaves
+        shown = groups.tree(range(count))
+        try:
+            parts = groups.treedef.flatten_up_to(tree)
+        except ValueError:
+            per_row = jax.tree.unflatten(self._outputs.treedef, self._outputs.shapes)
+            path, clause = structure_difference(groups.tree([per_row] * count), tree)
+            raise ValueError(
+                f"argument {name} must have a number per row for each group, as "
+                f"J.norms(groups=groups) has, but {name}{jax.tree_util.keystr(path)} "
+                f"does not match: {clause}"
+            ) from None
+        paths = [path for path, _ in jax.tree.leaves_with_path(shown)]
+        return [
+            self._per_row(f"{name}{jax.tree_util.keystr(path)}", part)
+            for path, part in zip(paths, parts, strict=True)
+        ]
 
     @overload
     def clip(

@@ -1,6 +1,6 @@
 """Rows that are kept as factors, from which every product is computed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,12 +11,13 @@ from jax.sharding import PartitionSpec
 from .._batches.chosen import Chosen
 from .._engine.leaf import Leaf, chosen
 from .._engine.matrix import Matrix
-from .._engine.products.scaled_norms import Norms, combined
+from .._engine.products.scaled_norms import Norms
 from .._jax.compat import trace_state
 from .._jax.sharding import in_auto, layout, sum_over
 from .._trees.checks import PyTree
 from .clip import Clip
 from .compiled import compiled_once
+from .groups import Members, norms
 from .origin import Origin, options
 
 
@@ -93,10 +94,10 @@ class Kept:
             sums = replace(sums, make=lambda: tuple(chosen(x, rows) for x in whole()))
         return Kept(origin, cut.leaves, cut.weights, cut.valid, sums)
 
-    def scaled(self, factors: jax.Array) -> "Kept":
-        """The rows times numbers of their own."""
+    def scaled(self, factors: Sequence[jax.Array]) -> "Kept":
+        """The rows times numbers of their own, for each leaf."""
         self.origin.require_one()
-        return self._weighted(self.matrix.scaled([factors] * len(self.leaves)))
+        return self._weighted(self.matrix.scaled(factors))
 
     def clipped(self, clip: Clip) -> "Kept":
         """The clipped rows."""
@@ -160,9 +161,9 @@ class Kept:
             rows = replace(self, leaves=sums.make(), sum_form=None)
         return rows.fold(Matrix.weighted_sum, c)
 
-    def norms(self) -> jax.Array:
-        """The norms of the rows."""
-        return combined(self._leaf_norms(), range(len(self.leaves)))
+    def norms(self, members: Members) -> tuple[jax.Array, ...]:
+        """The norms of the rows, over each group of leaves."""
+        return norms(self._leaf_norms(), members)
 
     def _leaf_norms(self) -> tuple[Norms, ...]:
         return self.map(_leaf_norms)

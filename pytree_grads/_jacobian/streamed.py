@@ -1,6 +1,6 @@
 """Rows of which nothing is kept: each product recomputes them, chunk by chunk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from .._batches.chosen import Chosen
 from .._engine.leaf import Leaf
 from .._engine.matrix import Matrix, product
-from .._engine.products.scaled_norms import Norms, combined
+from .._engine.products.scaled_norms import Norms
 from .._engine.trace import Form, Trace
 from .._jax.sharding import in_auto, layout, sum_over, zeros
 from .._trees.algebra import carried_dtype
 from .._trees.checks import PyTree
 from .clip import Clip
 from .compiled import compiled_once
+from .groups import Members, norms
 from .origin import Origin, options
 
 
@@ -73,12 +74,12 @@ class Streamed:
             self, origin=origin, weights=cut.weights, valid=cut.valid, trace=None
         )
 
-    def scaled(self, factors: jax.Array) -> "Streamed":
-        """The rows times numbers of their own."""
+    def scaled(self, factors: Sequence[jax.Array]) -> "Streamed":
+        """The rows times numbers of their own, for each leaf."""
         self.origin.require_one()
         rows = self.settled()
-        leaves = len(self.origin.primals)
-        return rows._weighted(rows._weights.scaled([factors] * leaves), alike=True)
+        alike = all(x is factors[0] for x in factors)
+        return rows._weighted(rows._weights.scaled(factors), alike=alike)
 
     def clipped(self, clip: Clip) -> "Streamed":
         """The clipped rows. With `one_pass`, each product takes their norms itself."""
@@ -244,9 +245,9 @@ class Streamed:
         alike = self.uniform and self.valid is None and self.clip is None
         return self.pulls_back and len(self.origin.shape) == 1 and wide and alike
 
-    def norms(self) -> jax.Array:
-        """The norms of the rows."""
-        return combined(self._leaf_norms(), range(len(self.origin.primals)))
+    def norms(self, members: Members) -> tuple[jax.Array, ...]:
+        """The norms of the rows, over each group of leaves."""
+        return norms(self._leaf_norms(), members)
 
     def _leaf_norms(self) -> tuple[Norms, ...]:
         return self.map(_leaf_norms, form="norms")

@@ -135,7 +135,7 @@ def products(settings, loss, features, params, batch, axis_name):
 
 
 def questions(settings, loss, features, params, batch, axis_name):
-    """Rows chosen and added. A device has an even number of rows."""
+    """Rows chosen and added, groups, traces. A device has an even number of rows."""
 
     def new(fun=loss):
         return jacobian(fun, axis_name=axis_name, **settings)(params, *batch)
@@ -147,7 +147,10 @@ def questions(settings, loss, features, params, batch, axis_name):
         "indices": new()[jnp.arange(0, len(batch[1]), 2)] @ params,
         "added": total.norms(),
         "added, chosen": (new() + clipped)[::2].norms(),
+        "groups": new(features).norms(groups="leaves"),
     }
+    if axis_name is None:
+        numbers["traced"] = new(features).gram(new(features)[::2], trace=True)
     sums = {"chosen": new()[::2].sum(), "added": total.weighted_sum(batch[1])}
     return numbers, sums
 
