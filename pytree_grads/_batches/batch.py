@@ -32,7 +32,14 @@ import jax.numpy as jnp
 from .._jax import compat
 from .._jax.sharding import Names, count_at, laid_out, layout, names_at, without
 from .._trees.checks import PyTree, argument_names, located, normalize_argnums
-from .axes import DEFAULT, Mapped, argument_specs, common_size, leaf_axes
+from .axes import (
+    DEFAULT,
+    Mapped,
+    argument_specs,
+    common_size,
+    holds_numbers,
+    leaf_axes,
+)
 from .chosen import Chosen, Span
 from .chunks import Chunks, Place
 from .differentiable import check_differentiable
@@ -51,6 +58,8 @@ class Batch:
     size: int
     # The mesh axes over which examples were sharded, if too few are left to share out.
     gathered: Names = ()
+    # Whether the only example is all of the arguments, each with an axis of length 1.
+    is_whole: bool = False
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -201,6 +210,7 @@ def resolve(
     in_axes: int | Sequence[Any] | str | None = DEFAULT,
     *,
     shared: bool = False,
+    batched: bool = True,
 ) -> Batch:
     """Check the arguments of ``fun`` and find the examples in them.
 
@@ -214,6 +224,8 @@ def resolve(
         positional argument; ``"default"`` is None for the differentiated arguments and
         0 for all others.
       shared: whether all examples must share the differentiated arguments.
+      batched: whether there are examples. If not, the batch has one: all of the
+        arguments, whose arrays get an axis of length 1.
 
     Raises:
       TypeError: a differentiated leaf has no gradient; a leaf to be mapped is not an
@@ -231,6 +243,8 @@ def resolve(
         jax.tree.map(jnp.asarray, arg) if i in positions else arg
         for i, arg in enumerate(args)
     )
+    if not batched:
+        return _of_one(args, kwargs, positions)
     specs = argument_specs(in_axes, len(args), positions)
     leaves: list[Any] = []
     axes: list[int | None] = []
@@ -261,3 +275,20 @@ def resolve(
             axes.append(axis)
     treedef = jax.tree.structure((args, kwargs))
     return Batch(tuple(leaves), tuple(axes), treedef, positions, common_size(mapped))
+
+
+def _of_one(
+    args: tuple[Any, ...], kwargs: dict[str, Any], argnums: tuple[int, ...]
+) -> Batch:
+    """The batch of one example, which is all of the arguments."""
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    empty = Batch(tuple(leaves), (None,) * len(leaves), treedef, argnums, 1)
+    primals = empty.primal_positions
+    mapped = [holds_numbers(x) and i not in primals for i, x in enumerate(leaves)]
+    pairs = list(zip(leaves, mapped, strict=True))
+    return replace(
+        empty,
+        leaves=tuple(jnp.asarray(x)[None] if own else x for x, own in pairs),
+        is_whole=True,
+        axes=tuple(0 if own else None for own in mapped),
+    )

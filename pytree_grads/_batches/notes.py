@@ -41,8 +41,10 @@ def note_of_fun(fun: Callable[..., Any], batch: Any) -> Note:
         arguments: dict[str, list[tuple[KeyPath, str]]] = {}
         for ((which, position, *path), leaf), axis in leaves:
             name = position.key if which.idx else names[position.idx]
-            arguments.setdefault(name, []).append((tuple(path), _of_one(leaf, axis)))
-        head = f"{_HEADS[0]} one example, not with the batch of {batch.size}:"
+            words = _of_one(leaf, axis, batch.is_whole)
+            arguments.setdefault(name, []).append((tuple(path), words))
+        taken = f"one example, not with the batch of {batch.size}"
+        head = f"{_HEADS[0]} {'the whole batch' if batch.is_whole else taken}:"
         return "\n".join([head, *_lines(arguments)])
 
     return Note(text)
@@ -73,12 +75,13 @@ def _has_note(error: Exception) -> bool:
     return any(str(note).startswith(_HEADS) for note in getattr(error, "__notes__", ()))
 
 
-def _of_one(leaf: Any, axis: int | None) -> str:
+def _of_one(leaf: Any, axis: int | None, is_whole: bool) -> str:
     """A leaf of one example: ``float32[5] (axis 0 of float32[8,5] taken off)``."""
     if axis is None:
         return describe(leaf)
     one = jax.ShapeDtypeStruct(leaf.shape[:axis] + leaf.shape[axis + 1 :], leaf.dtype)
-    return f"{describe(one)} (axis {axis} of {describe(leaf)} taken off)"
+    taken_off = f" (axis {axis} of {describe(leaf)} taken off)"
+    return describe(one) + taken_off * (not is_whole)
 
 
 def _lines(arguments: dict[str, list[tuple[KeyPath, str]]]) -> Iterator[str]:

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from .._batches.chosen import Span
 from .._engine.matrix import Matrix
 from .._trees import algebra
 from .._trees.algebra import carried_reals
 from .._trees.checks import (
     NotATree,
     PyTree,
+    check_bool,
     check_key,
     check_matching,
     describe,
@@ -55,7 +57,8 @@ class Jacobian(NotAnArray):
     ``jacobian`` and ``value_and_jacobian`` make it. N is the number of examples, P the
     number of parameters. If the function returns a scalar, "a number per row" is an
     array of shape (N,). Otherwise it is a tree like the function's output, with leaves
-    of shape (N, *k).
+    of shape (N, *k). For losses of a whole batch (``batched=False``) there is no N, and
+    it is a tree like the function's output.
 
     Rows are kept as factors, from which every product is computed; or they are
     recomputed for each product, and nothing is kept (``recompute=True``,
@@ -101,6 +104,11 @@ class Jacobian(NotAnArray):
         return self._outputs.flatten(name, tree, origin.shape[0], origin.params)
 
     def __len__(self) -> int:
+        if not self._outputs.batched:
+            raise TypeError(
+                "a Jacobian of losses of a whole batch (batched=False) has no examples "
+                f"to count: J.shape is {self.shape}"
+            )
         size = self._rows.origin.shape[0]
         if not isinstance(size, int):
             raise TypeError(
@@ -114,12 +122,13 @@ class Jacobian(NotAnArray):
     def shape(self) -> tuple[int, ...]:
         """``(N, P)``, or ``(N, *k, P)`` for outputs of shape k.
 
-        A tree of K numbers counts as an array of shape (K,).
+        A tree of K numbers counts as an array of shape (K,). There is no N for losses
+        of a whole batch (``batched=False``).
         """
         outputs = self._outputs
         middle = outputs.shapes[0] if outputs.is_array else (outputs.count,)
         return (
-            self._rows.origin.shape[0],
+            *outputs.lead(self._rows.origin.shape[0]),
             *middle,
             sum(map(prod, self._rows.origin.param_shapes)),
         )
@@ -157,6 +166,11 @@ class Jacobian(NotAnArray):
         >>> print(J[1].norms(), J[jnp.array([1, 0, 1])].norms(), J[::-1].norms())
         [10.] [10.  5. 10.] [10.  5.]
         """
+        if not self._outputs.batched:
+            raise TypeError(
+                "a Jacobian of losses of a whole batch (batched=False) has no examples "
+                "to choose: J.scale with zeros drops losses, J.to_rows() has all rows"
+            )
         chosen = read_index(index, self._rows.origin.shape[0])
         return replace(self, _rows=self._rows.chosen(chosen))
 
@@ -279,7 +293,8 @@ class Jacobian(NotAnArray):
     def _is_per_row(self, tree: PyTree) -> bool:
         """Whether a tree has the structure and shapes of a number per row."""
         size = self._rows.origin.shape[0]
-        shapes = [(size, *shape) for shape in self._outputs.shapes]
+        lead = self._outputs.lead(size)
+        shapes = [(*lead, *shape) for shape in self._outputs.shapes]
         return _has_shapes(tree, self._outputs.treedef, shapes)
 
     def _is_direction(self, tree: PyTree) -> bool:
@@ -486,14 +501,13 @@ class Jacobian(NotAnArray):
         products = gram(self._rows, theirs, members=members, trace=bool(trace))
         if not trace:
             products = [self._expand_pairs(x, other) for x in products]
+        elif not self._outputs.batched:  # (1, 1): one batch with one batch
+            products = [x.reshape(()) for x in products]
         return products[0] if own is None else own.tree(products)
 
     def _check_trace(self, trace: bool, other: "Jacobian") -> None:
         """Raise if ``trace`` is not a bool, or outputs have no counterparts."""
-        if not isinstance(trace, bool | np.bool_):
-            raise TypeError(
-                f"argument trace must be a bool (it is static), got {trace!r}"
-            )
+        check_bool("trace", trace)
         if trace and self._outputs != other._outputs:
             raise ValueError(
                 "J.gram(other, trace=True) takes Jacobians with the same outputs, got "
@@ -744,9 +758,9 @@ class Jacobian(NotAnArray):
                      [6., 8.]], dtype=float32)}
         """
         stacked = _rows.stacked(self._rows)
-        if self._outputs.is_scalar:
-            return self._rows.origin.like_params(list(stacked))
         parts = [self._outputs.expand(x) for x in stacked]
+        if self._outputs.is_scalar:
+            return self._rows.origin.like_params(parts)
         outer = self._outputs.treedef
         columns = zip(*(outer.flatten_up_to(part) for part in parts), strict=True)
         return jax.tree.unflatten(
@@ -783,7 +797,8 @@ class Jacobian(NotAnArray):
         It looks at values, so it runs outside ``jit`` only.
 
         Args:
-          rows: how many examples to compare, a positive int, at most N.
+          rows: how many examples to compare, a positive int, at most N. The losses of
+            a whole batch are compared together.
 
         Raises:
           TypeError: ``rows`` is not an int, or J is traced.
@@ -804,9 +819,11 @@ class Jacobian(NotAnArray):
             raise TypeError(
                 "J.check() looks at values: call it outside jit, vmap and grad"
             )
-        few = self[:count]
-        if len(few):
-            _check.check(few._rows.bare(), self._outputs)
+        rows = self._rows.bare()
+        if self._outputs.batched:
+            rows = rows.chosen(Span(0, min(count, len(self))))
+        if rows.origin.shape[0]:
+            _check.check(rows, self._outputs)
 
 
 def _has_shapes(tree: PyTree, structure: Any, shapes: Sequence[Any]) -> bool:

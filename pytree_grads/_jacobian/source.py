@@ -273,6 +273,7 @@ def _flatten(source: Source) -> tuple[list[Any], Any]:
         batch.argnums,
         batch.size,
         batch.gathered,
+        batch.is_whole,
         rest,
     )
     settings = (
@@ -286,12 +287,12 @@ def _flatten(source: Source) -> tuple[list[Any], Any]:
 
 
 def _unflatten(meta: Any, arrays: Any) -> Source:
-    fun, settings, (axes, treedef, argnums, size, gathered, rest) = meta
+    fun, settings, (*static, rest) = meta
+    axes, treedef, argnums, size, gathered, is_whole = static
     given = iter(arrays)
     leaves = tuple(next(given) if x is None else x.value for x in rest)
-    return Source(
-        fun.value, Batch(leaves, axes, treedef, argnums, size, gathered), *settings
-    )
+    batch = Batch(leaves, axes, treedef, argnums, size, gathered, is_whole)
+    return Source(fun.value, batch, *settings)
 
 
 jax.tree_util.register_pytree_node(Source, _flatten, _unflatten)

@@ -83,6 +83,25 @@ def laid_out(leaf: Any, parts: PartitionSpec) -> Any:
     )
 
 
+def reshaped(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """An array of another shape, gathered along axes that the shape does not have.
+
+    Over Explicit axes, one axis that is made of several has no obvious layout.
+    """
+    mesh = _mesh(x)
+    if mesh is None:
+        return x.reshape(shape)
+    before: list[Names] = [()] * x.ndim
+    after: list[Names] = [()] * len(shape)
+    for i, own in enumerate(tuple(layout(x))):
+        n = x.shape[i]
+        if own and n in shape and not after[shape.index(n)]:
+            before[i] = after[shape.index(n)] = own
+    x = laid_out(x, PartitionSpec(*before))
+    out = NamedSharding(mesh, PartitionSpec(*after))
+    return jax.lax.reshape(x, shape, out_sharding=out)
+
+
 def take(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
     """`size` entries along an axis, gathered if devices cannot share them evenly."""
     if size % count_at(x, axis):

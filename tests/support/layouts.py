@@ -152,7 +152,23 @@ def questions(settings, loss, features, params, batch, axis_name):
     if axis_name is None:
         numbers["traced"] = new(features).gram(new(features)[::2], trace=True)
     sums = {"chosen": new()[::2].sum(), "added": total.weighted_sum(batch[1])}
+    if not settings:
+        sums["whole"] = whole_batch(loss, params, batch, axis_name)
     return numbers, sums
+
+
+def whole_batch(loss, params, batch, axis_name):
+    """The gradient of the sum of two losses of the whole batch."""
+
+    def losses(params, *batch):
+        if jax.sharding.get_abstract_mesh().explicit_axes:
+            # Over Explicit axes, `jax.vmap` takes no parameters that are sharded as the
+            # batch is.
+            params = jax.tree.map(lambda x: jax.sharding.reshard(x, P()), params)
+        values = jax.vmap(loss, (None, 0, 0))(params, *batch)
+        return jnp.stack([jnp.sum(values), jnp.sum(jnp.sin(values))])
+
+    return jacobian(losses, batched=False, axis_name=axis_name)(params, *batch).sum()
 
 
 def sketch(loss, features, params, batch, axis_name):
