@@ -133,8 +133,12 @@ class Batch:
         self,
         fun: Callable[[tuple[Any, ...], dict[str, Any]], PyTree],
         out_axes: Any = 0,
+        axis_name: str | None = None,
     ) -> PyTree:
-        """``fun(args, kwargs)`` of every example, results stacked on a leading axis."""
+        """``fun(args, kwargs)`` of every example, results stacked on a leading axis.
+
+        Inside ``fun``, the axis of examples may have a name.
+        """
         mapped = [i for i, axis in enumerate(self.axes) if axis is not None]
 
         def one(values: list[Any]) -> PyTree:
@@ -145,9 +149,13 @@ class Batch:
 
         axes = [self.axes[i] for i in mapped]
         arrays = [self.leaves[i] for i in mapped]
-        return jax.vmap(one, in_axes=(axes,), out_axes=out_axes, axis_size=self.size)(
-            arrays
-        )
+        return jax.vmap(
+            one,
+            in_axes=(axes,),
+            out_axes=out_axes,
+            axis_size=self.size,
+            axis_name=axis_name,
+        )(arrays)
 
     @property
     def mesh_axes(self) -> Names:

@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 
 from .._trees.checks import KeyPath, PyTree, argument_names, describe
+from .unbound import explain_unbound
 
 _HEADS = ("fun was called with", "outer was called with")
 _SHOWN = 6  # lines for one argument
@@ -18,8 +20,13 @@ class Note:
     The text is made when there is an error, and never before.
     """
 
-    def __init__(self, text: Callable[[], str]):
+    def __init__(
+        self,
+        text: Callable[[], str],
+        explain: Callable[[Exception], None] = lambda error: None,
+    ):
         self._text = text
+        self._explain = explain  # may raise a better error
 
     def __enter__(self) -> "Note":
         return self
@@ -29,10 +36,15 @@ class Note:
             return
         with contextlib.suppress(Exception):  # the user's own error must come through
             error.add_note(self._text())
+        self._explain(error)
 
 
-def note_of_fun(fun: Callable[..., Any], batch: Any) -> Note:
-    """The note for errors in ``fun``: one example of a batch."""
+def note_of_fun(fun: Callable[..., Any], batch: Any, *, has_rows: bool = True) -> Note:
+    """The note for errors in ``fun``: one example of a batch.
+
+    `has_rows` says whether the call returns rows, or products with them. Other calls
+    can give the axis of examples a name.
+    """
 
     def text() -> str:
         args, kwargs = jax.tree.unflatten(batch.treedef, batch.leaves)
@@ -47,7 +59,7 @@ def note_of_fun(fun: Callable[..., Any], batch: Any) -> Note:
         head = f"{_HEADS[0]} {'the whole batch' if batch.is_whole else taken}:"
         return "\n".join([head, *_lines(arguments)])
 
-    return Note(text)
+    return Note(text, partial(explain_unbound, has_rows=has_rows))
 
 
 def note_of_outer(

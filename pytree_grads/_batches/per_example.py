@@ -11,6 +11,7 @@ from .functions import Fun
 from .loops import map_chunks
 from .misuse import check_call
 from .notes import note_of_fun
+from .unbound import refuse_name
 
 
 def per_example_value_and_grad(
@@ -20,6 +21,7 @@ def per_example_value_and_grad(
     in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
+    batch_axis_name: None = None,
 ) -> Callable[..., Any]:
     """The value and the gradient of ``fun`` at every example of a batch, stacked.
 
@@ -37,6 +39,8 @@ def per_example_value_and_grad(
         values.
       chunk_size: how many examples to work on at once; None means all. It need not
         divide N.
+      batch_axis_name: refused, with an error that names two exact ways out: with
+        statistics of the batch, no example has a gradient of its own.
 
     Returns:
       A function of the arguments of ``fun`` that returns ``(values, grads)``, or
@@ -72,6 +76,7 @@ def per_example_value_and_grad(
     """
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
+    refuse_name(batch_axis_name)
     inner = Fun(fun, has_aux)
 
     @like(fun)
@@ -110,6 +115,7 @@ def per_example_grad(
     in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
+    batch_axis_name: None = None,
 ) -> Callable[..., Any]:
     """The gradient of ``fun`` at every example, stacked: row i is ∇ₚf(p, xᵢ).
 
@@ -119,6 +125,7 @@ def per_example_grad(
       in_axes: the axis of the examples in each argument.
       has_aux: whether ``fun`` also returns auxiliary data.
       chunk_size: how many examples to work on at once.
+      batch_axis_name: refused, as in :func:`per_example_value_and_grad`.
 
     Returns:
       A function of the arguments of ``fun`` that returns ``grads``, or ``(grads,
@@ -135,7 +142,12 @@ def per_example_grad(
      [3. 4.]]
     """
     value_and_grad = per_example_value_and_grad(
-        fun, argnums, in_axes=in_axes, has_aux=has_aux, chunk_size=chunk_size
+        fun,
+        argnums,
+        in_axes=in_axes,
+        has_aux=has_aux,
+        chunk_size=chunk_size,
+        batch_axis_name=batch_axis_name,
     )
 
     @like(fun)

@@ -9,6 +9,7 @@ import jax
 from .._batches.axes import DEFAULT
 from .._batches.batch import resolve
 from .._batches.misuse import check_call
+from .._batches.unbound import refuse_name
 from .._jax.compat import trace_state
 from .._jax.sharding import AxisName
 from .._trees.checks import check_bool, check_callable, check_chunk_size, like
@@ -31,6 +32,7 @@ def jacobian(
     recompute: bool = False,
     axis_name: AxisName = None,
     batched: bool = True,
+    batch_axis_name: None = None,
 ) -> Callable[..., Any]:
     """J, the rows of a function's gradients at every example, without building them.
 
@@ -75,6 +77,8 @@ def jacobian(
         then has the shape (*k, P) for outputs of shape k, ``norms()`` (*k),
         ``gram()`` (*k, *k), and ``mean()`` of one loss is its gradient. The options
         ``in_axes`` and ``chunk_size`` are about examples, and are refused.
+      batch_axis_name: refused, with an error that names two exact ways out: with
+        statistics of the batch, no example has a gradient of its own.
 
     Returns:
       A function of the arguments of ``fun`` that returns a ``Jacobian``, or with
@@ -116,6 +120,7 @@ def jacobian(
         recompute,
         axis_name,
         batched,
+        batch_axis_name,
         with_outputs=False,
     )
 
@@ -130,6 +135,7 @@ def value_and_jacobian(
     recompute: bool = False,
     axis_name: AxisName = None,
     batched: bool = True,
+    batch_axis_name: None = None,
 ) -> Callable[..., Any]:
     """The outputs of a function at every example, and J, from one forward pass.
 
@@ -155,6 +161,7 @@ def value_and_jacobian(
         recompute,
         axis_name,
         batched,
+        batch_axis_name,
         with_outputs=True,
     )
 
@@ -168,6 +175,7 @@ def _make(
     recompute: bool,
     axis_name: AxisName,
     batched: bool,
+    batch_axis_name: None,
     *,
     with_outputs: bool,
 ) -> Callable[..., Any]:
@@ -175,6 +183,7 @@ def _make(
     check_chunk_size(chunk_size)
     check_bool("recompute", recompute)
     check_bool("batched", batched)
+    refuse_name(batch_axis_name)
 
     if not batched:
         _check_whole(in_axes, chunk_size)

@@ -819,11 +819,11 @@ class Jacobian(NotAnArray):
             raise TypeError(
                 "J.check() looks at values: call it outside jit, vmap and grad"
             )
-        rows = self._rows.bare()
+        few = self._rows.bare()
         if self._outputs.batched:
-            rows = rows.chosen(Span(0, min(count, len(self))))
-        if rows.origin.shape[0]:
-            _check.check(rows, self._outputs)
+            few = few.chosen(Span(0, min(count, len(self))))
+        if few.origin.shape[0]:
+            _check.check(few, self._outputs)
 
 
 def _has_shapes(tree: PyTree, structure: Any, shapes: Sequence[Any]) -> bool:

@@ -154,7 +154,26 @@ def questions(settings, loss, features, params, batch, axis_name):
     sums = {"chosen": new()[::2].sum(), "added": total.weighted_sum(batch[1])}
     if not settings:
         sums["whole"] = whole_batch(loss, params, batch, axis_name)
+        # Over Explicit axes, JAX has no mean over a mapped axis that is sharded.
+        if not jax.sharding.get_abstract_mesh().explicit_axes:
+            sums["named"] = named_axis(features, params, batch, axis_name)
     return numbers, sums
+
+
+def named_axis(features, params, batch, axis_name):
+    """The gradient of a loss of outputs from which the mean of the batch is taken."""
+
+    def centred(params, *example):
+        outputs = features(params, *example)
+        mean = jax.lax.pmean(outputs, "examples")
+        return outputs - (mean if axis_name is None else jax.lax.pmean(mean, axis_name))
+
+    return chain_rule_value_and_grad(
+        lambda outputs: jnp.sum(jnp.cosh(outputs)),
+        centred,
+        axis_name=axis_name,
+        batch_axis_name="examples",
+    )(params, *batch)[1]
 
 
 def whole_batch(loss, params, batch, axis_name):
