@@ -25,6 +25,7 @@ from pytree_grads import (
     reassemble,
     value_and_jacobian,
 )
+from pytree_grads._jax.compat import varying_axes
 
 N, T, WORDS, WIDTH, HIDDEN, OUT = 32, 3, 8, 8, 16, 2
 
@@ -154,8 +155,10 @@ def questions(settings, loss, features, params, batch, axis_name):
     sums = {"chosen": new()[::2].sum(), "added": total.weighted_sum(batch[1])}
     if not settings:
         sums["whole"] = whole_batch(loss, params, batch, axis_name)
-        # Over Explicit axes, JAX has no mean over a mapped axis that is sharded.
-        if not jax.sharding.get_abstract_mesh().explicit_axes:
+        # Over Explicit axes, and inside `jax.shard_map` with its checks, plain JAX takes
+        # no mean over an axis of `jax.vmap` either.
+        is_explicit = jax.sharding.get_abstract_mesh().explicit_axes
+        if not is_explicit and not varying_axes(batch[1]):
             sums["named"] = named_axis(features, params, batch, axis_name)
     return numbers, sums
 
