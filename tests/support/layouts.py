@@ -155,8 +155,8 @@ def questions(settings, loss, features, params, batch, axis_name):
     sums = {"chosen": new()[::2].sum(), "added": total.weighted_sum(batch[1])}
     if not settings:
         sums["whole"] = whole_batch(loss, params, batch, axis_name)
-        # Over Explicit axes, and inside `jax.shard_map` with its checks, plain JAX takes
-        # no mean over an axis of `jax.vmap` either.
+        # Plain JAX takes no mean over an axis of `jax.vmap` over Explicit axes, nor
+        # inside `jax.shard_map` with its checks.
         is_explicit = jax.sharding.get_abstract_mesh().explicit_axes
         if not is_explicit and not varying_axes(batch[1]):
             sums["named"] = named_axis(features, params, batch, axis_name)
