@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def chain_rule_value_and_grad(
     outer_has_aux: bool = False,
     axis_name: AxisName = None,
     batch_axis_name: str | None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Any, Any]]:
     """The value and gradient of ``outer`` of the stacked outputs of ``fun``.
 
     With L = outer(f(p, x₁), …, f(p, x_N)), the gradient is Jᵀ ∂L/∂f: outputs first,
@@ -168,6 +168,38 @@ def chain_rule_value_and_grad(
         return value, grads[0] if is_single else grads
 
     return value_and_grad
+
+
+@overload
+def chain_rule_grad(
+    outer: Callable[..., Any],
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[True],
+    chunk_size: int | None = ...,
+    outer_has_params: bool = ...,
+    outer_has_aux: bool = ...,
+    axis_name: AxisName = ...,
+    batch_axis_name: str | None = ...,
+) -> Callable[..., tuple[Any, Any]]: ...
+
+
+@overload
+def chain_rule_grad(
+    outer: Callable[..., Any],
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: bool = ...,
+    chunk_size: int | None = ...,
+    outer_has_params: bool = ...,
+    outer_has_aux: bool = ...,
+    axis_name: AxisName = ...,
+    batch_axis_name: str | None = ...,
+) -> Callable[..., Any]: ...
 
 
 def chain_rule_grad(

@@ -1,7 +1,7 @@
 """Per-example gradients: ``jax.vmap`` of ``jax.grad``, with checks and chunks."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 
@@ -22,7 +22,7 @@ def per_example_value_and_grad(
     has_aux: bool = False,
     chunk_size: int | None = None,
     batch_axis_name: None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Any, Any]]:
     """The value and the gradient of ``fun`` at every example of a batch, stacked.
 
     Row i is f(p, xᵢ) and ∇ₚf(p, xᵢ), as ``jax.vmap(jax.value_and_grad(fun))`` gives it.
@@ -106,6 +106,30 @@ _NOT_SCALAR = (
     "the whole "
     "batch belongs in the outer function of chain_rule_grad"
 )
+
+
+@overload
+def per_example_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[True],
+    chunk_size: int | None = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[Any, Any]]: ...
+
+
+@overload
+def per_example_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: bool = ...,
+    chunk_size: int | None = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., Any]: ...
 
 
 def per_example_grad(

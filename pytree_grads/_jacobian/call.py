@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 
@@ -20,6 +20,51 @@ from .origin import Origin
 from .outputs import Outputs
 from .source import Source
 from .streamed import Streamed
+
+
+@overload
+def jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[False] = ...,
+    chunk_size: int | None = ...,
+    recompute: bool = ...,
+    axis_name: AxisName = ...,
+    batched: bool = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., Jacobian]: ...
+
+
+@overload
+def jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[True],
+    chunk_size: int | None = ...,
+    recompute: bool = ...,
+    axis_name: AxisName = ...,
+    batched: bool = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[Jacobian, Any]]: ...
+
+
+@overload
+def jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: bool,
+    chunk_size: int | None = ...,
+    recompute: bool = ...,
+    axis_name: AxisName = ...,
+    batched: bool = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., Any]: ...
 
 
 def jacobian(
@@ -136,7 +181,7 @@ def value_and_jacobian(
     axis_name: AxisName = None,
     batched: bool = True,
     batch_axis_name: None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Any, Jacobian]]:
     """The outputs of a function at every example, and J, from one forward pass.
 
     Arguments and errors are those of ``jacobian``.
