@@ -8,6 +8,7 @@ from .._trees.algebra import carried_dtype
 from .absorbed import absorbed
 from .leaf import Leaf, Summand
 from .matrix import Matrix
+from .products.sums import rows as rows_of
 from .terms.dense import Dense
 from .weighing import times
 
@@ -23,7 +24,28 @@ def added(one: Matrix, other: Matrix) -> tuple[Leaf, ...]:
 def _unweighted(matrix: Matrix) -> list[Leaf]:
     """The same rows as leaves alone."""
     rows = matrix.selected()
-    return [absorbed(leaf, rows.weight(i)) for i, leaf in enumerate(rows.leaves)]
+    found = []
+    for i, leaf in enumerate(rows.leaves):
+        entries = rows.entries(i)
+        whole = leaf if entries is None else _as_arrays(leaf, entries)
+        found.append(absorbed(whole, rows.weight(i)))
+    return found
+
+
+def _as_arrays(leaf: Leaf, entries: jax.Array) -> Leaf:
+    """The rows times a diagonal that no factor can hold, as arrays."""
+    stacked = rows_of(leaf, carried=True)
+    stacked *= entries.reshape(*[1] * len(leaf.rows), *entries.shape)
+    summand = Summand(
+        term=Dense(stacked),
+        shape=leaf.shape,
+        axis=0,
+        view=(),
+        factor=1.0,
+        row_axes=(len(leaf.rows),),
+        reason="a diagonal of its shape",
+    )
+    return replace(leaf, summands=(summand,))
 
 
 def _joined(summands: list[Summand]) -> tuple[Summand, ...]:

@@ -12,6 +12,7 @@
 ``added``        ``J + other``: the rows of two functions, added
 ``index``        which rows an index chooses
 ``groups``       groups of parameters: a prefix tree, or each leaf
+``metric``       a diagonal in parameter space
 ``clip``         bounds for the norms of rows
 ``gram``         inner products of the rows of two Jacobians
 ``sketch``       random projections

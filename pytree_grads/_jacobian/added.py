@@ -65,7 +65,9 @@ class Sum(Source):
         for part, one, batch, own in zip(
             self.parts, trace, batches, numbers, strict=True
         ):
-            matrices.append(Matrix(part.origin.source.leaves(one, batch, form), *own))
+            leaves = part.origin.source.leaves(one, batch, form)
+            weights, valid = own
+            matrices.append(Matrix(leaves, weights, valid, part.diagonal))
         total, *others = matrices
         for other in others:
             total = Matrix(added(total, other))
@@ -95,7 +97,8 @@ def add(one: Rows, other: Rows) -> Rows:
     other.origin.require_one()
     if isinstance(one, Kept) and isinstance(other, Kept):
         parts = [
-            Streamed(x.origin, weights=x.weights, valid=x.valid) for x in (one, other)
+            Streamed(x.origin, weights=x.weights, valid=x.valid, diagonal=x.diagonal)
+            for x in (one, other)
         ]
         origin = replace(one.origin, source=Sum.from_parts(parts))
         return Kept(origin, added(one.matrix, other.matrix))

@@ -167,6 +167,9 @@ def _weighted(part: Streamed, i: int, rows: np.ndarray) -> np.ndarray:
     ones = (1,) * (rows.ndim - len(shape))
     if part.weights is not None:
         rows = rows * np.reshape(_wide(part.weights[i]), (*shape, *ones))
+    diagonal = None if part.diagonal is None else part.diagonal[i]
+    if diagonal is not None:
+        rows = rows * _wide(diagonal)
     if part.valid is not None:
         rows = np.where(np.reshape(part.valid, (*shape, *ones)), rows, 0)
     return rows

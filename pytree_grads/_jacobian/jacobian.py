@@ -30,6 +30,7 @@ from . import check as _check
 from . import clip as _clip
 from . import explain as _explain
 from . import groups as _groups
+from . import metric as _metric
 from . import rows as _rows
 from . import sketch as _sketch
 from .added import add
@@ -599,6 +600,38 @@ class Jacobian(NotAnArray):
             self._per_row(f"{name}{jax.tree_util.keystr(path)}", part)
             for path, part in zip(paths, parts, strict=True)
         ]
+
+    def scale_params(self, diagonal: PyTree) -> "Jacobian":
+        """Every row times one real number per parameter, J diag(d).
+
+        So norms, clips and inner products are those of another metric: with the roots
+        of Adam's second moments in place of d, say, or their inverses. A number for a
+        whole leaf, or one for each line or column of a matrix, becomes part of the
+        factors. For other leaves, norms and inner products build rows, some at a time;
+        a sum is multiplied once.
+
+        Args:
+          diagonal: a tree like the parameters, of real numbers of any sign, traced. A
+            leaf has the shape of the parameter, or its rank with some axes of length 1,
+            or is one number.
+
+        Returns:
+          A ``Jacobian`` of the same shape. ``check`` compares the rows before.
+
+        Raises:
+          TypeError: a leaf does not hold real numbers.
+          ValueError: it is not a tree like the parameters.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> print(J.scale_params({"w": jnp.array([1.0, 0.5])}).to_rows()["w"])
+        [[3. 2.]
+         [6. 4.]]
+        """
+        entries = _metric.read(diagonal, self._rows.origin.params)
+        return replace(self, _rows=self._rows.in_metric(entries))
 
     @overload
     def clip(

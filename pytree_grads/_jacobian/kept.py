@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 
 from .._batches.chosen import Chosen
 from .._engine.leaf import Leaf, chosen
-from .._engine.matrix import Matrix
+from .._engine.matrix import Matrix, times_diagonal
+from .._engine.products.metric import Diagonal
 from .._engine.products.scaled_norms import Norms
 from .._jax.compat import trace_state
 from .._jax.sharding import in_auto, layout, sum_over
@@ -47,7 +48,7 @@ class SumForm:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["origin", "leaves", "weights", "valid"],
+    data_fields=["origin", "leaves", "weights", "valid", "diagonal"],
     meta_fields=[],
     drop_fields=["sum_form"],
 )
@@ -65,6 +66,7 @@ class Kept:
     weights: tuple[jax.Array, ...] | None = None  # of rows, for each leaf
     valid: jax.Array | None = None  # rows that count; the others are zero
     sum_form: SumForm | None = None
+    diagonal: Diagonal | None = None  # in parameter space
 
     @property
     def mode(self) -> str:
@@ -74,7 +76,7 @@ class Kept:
     @property
     def matrix(self) -> Matrix:
         """The rows as the engine takes them."""
-        return Matrix(self.leaves, self.weights, self.valid)
+        return Matrix(self.leaves, self.weights, self.valid, self.diagonal)
 
     def as_argument(self) -> "Kept":
         """What a compiled product takes in place of these rows."""
@@ -82,7 +84,7 @@ class Kept:
 
     def bare(self) -> "Kept":
         """The rows before they were scaled and clipped."""
-        return replace(self, weights=None, valid=None)
+        return replace(self, weights=None, valid=None, diagonal=None)
 
     def chosen(self, rows: Chosen) -> "Kept":
         """The rows of some of the examples."""
@@ -92,7 +94,12 @@ class Kept:
         if sums is not None:
             whole = sums.make
             sums = replace(sums, make=lambda: tuple(chosen(x, rows) for x in whole()))
-        return Kept(origin, cut.leaves, cut.weights, cut.valid, sums)
+        return Kept(origin, cut.leaves, cut.weights, cut.valid, sums, self.diagonal)
+
+    def in_metric(self, diagonal: Diagonal) -> "Kept":
+        """The rows times a diagonal in parameter space."""
+        self.origin.require_one()
+        return replace(self, diagonal=times_diagonal(self.diagonal, diagonal))
 
     def scaled(self, factors: Sequence[jax.Array]) -> "Kept":
         """The rows times numbers of their own, for each leaf."""

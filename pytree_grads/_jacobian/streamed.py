@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from .._batches.chosen import Chosen
 from .._engine.leaf import Leaf
-from .._engine.matrix import Matrix, product
+from .._engine.matrix import Matrix, product, times_diagonal
+from .._engine.products.metric import Diagonal
 from .._engine.products.scaled_norms import Norms
 from .._engine.trace import Form, Trace
 from .._jax.sharding import in_auto, layout, sum_over, zeros
@@ -24,7 +25,7 @@ from .origin import Origin, options
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["origin", "weights", "valid", "clip"],
+    data_fields=["origin", "weights", "valid", "clip", "diagonal"],
     meta_fields=["one_pass", "pulls_back", "uniform"],
     drop_fields=["trace"],
 )
@@ -46,6 +47,7 @@ class Streamed:
     # How one example is differentiated, if this J is still where it was made. Elsewhere
     # the function is traced again.
     trace: Trace | None = None
+    diagonal: Diagonal | None = None  # in parameter space
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle holds: everything except the trace, which is not portable."""
@@ -64,7 +66,14 @@ class Streamed:
 
     def bare(self) -> "Streamed":
         """The rows before they were scaled and clipped."""
-        return replace(self, weights=None, valid=None, uniform=True, clip=None)
+        bare = replace(self, weights=None, valid=None, uniform=True, clip=None)
+        return replace(bare, diagonal=None)
+
+    def in_metric(self, diagonal: Diagonal) -> "Streamed":
+        """The rows times a diagonal in parameter space."""
+        self.origin.require_one()
+        rows = self.settled()
+        return replace(rows, diagonal=times_diagonal(rows.diagonal, diagonal))
 
     def chosen(self, rows: Chosen) -> "Streamed":
         """The rows of some of the examples."""
@@ -168,10 +177,16 @@ class Streamed:
         def of_chunk(matrix: Matrix) -> PyTree:
             return fun(self._clip(matrix)[0])
 
+        form = self._form(form)
         return source.map(of_chunk, trace, self.weights, self.valid, form)
+
+    def _form(self, form: Form) -> Form:
+        """The form of leaves: norms alone cannot be multiplied by a diagonal."""
+        return "auto" if form == "norms" and self.diagonal is not None else form
 
     def _clip(self, matrix: Matrix) -> tuple[Matrix, tuple[jax.Array, ...]]:
         """Rows of a chunk, clipped if a clip waits, and the norms that this took."""
+        matrix = replace(matrix, diagonal=self.diagonal)
         if self.clip is None:
             return matrix, ()
 
@@ -220,7 +235,7 @@ class Streamed:
         init = [zeros(x, x.shape, dtype(carried_dtype(x.dtype))) for x in primals]
         trace = self.trace or source.trace()
         rows = (self.weights, self.valid, extra)
-        return source.fold(of_chunk, init, trace, rows, form)
+        return source.fold(of_chunk, init, trace, rows, self._form(form))
 
     def sum(self, c: jax.Array | None) -> list[jax.Array]:
         """The sum of the rows times c, in the dtypes that sums are carried in.
@@ -243,6 +258,7 @@ class Streamed:
         """Whether a sum may be one backward pass in the dtypes of the parameters."""
         wide = all(carried_dtype(x.dtype) == x.dtype for x in self.origin.primals)
         alike = self.uniform and self.valid is None and self.clip is None
+        alike = alike and self.diagonal is None
         return self.pulls_back and len(self.origin.shape) == 1 and wide and alike
 
     def norms(self, members: Members) -> tuple[jax.Array, ...]:

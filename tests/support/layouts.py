@@ -154,6 +154,10 @@ def questions(settings, loss, features, params, batch, axis_name):
         numbers["traced"] = new(features).gram(new(features)[::2], trace=True)
     sums = {"chosen": new()[::2].sum(), "added": total.weighted_sum(batch[1])}
     if not settings:
+        diagonal = {"w": jnp.cos(params["w"]), "b": -1.0, "v": 0.5}
+        diagonal |= {"embedding": jnp.ones((1, 1)), "layers": jnp.full((2, 1, 1), 2.0)}
+        metric = new().scale_params(diagonal)
+        numbers["metric"], sums["metric"] = metric.norms(), metric.sum()
         sums["whole"] = whole_batch(loss, params, batch, axis_name)
         # Plain JAX takes no mean over an axis of `jax.vmap` over Explicit axes, nor
         # inside `jax.shard_map` with its checks.
