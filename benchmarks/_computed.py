@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _layers import Draw, Problem, cross_entropy
+from _layers import Draw, Problem
 
 Weight = Callable[[dict[str, jax.Array]], jax.Array]
 
@@ -56,9 +56,7 @@ def spectral_norm(draw: Draw, d: int, n: int) -> Problem:
 
 
 def merged_adapters(draw: Draw, d: int, n: int) -> Problem:
-    return _layer(
-        draw, lambda p: jax.lax.stop_gradient(p["w"]) + p["u"] @ p["v"], d, n
-    )
+    return _layer(draw, lambda p: jax.lax.stop_gradient(p["w"]) + p["u"] @ p["v"], d, n)
 
 
 def permuted(draw: Draw, d: int, n: int) -> Problem:
@@ -151,7 +149,9 @@ def hash_grid(draw: Draw, d: int, n: int, levels: int = 8) -> Problem:
         features = []
         for level in range(levels):
             corner = jnp.floor(point * 2.0**level).astype(jnp.uint32)
-            corners = corner[None] + jnp.asarray([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.uint32)
+            corners = corner[None] + jnp.asarray(
+                [[0, 0], [0, 1], [1, 0], [1, 1]], jnp.uint32
+            )
             primes = jnp.asarray([1, 2654435761], jnp.uint32)
             hashed = jnp.bitwise_xor(*(corners * primes[None]).T) % jnp.uint32(size)
             features.append(jnp.sum(p["tables"][level][hashed.astype(jnp.int32)], 0))

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import _computed as computed
 import jax
 import jax.numpy as jnp
-import _computed as computed
 from _images import depthwise_net, mixer, residual_net, small_conv_net
 from _layers import Draw, Problem, cross_entropy, dense
 from _sequences import embedding_bag, gru, lstm, next_word, rnn, state_space

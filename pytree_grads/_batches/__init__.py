@@ -6,8 +6,11 @@
                     cannot
 ``batch``           ``Batch``: the arguments of one call
 ``chunks``          which examples are worked on together
+``chosen``          which rows of a batch are chosen, by a slice or by indices
 ``loops``           a function over the chunks of a batch, in one compiled loop
 ``functions``       ``fun`` and ``outer`` with their options
+``named``           functions that are mapped over an axis of examples with a name
+``unbound``         errors about such names
 ``notes``           what an error in a user's function says of the call
 ``misuse``          what likely went wrong when ``fun`` or ``outer`` failed
 ``vjp``             products with the Jacobian of a batch's outputs, chunk by chunk

@@ -127,7 +127,7 @@ class Mapped:
         )
         if not is_array(leaf):
             raise TypeError(f"{wrong}not an array: {self._mend_no_array()}")
-        if not _holds_numbers(leaf):
+        if not holds_numbers(leaf):
             raise TypeError(f"{wrong}not an array of numbers: {_LABELS}")
         if not -leaf.ndim <= axis < leaf.ndim:
             raise ValueError(f"{wrong}of rank {leaf.ndim}: {self._mend_rank()}")
@@ -172,8 +172,10 @@ _LABELS = (
 )
 
 
-def _holds_numbers(leaf: Any) -> bool:
-    """Whether JAX supports this array's dtype."""
+def holds_numbers(leaf: Any) -> bool:
+    """Whether a leaf is an array whose dtype JAX supports."""
+    if not is_array(leaf):
+        return False
     try:
         jax.typeof(leaf)
     except TypeError:

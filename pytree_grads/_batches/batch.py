@@ -11,6 +11,7 @@
 ``.primals``          tuple of the differentiated arguments
 ``.with_primals(p)``  the same batch with other differentiated arguments
 ``.chunk(start, k)``  the Batch of examples start..start+k-1
+``.chosen(rows)``     the Batch of some of the examples
 ``.vmap(fun)``        ``fun(args, kwargs)`` mapped over the examples; results stack on
                       axis 0
 ``.chunks(k)``        which examples are worked on together, about k at a time
@@ -29,9 +30,17 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import compat
-from .._jax.sharding import Names, count_at, laid_out, layout, names_at, take, without
+from .._jax.sharding import Names, count_at, laid_out, layout, names_at, without
 from .._trees.checks import PyTree, argument_names, located, normalize_argnums
-from .axes import DEFAULT, Mapped, argument_specs, common_size, leaf_axes
+from .axes import (
+    DEFAULT,
+    Mapped,
+    argument_specs,
+    common_size,
+    holds_numbers,
+    leaf_axes,
+)
+from .chosen import Chosen, Span
 from .chunks import Chunks, Place
 from .differentiable import check_differentiable
 
@@ -49,6 +58,8 @@ class Batch:
     size: int
     # The mesh axes over which examples were sharded, if too few are left to share out.
     gathered: Names = ()
+    # Whether the only example is all of the arguments, each with an axis of length 1.
+    is_whole: bool = False
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -94,11 +105,15 @@ class Batch:
 
     def chunk(self, start: int, size: int) -> "Batch":
         """The batch of the ``size`` examples from ``start`` on."""
+        return self.chosen(Span(start, size))
+
+    def chosen(self, rows: Chosen) -> "Batch":
+        """The batch of some of the examples."""
         leaves = [
-            leaf if axis is None else take(leaf, start, size, axis)
+            leaf if axis is None else rows.cut(leaf, axis)
             for leaf, axis in zip(self.leaves, self.axes, strict=True)
         ]
-        taken = replace(self, leaves=tuple(leaves), size=size)
+        taken = replace(self, leaves=tuple(leaves), size=rows.size)
         return taken if taken.mesh_axes else replace(taken, gathered=self._names)
 
     def chunks(self, chunk_size: int) -> Chunks:
@@ -118,8 +133,12 @@ class Batch:
         self,
         fun: Callable[[tuple[Any, ...], dict[str, Any]], PyTree],
         out_axes: Any = 0,
+        axis_name: str | None = None,
     ) -> PyTree:
-        """``fun(args, kwargs)`` of every example, results stacked on a leading axis."""
+        """``fun(args, kwargs)`` of every example, results stacked on a leading axis.
+
+        Inside ``fun``, the axis of examples may have a name.
+        """
         mapped = [i for i, axis in enumerate(self.axes) if axis is not None]
 
         def one(values: list[Any]) -> PyTree:
@@ -130,9 +149,13 @@ class Batch:
 
         axes = [self.axes[i] for i in mapped]
         arrays = [self.leaves[i] for i in mapped]
-        return jax.vmap(one, in_axes=(axes,), out_axes=out_axes, axis_size=self.size)(
-            arrays
-        )
+        return jax.vmap(
+            one,
+            in_axes=(axes,),
+            out_axes=out_axes,
+            axis_size=self.size,
+            axis_name=axis_name,
+        )(arrays)
 
     @property
     def mesh_axes(self) -> Names:
@@ -195,6 +218,7 @@ def resolve(
     in_axes: int | Sequence[Any] | str | None = DEFAULT,
     *,
     shared: bool = False,
+    batched: bool = True,
 ) -> Batch:
     """Check the arguments of ``fun`` and find the examples in them.
 
@@ -208,6 +232,8 @@ def resolve(
         positional argument; ``"default"`` is None for the differentiated arguments and
         0 for all others.
       shared: whether all examples must share the differentiated arguments.
+      batched: whether there are examples. If not, the batch has one: all of the
+        arguments, whose arrays get an axis of length 1.
 
     Raises:
       TypeError: a differentiated leaf has no gradient; a leaf to be mapped is not an
@@ -225,6 +251,8 @@ def resolve(
         jax.tree.map(jnp.asarray, arg) if i in positions else arg
         for i, arg in enumerate(args)
     )
+    if not batched:
+        return _of_one(args, kwargs, positions)
     specs = argument_specs(in_axes, len(args), positions)
     leaves: list[Any] = []
     axes: list[int | None] = []
@@ -255,3 +283,20 @@ def resolve(
             axes.append(axis)
     treedef = jax.tree.structure((args, kwargs))
     return Batch(tuple(leaves), tuple(axes), treedef, positions, common_size(mapped))
+
+
+def _of_one(
+    args: tuple[Any, ...], kwargs: dict[str, Any], argnums: tuple[int, ...]
+) -> Batch:
+    """The batch of one example, which is all of the arguments."""
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    empty = Batch(tuple(leaves), (None,) * len(leaves), treedef, argnums, 1)
+    primals = empty.primal_positions
+    mapped = [holds_numbers(x) and i not in primals for i, x in enumerate(leaves)]
+    pairs = list(zip(leaves, mapped, strict=True))
+    return replace(
+        empty,
+        leaves=tuple(jnp.asarray(x)[None] if own else x for x, own in pairs),
+        is_whole=True,
+        axes=tuple(0 if own else None for own in mapped),
+    )

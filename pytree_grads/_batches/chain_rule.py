@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ from .chunks import loop_chunk
 from .functions import Call, Fun, Outer
 from .loops import map_chunks
 from .misuse import check_call
+from .named import mapped
 from .notes import note_of_fun
+from .unbound import check_name
 from .vjp import pull_chunks, vjp
 
 
@@ -34,7 +36,8 @@ def chain_rule_value_and_grad(
     outer_has_params: bool = False,
     outer_has_aux: bool = False,
     axis_name: AxisName = None,
-) -> Callable[..., Any]:
+    batch_axis_name: str | None = None,
+) -> Callable[..., tuple[Any, Any]]:
     """The value and gradient of ``outer`` of the stacked outputs of ``fun``.
 
     With L = outer(f(p, x₁), …, f(p, x_N)), the gradient is Jᵀ ∂L/∂f: outputs first,
@@ -70,6 +73,10 @@ def chain_rule_value_and_grad(
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which value and
         gradient are added up. ``outer`` sees the outputs of its device (and others' by
         collectives of its own), and the loss is the sum of ``outer`` over all devices.
+      batch_axis_name: a name for the axis of examples inside ``fun``, as ``jax.vmap``
+        has it: batch norm takes its mean over it. The gradient is exact: that of the
+        whole batch, through its statistics. Auxiliary data that is the same for all
+        examples, such as running statistics, then comes once and is not stacked.
 
     Returns:
       A function of the arguments of ``fun``, and of the keyword ``outer_args``, a
@@ -83,7 +90,8 @@ def chain_rule_value_and_grad(
         is one that flax does not train, or ``outer`` returns something other than a
         real floating-point value.
       ValueError: ``outer`` does not return a scalar, an axis is out of range, or sizes
-        disagree.
+        disagree; or ``batch_axis_name`` is given with ``chunk_size``: no chunk knows
+        the statistics of the batch.
 
     ===========================  =======================================================
     case                         result
@@ -118,8 +126,10 @@ def chain_rule_value_and_grad(
     check_callable(outer, "outer")
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
+    check_name(batch_axis_name, chunk_size)
     is_single = not isinstance(argnums, Sequence)
     inner = Fun(fun, has_aux)
+    of_all = functools.partial(mapped, inner, axis_name=batch_axis_name)
     loss = Outer(outer, outer_has_params, outer_has_aux, is_single)
     # Integer outputs are allowed: their cotangent is float0.
     by = (0, 1) if outer_has_params else (0,)
@@ -134,14 +144,14 @@ def chain_rule_value_and_grad(
         resolved = resolve(fun, args, kwargs, argnums, in_axes)
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
-        in_fun = note_of_fun(fun, batch)
+        in_fun = note_of_fun(fun, batch, has_rows=False)
         primals = batch.primals
         with in_fun, call.runs_fun(primals):
             if chunk is None:
-                outputs, pull, aux = vjp(inner.mapped, batch)
+                outputs, pull, aux = vjp(of_all, batch)
             else:
-                outputs, aux = map_chunks(inner.mapped, batch, chunk, apart=True)
-                pull = functools.partial(pull_chunks, inner.mapped, batch, chunk)
+                outputs, aux = map_chunks(of_all, batch, chunk, apart=True)
+                pull = functools.partial(pull_chunks, of_all, batch, chunk)
         with call.runs_outer(outputs, primals):
             (value, outer_aux), (cotangents, *direct) = pull_loss(
                 outputs, primals, outer_args
@@ -160,6 +170,38 @@ def chain_rule_value_and_grad(
     return value_and_grad
 
 
+@overload
+def chain_rule_grad(
+    outer: Callable[..., Any],
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[True],
+    chunk_size: int | None = ...,
+    outer_has_params: bool = ...,
+    outer_has_aux: bool = ...,
+    axis_name: AxisName = ...,
+    batch_axis_name: str | None = ...,
+) -> Callable[..., tuple[Any, Any]]: ...
+
+
+@overload
+def chain_rule_grad(
+    outer: Callable[..., Any],
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: bool = ...,
+    chunk_size: int | None = ...,
+    outer_has_params: bool = ...,
+    outer_has_aux: bool = ...,
+    axis_name: AxisName = ...,
+    batch_axis_name: str | None = ...,
+) -> Callable[..., Any]: ...
+
+
 def chain_rule_grad(
     outer: Callable[..., Any],
     fun: Callable[..., Any],
@@ -171,6 +213,7 @@ def chain_rule_grad(
     outer_has_params: bool = False,
     outer_has_aux: bool = False,
     axis_name: AxisName = None,
+    batch_axis_name: str | None = None,
 ) -> Callable[..., Any]:
     """The gradient of ``outer`` of the stacked outputs of ``fun``, Jᵀ ∂L/∂f.
 
@@ -184,6 +227,7 @@ def chain_rule_grad(
       outer_has_params: whether ``outer`` also takes the differentiated argument.
       outer_has_aux: whether ``outer`` also returns auxiliary data.
       axis_name: mesh axes over which the gradient is added up.
+      batch_axis_name: a name for the axis of examples inside ``fun``.
 
     Returns:
       A function of the arguments of ``fun``, and of ``outer_args``, that returns
@@ -209,6 +253,7 @@ def chain_rule_grad(
         outer_has_params=outer_has_params,
         outer_has_aux=outer_has_aux,
         axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
     )
 
     @like(fun)

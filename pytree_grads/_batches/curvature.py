@@ -24,6 +24,7 @@ from .functions import Call, Fun, Outer
 from .loops import map_chunks
 from .misuse import check_call
 from .notes import note_of_fun
+from .unbound import check_name, explain_unbound
 from .vjp import Apply, differentiated, pull_chunks, push_chunks
 
 
@@ -38,6 +39,7 @@ def gauss_newton_product(
     outer_has_params: bool = False,
     outer_has_aux: bool = False,
     axis_name: AxisName = None,
+    batch_axis_name: str | None = None,
 ) -> Callable[..., Callable[[PyTree], PyTree]]:
     """The product with the generalized Gauss-Newton matrix of ``outer(outputs)``.
 
@@ -66,6 +68,8 @@ def gauss_newton_product(
       outer_has_aux: whether ``outer`` also returns auxiliary data, which is dropped.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, over which products
         are added up.
+      batch_axis_name: a name for the axis of examples inside ``fun``; J is then the
+        Jacobian of all outputs through the statistics of the batch.
 
     Returns:
       A function of the arguments of ``fun``, and of ``outer_args``, that returns the
@@ -107,6 +111,7 @@ def gauss_newton_product(
     check_callable(outer, "outer")
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
+    check_name(batch_axis_name, chunk_size)
     is_single = not isinstance(argnums, Sequence)
     inner = Fun(fun, has_aux)
     loss_of = Outer(outer, outer_has_params, outer_has_aux, is_single)
@@ -116,7 +121,7 @@ def gauss_newton_product(
             outputs, _ = inner(*args, **kwargs)
             return _has_derivative(outputs), _has_none(outputs)
 
-        return batch.vmap(one)
+        return batch.vmap(one, axis_name=batch_axis_name)
 
     @like(fun)
     def linearized(*args: Any, outer_args: Sequence[Any] = (), **kwargs: Any) -> Any:
@@ -125,7 +130,7 @@ def gauss_newton_product(
         resolved = resolve(fun, args, kwargs, argnums, in_axes)
         batch = resolved.localized()
         chunk = loop_chunk(batch.size, chunk_size)
-        in_fun = note_of_fun(fun, batch)
+        in_fun = note_of_fun(fun, batch, has_rows=False)
         with in_fun, call.runs_fun(batch.primals):
             outputs, fixed, push, pull = _linear_maps(apply, batch, chunk)
 
@@ -233,7 +238,11 @@ def fisher_product(
 
     @like(fun)
     def scalar(*args: Any, **kwargs: Any) -> Any:
-        value, _ = inner(*args, **kwargs)
+        try:
+            value, _ = inner(*args, **kwargs)
+        except NameError as error:
+            explain_unbound(error, has_rows=True)
+            raise
         mend = "a log-likelihood or a loss of one example is one number"
         check_scalar(value, "the value of fun", mend)
         return value

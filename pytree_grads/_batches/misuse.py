@@ -137,7 +137,14 @@ def check_call(
 
 
 # Those that some public functions take and others do not.
-_OPTIONS = ("axis_name", "outer_has_aux", "outer_has_params", "recompute")
+_OPTIONS = (
+    "axis_name",
+    "batch_axis_name",
+    "batched",
+    "outer_has_aux",
+    "outer_has_params",
+    "recompute",
+)
 
 
 def _literal(value: Any) -> str:

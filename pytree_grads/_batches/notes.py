@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 
 from .._trees.checks import KeyPath, PyTree, argument_names, describe
+from .unbound import explain_unbound
 
 _HEADS = ("fun was called with", "outer was called with")
 _SHOWN = 6  # lines for one argument
@@ -18,8 +20,13 @@ class Note:
     The text is made when there is an error, and never before.
     """
 
-    def __init__(self, text: Callable[[], str]):
+    def __init__(
+        self,
+        text: Callable[[], str],
+        explain: Callable[[Exception], None] = lambda error: None,
+    ):
         self._text = text
+        self._explain = explain  # may raise a better error
 
     def __enter__(self) -> "Note":
         return self
@@ -29,10 +36,15 @@ class Note:
             return
         with contextlib.suppress(Exception):  # the user's own error must come through
             error.add_note(self._text())
+        self._explain(error)
 
 
-def note_of_fun(fun: Callable[..., Any], batch: Any) -> Note:
-    """The note for errors in ``fun``: one example of a batch."""
+def note_of_fun(fun: Callable[..., Any], batch: Any, *, has_rows: bool = True) -> Note:
+    """The note for errors in ``fun``: one example of a batch.
+
+    `has_rows` says whether the call returns rows, or products with them. Other calls
+    can give the axis of examples a name.
+    """
 
     def text() -> str:
         args, kwargs = jax.tree.unflatten(batch.treedef, batch.leaves)
@@ -41,11 +53,13 @@ def note_of_fun(fun: Callable[..., Any], batch: Any) -> Note:
         arguments: dict[str, list[tuple[KeyPath, str]]] = {}
         for ((which, position, *path), leaf), axis in leaves:
             name = position.key if which.idx else names[position.idx]
-            arguments.setdefault(name, []).append((tuple(path), _of_one(leaf, axis)))
-        head = f"{_HEADS[0]} one example, not with the batch of {batch.size}:"
+            words = _of_one(leaf, axis, batch.is_whole)
+            arguments.setdefault(name, []).append((tuple(path), words))
+        taken = f"one example, not with the batch of {batch.size}"
+        head = f"{_HEADS[0]} {'the whole batch' if batch.is_whole else taken}:"
         return "\n".join([head, *_lines(arguments)])
 
-    return Note(text)
+    return Note(text, partial(explain_unbound, has_rows=has_rows))
 
 
 def note_of_outer(
@@ -73,12 +87,13 @@ def _has_note(error: Exception) -> bool:
     return any(str(note).startswith(_HEADS) for note in getattr(error, "__notes__", ()))
 
 
-def _of_one(leaf: Any, axis: int | None) -> str:
+def _of_one(leaf: Any, axis: int | None, is_whole: bool) -> str:
     """A leaf of one example: ``float32[5] (axis 0 of float32[8,5] taken off)``."""
     if axis is None:
         return describe(leaf)
     one = jax.ShapeDtypeStruct(leaf.shape[:axis] + leaf.shape[axis + 1 :], leaf.dtype)
-    return f"{describe(one)} (axis {axis} of {describe(leaf)} taken off)"
+    taken_off = f" (axis {axis} of {describe(leaf)} taken off)"
+    return describe(one) + taken_off * (not is_whole)
 
 
 def _lines(arguments: dict[str, list[tuple[KeyPath, str]]]) -> Iterator[str]:

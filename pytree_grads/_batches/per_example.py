@@ -1,7 +1,7 @@
 """Per-example gradients: ``jax.vmap`` of ``jax.grad``, with checks and chunks."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 
@@ -11,6 +11,7 @@ from .functions import Fun
 from .loops import map_chunks
 from .misuse import check_call
 from .notes import note_of_fun
+from .unbound import refuse_name
 
 
 def per_example_value_and_grad(
@@ -20,7 +21,8 @@ def per_example_value_and_grad(
     in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
-) -> Callable[..., Any]:
+    batch_axis_name: None = None,
+) -> Callable[..., tuple[Any, Any]]:
     """The value and the gradient of ``fun`` at every example of a batch, stacked.
 
     Row i is f(p, xᵢ) and ∇ₚf(p, xᵢ), as ``jax.vmap(jax.value_and_grad(fun))`` gives it.
@@ -37,6 +39,8 @@ def per_example_value_and_grad(
         values.
       chunk_size: how many examples to work on at once; None means all. It need not
         divide N.
+      batch_axis_name: refused, with an error that names two exact ways out: with
+        statistics of the batch, no example has a gradient of its own.
 
     Returns:
       A function of the arguments of ``fun`` that returns ``(values, grads)``, or
@@ -72,6 +76,7 @@ def per_example_value_and_grad(
     """
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
+    refuse_name(batch_axis_name)
     inner = Fun(fun, has_aux)
 
     @like(fun)
@@ -103,6 +108,30 @@ _NOT_SCALAR = (
 )
 
 
+@overload
+def per_example_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[True],
+    chunk_size: int | None = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[Any, Any]]: ...
+
+
+@overload
+def per_example_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: bool = ...,
+    chunk_size: int | None = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., Any]: ...
+
+
 def per_example_grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
@@ -110,6 +139,7 @@ def per_example_grad(
     in_axes: Any = "default",
     has_aux: bool = False,
     chunk_size: int | None = None,
+    batch_axis_name: None = None,
 ) -> Callable[..., Any]:
     """The gradient of ``fun`` at every example, stacked: row i is ∇ₚf(p, xᵢ).
 
@@ -119,6 +149,7 @@ def per_example_grad(
       in_axes: the axis of the examples in each argument.
       has_aux: whether ``fun`` also returns auxiliary data.
       chunk_size: how many examples to work on at once.
+      batch_axis_name: refused, as in :func:`per_example_value_and_grad`.
 
     Returns:
       A function of the arguments of ``fun`` that returns ``grads``, or ``(grads,
@@ -135,7 +166,12 @@ def per_example_grad(
      [3. 4.]]
     """
     value_and_grad = per_example_value_and_grad(
-        fun, argnums, in_axes=in_axes, has_aux=has_aux, chunk_size=chunk_size
+        fun,
+        argnums,
+        in_axes=in_axes,
+        has_aux=has_aux,
+        chunk_size=chunk_size,
+        batch_axis_name=batch_axis_name,
     )
 
     @like(fun)

@@ -22,6 +22,8 @@ From factors to products, from the whole to the parts:
 
 ==============  ========================================================================
 ``matrix``      the rows of all leaves, with weights
+``absorbed``    rows whose weights become part of their factors
+``added``       the sum of two matrices of rows
 ``products``    sums, norms and Gramians of one leaf, and the routes to them
 ``leaf``        all rows of one leaf, and maps over these rows
 ``terms``       what a row is made of: one class for each kind of term

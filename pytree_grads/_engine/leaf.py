@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._jax import sharding
+from .._batches.chosen import Chosen, Span
 from .._jax.compat import varying_zeros
 from .._trees.algebra import carried_dtype
 from . import thresholds
@@ -133,16 +133,40 @@ def zeros_of(shape: Shape, dtype: Any, *leaves: Leaf) -> jax.Array:
 
 def take(leaf: Leaf, start: Any, size: int) -> Leaf:
     """The rows of `size` examples from `start` on, which may be traced."""
+    return chosen(leaf, Span(start, size))
+
+
+def chosen(leaf: Leaf, rows: Chosen) -> Leaf:
+    """The rows of some of the examples."""
 
     def of(summand: Summand) -> Summand:
         arrays, treedef = jax.tree.flatten(summand.term)
         cut = [
-            sharding.take(x, start, size, summand.axis) if count else x
+            rows.cut(x, summand.axis) if count else x
             for x, count in zip(arrays, summand.row_axes, strict=True)
         ]
         return replace(summand, term=jax.tree.unflatten(treedef, cut))
 
-    return replace(leaf, summands=tuple(map(of, leaf.summands)), size=size)
+    return replace(leaf, summands=tuple(map(of, leaf.summands)), size=rows.size)
+
+
+def at_output(leaf: Leaf, k: jax.Array) -> Leaf:
+    """The rows of one of the outputs, which may be traced."""
+
+    def of(summand: Summand) -> Summand:
+        arrays, treedef = jax.tree.flatten(summand.term)
+        axis, pairs = summand.axis + 1, zip(arrays, summand.row_axes, strict=True)
+        cut = [
+            jax.lax.dynamic_index_in_dim(x, k, axis, keepdims=False)
+            if count == 2
+            else x
+            for x, count in pairs
+        ]
+        row_axes = tuple(min(count, 1) for count in summand.row_axes)
+        term = jax.tree.unflatten(treedef, cut)
+        return replace(summand, term=term, row_axes=row_axes)
+
+    return replace(leaf, summands=tuple(map(of, leaf.summands)), outputs=None)
 
 
 def widened(leaf: Leaf, dtype: Any) -> Leaf:

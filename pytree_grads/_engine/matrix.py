@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .._jax import sharding
+from .._batches.chosen import Chosen
 from .._trees.algebra import carried_dtype, common_dtype
-from .leaf import Leaf, Summand, take, weighted, widened
+from .absorbed import absorbed
+from .leaf import Leaf, Summand, chosen, weighted, widened
 from .products import gram as _gram
+from .products import metric as _metric
 from .products import sums as _sums
-from .products.norms import leaf_norms
 from .products.scaled_norms import Norms
 from .tails.fold import fold
 from .tails.tail import Tail
@@ -21,7 +22,7 @@ from .tails.tail import Tail
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sources", "weights", "valid", "tail"],
+    data_fields=["sources", "weights", "valid", "tail", "diagonal"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Matrix:
     Arrays of one number per row have shape (N,), or (N, K) if an example has K outputs.
     `weights` has such an array for each leaf, since a clip per group differs between
     leaves; None means ones. A row that is not `valid` counts as zero, whatever it
-    holds; None means that all rows are valid.
+    holds; None means that all rows are valid. `diagonal` has an array for each leaf, by
+    whose entries those of its rows are multiplied. It has as many axes as the leaf, of
+    which some may have length 1; None means ones.
 
     The sources are the leaves themselves. If some leaves have a tail, they are the
     other leaves, and then the values where the tail begins.
@@ -41,6 +44,7 @@ class Matrix:
     weights: tuple[jax.Array, ...] | None = None
     valid: jax.Array | None = None
     tail: Tail | None = None
+    diagonal: tuple[jax.Array | None, ...] | None = None
 
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -82,26 +86,36 @@ class Matrix:
         return replace(self, valid=valid if self.valid is None else valid & self.valid)
 
     def selected(self) -> "Matrix":
-        """Replace `valid`: rows that do not count get zero factors and weight 0."""
-        if self.valid is None:
-            return self
-        sources = tuple(_select(leaf, self.valid) for leaf in self.sources)
+        """Replace `valid`: rows that do not count get zero factors and weight 0.
+
+        The diagonal becomes part of the factors, as far as it can.
+        """
+        rows = self if self.valid is None else self._with_zeros(self.valid)
+        if rows.diagonal is None:
+            return rows
+        leaves, left = _metric.all_absorbed(rows.leaves, rows.diagonal)
+        return replace(rows, sources=leaves, tail=None, diagonal=left)
+
+    def _with_zeros(self, valid: jax.Array) -> "Matrix":
+        """The rows, of which those that are not valid have zero factors and weight 0."""
+        sources = tuple(_select(leaf, valid) for leaf in self.sources)
         count = len(self._plain) + (0 if self.tail is None else len(self.tail.leaves))
-        ones = (jnp.ones(self.valid.shape, self.dtype),) * count
-        own: dict[int, jax.Array] = {}  # leaves share weights, and go on to do so
-        for w in self.weights or ones:
-            if id(w) not in own:
-                own[id(w)] = jnp.where(self.valid, w, jnp.zeros_like(w))
-        weights = tuple(own[id(w)] for w in self.weights or ones)
-        return Matrix(sources, weights, tail=self.tail)
+        ones = (jnp.ones(valid.shape, self.dtype),) * count
+        weights = _for_each(
+            lambda w: jnp.where(valid, w, jnp.zeros_like(w)), self.weights or ones
+        )
+        return replace(self, sources=sources, weights=weights, valid=None)
+
+    def entries(self, i: int) -> jax.Array | None:
+        """What is left of the diagonal for leaf i, in its accumulation dtype."""
+        own = None if self.diagonal is None else self.diagonal[i]
+        return None if own is None else own.astype(self.leaves[i].carried)
 
     def weight(self, i: int, extra: jax.Array | None = None) -> jax.Array | None:
         """The weights of the rows of leaf i, multiplied by `extra`."""
         return self._weight(i, extra, self.leaves[i])
 
-    def _weight(
-        self, i: int, extra: jax.Array | None, leaf: Leaf
-    ) -> jax.Array | None:
+    def _weight(self, i: int, extra: jax.Array | None, leaf: Leaf) -> jax.Array | None:
         """The weights of leaf i, multiplied by `extra`, in the dtype of some leaf."""
         own = None if self.weights is None else self.weights[i].astype(leaf.real)
         if extra is None:
@@ -121,19 +135,23 @@ class Matrix:
     def leaf_norms(self) -> list[Norms]:
         """The norms of the rows of each leaf."""
         rows = self.selected()
-        norms = leaf_norms(rows.leaves)
+        norms = _metric.leaf_norms(rows.leaves, rows.diagonal)
         return [x.scaled([rows.weight(i) for i in x.leaves]) for x in norms]
 
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         """The weighted sum of rows: one array per leaf, in its accumulation dtype."""
-        rows = self.selected()
+        rows = replace(self, diagonal=None).selected()
         found = {
             i: _sums.weighted_sum(leaf, rows._weight(i, weights, leaf))
             for i, leaf in zip(rows._plain, rows.sources, strict=False)
         }
         for positions in rows._tailed:
             found |= rows._sum_through(positions, weights)
-        return [found[i] for i in range(len(found))]
+        return [_times(found[i], self._entries(i)) for i in range(len(found))]
+
+    def _entries(self, i: int) -> jax.Array | None:
+        """The diagonal for leaf i."""
+        return None if self.diagonal is None else self.diagonal[i]
 
     @property
     def _tailed(self) -> list[list[int]]:
@@ -168,16 +186,16 @@ class Matrix:
             if weights is not None:
                 extra = weights.astype(leaf.real)
                 scale = extra if scale is None else scale * extra
-            sums.append(_sums.square_sum(leaf, scale))
+            total, entries = _sums.square_sum(leaf, scale), rows.entries(i)
+            sums.append(total if entries is None else total * jnp.abs(entries) ** 2)
         return sums
 
     def apply(self, vectors: Sequence[jax.Array]) -> jax.Array:
-        rows = self.selected()
+        rows = replace(self, diagonal=None).selected()
+        vectors = [_times(v, self._entries(i)) for i, v in enumerate(vectors)]
         total = jnp.zeros(rows.sources[0].rows, self.dtype)
 
-        def plus(
-            total: jax.Array, i: int, leaf: Leaf, v: jax.Array
-        ) -> jax.Array:
+        def plus(total: jax.Array, i: int, leaf: Leaf, v: jax.Array) -> jax.Array:
             product, weight = _sums.applied(leaf, v), rows._weight(i, None, leaf)
             return total + (product if weight is None else product * weight).astype(
                 self.dtype
@@ -207,61 +225,121 @@ class Matrix:
         shapes = [(x.shape, x.dtype) for x in self.sources[len(self._plain) :]]
         return tail.transposed(own, shapes)
 
-    def gram(self, other: "Matrix") -> jax.Array:
-        """The inner products with the rows of `other`: (*rows, *other rows)."""
-        total, rows = None, self.selected()
+    def gram(
+        self, other: "Matrix", members: Sequence[Sequence[int]], *, trace: bool = False
+    ) -> list[jax.Array]:
+        """The inner products with the rows of `other`, over each group of leaves.
+
+        Their shape is (*rows, *other rows). With `trace` they are summed over the
+        outputs that both rows have in common, and the shape is (N, N′).
+        """
+        rows = self.selected()
         others = rows if other is self else other.selected()
-        for i, (leaf, theirs) in enumerate(
-            zip(rows.leaves, others.leaves, strict=True)
-        ):
-            wider = common_dtype(leaf.carried, theirs.carried)
-            mine, left = weighted(widened(leaf, wider), rows.weight(i))
-            yours, right = mine, left
-            if theirs is not leaf or others.weights is not rows.weights:
-                yours, right = weighted(widened(theirs, wider), others.weight(i))
-            product = _gram.gram(mine, yours)
-            if left is not None:
-                left = left.reshape(*leaf.rows, *[1] * len(theirs.rows))
-                product = product * left.astype(product.dtype)
-            if right is not None:
-                product = product * _leading(right, product.ndim).astype(product.dtype)
-            dtype = common_dtype(
-                product.dtype, *([] if total is None else [total.dtype])
-            )
-            product = product.astype(dtype)
-            total = product if total is None else total.astype(dtype) + product
-        assert total is not None
-        return total
+        gram = _traced_gram if trace else _weighted_gram
+        products = [gram(rows, others, i) for i in range(len(rows.leaves))]
+        return [
+            _total([products[i] for i in own] or [0 * products[0]]) for own in members
+        ]
 
     def rows(self) -> list[jax.Array]:
         """The stacked rows: one array per leaf, in the leaf's dtype."""
         stacks, rows = [], self.selected()
         for i, leaf in enumerate(rows.leaves):
-            weight = rows.weight(i)
-            stacked = _sums.rows(leaf, carried=weight is not None)
+            weight, entries = rows.weight(i), rows.entries(i)
+            carried = weight is not None or entries is not None
+            stacked = _sums.rows(leaf, carried=carried)
             if weight is not None:
                 factors = weight.reshape(*leaf.rows, *[1] * len(leaf.shape))
-                stacked = (stacked * factors.astype(stacked.dtype)).astype(leaf.dtype)
-            stacks.append(stacked)
+                stacked = stacked * factors.astype(stacked.dtype)
+            if entries is not None:
+                stacked = stacked * _leading(entries, stacked.ndim)
+            stacks.append(stacked.astype(leaf.dtype))
         return stacks
 
-    def taken(self, start: Any, size: int) -> "Matrix":
-        """The rows of `size` examples from `start` on."""
-        cut = partial(sharding.take, start=start, size=size)
-        weights = None
-        if self.weights is not None:
-            own = {id(w): w for w in self.weights}
-            own = {key: cut(w) for key, w in own.items()}
-            weights = tuple(own[id(w)] for w in self.weights)
-        valid = None if self.valid is None else cut(self.valid)
-        sources = tuple(take(leaf, start, size) for leaf in self.sources)
-        return Matrix(sources, weights, valid, self.tail)
+    def chosen(self, rows: Chosen) -> "Matrix":
+        """The rows of some of the examples."""
+        weights = None if self.weights is None else _for_each(rows.cut, self.weights)
+        valid = None if self.valid is None else rows.cut(self.valid)
+        sources = tuple(chosen(x, rows) for x in self.sources)
+        return replace(self, sources=sources, weights=weights, valid=valid)
+
+
+def _for_each(
+    fun: Callable[[jax.Array], jax.Array], weights: Sequence[jax.Array]
+) -> tuple[jax.Array, ...]:
+    """Apply a function to weights; leaves that share weights go on to do so."""
+    made = {id(w): fun(w) for w in {id(w): w for w in weights}.values()}
+    return tuple(made[id(w)] for w in weights)
+
+
+def times_diagonal(
+    one: Sequence[jax.Array | None] | None, other: Sequence[jax.Array | None]
+) -> tuple[jax.Array | None, ...]:
+    """The product of two diagonals, leaf by leaf."""
+    if one is None:
+        return tuple(other)
+    return tuple(_both(x, y) for x, y in zip(one, other, strict=True))
 
 
 def product(x: jax.Array, y: jax.Array) -> jax.Array:
     """Multiply two arrays of a number per row, in the accumulation dtype."""
     dtype = common_dtype(x.dtype, y.dtype)
     return x.astype(dtype) * y.astype(dtype)
+
+
+def _weighted_gram(rows: Matrix, others: Matrix, i: int) -> jax.Array:
+    """The inner products of all rows of leaf i of two matrices."""
+    leaf, theirs = rows.leaves[i], others.leaves[i]
+    wider = common_dtype(leaf.carried, theirs.carried)
+    mine, left = weighted(widened(leaf, wider), rows.weight(i))
+    yours, right = mine, left
+    if not _are_same(rows, others, i):
+        yours, right = weighted(widened(theirs, wider), others.weight(i))
+    diagonal = _both(rows.entries(i), others.entries(i))
+    if diagonal is None:
+        product = _gram.gram(mine, yours)
+    else:
+        product = _metric.gram(mine, yours, diagonal)
+    if left is not None:
+        left = left.reshape(*leaf.rows, *[1] * len(theirs.rows))
+        product = product * left.astype(product.dtype)
+    if right is not None:
+        product = product * _leading(right, product.ndim).astype(product.dtype)
+    return product
+
+
+def _traced_gram(rows: Matrix, others: Matrix, i: int) -> jax.Array:
+    """The same, summed over the outputs that both rows have in common."""
+    leaf, theirs = rows.leaves[i], others.leaves[i]
+    wider = common_dtype(leaf.carried, theirs.carried)
+    mine = absorbed(widened(leaf, wider), rows.weight(i))
+    yours = mine
+    if not _are_same(rows, others, i):
+        yours = absorbed(widened(theirs, wider), others.weight(i))
+    diagonal = _both(rows.entries(i), others.entries(i))
+    if diagonal is None:
+        return _gram.traced_gram(mine, yours)
+    return _metric.traced_gram(mine, yours, diagonal)
+
+
+def _both(x: jax.Array | None, y: jax.Array | None) -> jax.Array | None:
+    """The product of two diagonals, of which None means ones."""
+    if x is None or y is None:
+        return y if x is None else x
+    return product(x, y)
+
+
+def _times(x: jax.Array, diagonal: jax.Array | None) -> jax.Array:
+    return x if diagonal is None else product(x, diagonal)
+
+
+def _are_same(rows: Matrix, others: Matrix, i: int) -> bool:
+    return rows.leaves[i] is others.leaves[i] and rows.weights is others.weights
+
+
+def _total(products: Sequence[jax.Array]) -> jax.Array:
+    dtype = common_dtype(*(x.dtype for x in products))
+    return reduce(jnp.add, [x.astype(dtype) for x in products])
 
 
 def _leading(x: jax.Array, ndim: int) -> jax.Array:

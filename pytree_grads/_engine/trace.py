@@ -267,8 +267,12 @@ def factor(
         if form.found is None:
             return Factors(tuple(leaves))
         values = [arrays[key] for key in form.shared]
-        avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in form.avals[form.plain :]]
-        program = Program.of(form.found, avals, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in values])
+        avals = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype) for x in form.avals[form.plain :]
+        ]
+        program = Program.of(
+            form.found, avals, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in values]
+        )
         return Factors(tuple(leaves), Tail(program, tuple(values)))
 
     return Factored(

@@ -9,6 +9,10 @@
 ``streamed``     rows of which nothing is kept, recomputed for each product
 ``origin``       what both have in common: a source with the shapes of its rows
 ``source``       the function and the batch from which rows are made
+``added``        ``J + other``: the rows of two functions, added
+``index``        which rows an index chooses
+``groups``       groups of parameters: a prefix tree, or each leaf
+``metric``       a diagonal in parameter space
 ``clip``         bounds for the norms of rows
 ``gram``         inner products of the rows of two Jacobians
 ``sketch``       random projections

@@ -2,16 +2,17 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
-import numpy as np
 
+from .._batches.axes import DEFAULT
 from .._batches.batch import resolve
 from .._batches.misuse import check_call
+from .._batches.unbound import refuse_name
 from .._jax.compat import trace_state
 from .._jax.sharding import AxisName
-from .._trees.checks import check_callable, check_chunk_size, like
+from .._trees.checks import check_bool, check_callable, check_chunk_size, like
 from .compiled import compiled_once
 from .jacobian import Jacobian
 from .kept import Kept, SumForm
@@ -19,6 +20,51 @@ from .origin import Origin
 from .outputs import Outputs
 from .source import Source
 from .streamed import Streamed
+
+
+@overload
+def jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[False] = ...,
+    chunk_size: int | None = ...,
+    recompute: bool = ...,
+    axis_name: AxisName = ...,
+    batched: bool = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., Jacobian]: ...
+
+
+@overload
+def jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[True],
+    chunk_size: int | None = ...,
+    recompute: bool = ...,
+    axis_name: AxisName = ...,
+    batched: bool = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[Jacobian, Any]]: ...
+
+
+@overload
+def jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: bool,
+    chunk_size: int | None = ...,
+    recompute: bool = ...,
+    axis_name: AxisName = ...,
+    batched: bool = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., Any]: ...
 
 
 def jacobian(
@@ -30,6 +76,8 @@ def jacobian(
     chunk_size: int | None = None,
     recompute: bool = False,
     axis_name: AxisName = None,
+    batched: bool = True,
+    batch_axis_name: None = None,
 ) -> Callable[..., Any]:
     """J, the rows of a function's gradients at every example, without building them.
 
@@ -69,6 +117,13 @@ def jacobian(
         rows (``sum``, ``mean``, ``weighted_sum``, ``square_sum``) are those of all
         devices. By default they are those of the rows on the device; norms and all else
         per row always are.
+      batched: whether ``fun`` is a function of one example. If not, it takes all
+        arguments whole, as under ``jax.jacrev``: K losses of one batch have K rows. J
+        then has the shape (*k, P) for outputs of shape k, ``norms()`` (*k),
+        ``gram()`` (*k, *k), and ``mean()`` of one loss is its gradient. The options
+        ``in_axes`` and ``chunk_size`` are about examples, and are refused.
+      batch_axis_name: refused, with an error that names two exact ways out: with
+        statistics of the batch, no example has a gradient of its own.
 
     Returns:
       A function of the arguments of ``fun`` that returns a ``Jacobian``, or with
@@ -78,7 +133,8 @@ def jacobian(
       TypeError: a differentiated leaf is not a real or complex floating-point array, or
         is one that flax does not train, or an output is not real and floating-point.
       ValueError: a differentiated argument is mapped, there are no parameters, an axis
-        is out of range, or sizes disagree.
+        is out of range, or sizes disagree; or ``in_axes`` or ``chunk_size`` is given
+        with ``batched=False``.
       NotImplementedError: ``fun`` has an effect that changes results: it writes to a
         reference that was made outside of it; or, where nothing is kept, it reads such
         a reference or calls out for a result (``jax.experimental.io_callback``).
@@ -92,6 +148,13 @@ def jacobian(
     (2, 3) [3. 9.]
     >>> print(f"{J.clip(4.5).sum()['b']:.3f}")
     1.500
+
+    Two losses of the whole batch:
+
+    >>> losses = lambda p, x, y: jnp.stack([(x @ p["w"] - y).mean(), p["b"] ** 2])
+    >>> J = jacobian(losses, batched=False)(params, x, y)
+    >>> print(J.shape, J.norms().round(1), J.gram().shape)
+    (2, 3) [5.8 1. ] (2, 2)
     """
     return _make(
         fun,
@@ -101,6 +164,8 @@ def jacobian(
         chunk_size,
         recompute,
         axis_name,
+        batched,
+        batch_axis_name,
         with_outputs=False,
     )
 
@@ -114,7 +179,9 @@ def value_and_jacobian(
     chunk_size: int | None = None,
     recompute: bool = False,
     axis_name: AxisName = None,
-) -> Callable[..., Any]:
+    batched: bool = True,
+    batch_axis_name: None = None,
+) -> Callable[..., tuple[Any, Jacobian]]:
     """The outputs of a function at every example, and J, from one forward pass.
 
     Arguments and errors are those of ``jacobian``.
@@ -138,6 +205,8 @@ def value_and_jacobian(
         chunk_size,
         recompute,
         axis_name,
+        batched,
+        batch_axis_name,
         with_outputs=True,
     )
 
@@ -150,21 +219,27 @@ def _make(
     chunk_size: int | None,
     recompute: bool,
     axis_name: AxisName,
+    batched: bool,
+    batch_axis_name: None,
     *,
     with_outputs: bool,
 ) -> Callable[..., Any]:
     check_callable(fun, "fun")
     check_chunk_size(chunk_size)
-    if not isinstance(recompute, bool | np.bool_):
-        raise TypeError(
-            f"argument recompute must be a bool (it is static), got {recompute!r}"
-        )
+    check_bool("recompute", recompute)
+    check_bool("batched", batched)
+    refuse_name(batch_axis_name)
+
+    if not batched:
+        _check_whole(in_axes, chunk_size)
 
     @like(fun)
     def jacobian_of(*args: Any, **kwargs: Any) -> Any:
         maker = value_and_jacobian if with_outputs else jacobian
         check_call(maker, fun, argnums, kwargs)
-        batch = resolve(fun, args, kwargs, argnums, in_axes, shared=True)
+        batch = resolve(
+            fun, args, kwargs, argnums, in_axes, shared=True, batched=batched
+        )
         if not jax.tree.leaves(batch.primals):
             raise ValueError("the arguments to differentiate hold no arrays")
         keeps_nothing = recompute or chunk_size is not None
@@ -178,7 +253,7 @@ def _make(
         )
         examined = source.examined() if recompute else None
         trace = source.trace(examined and examined.fun)
-        outputs = Outputs.of(trace.output_avals)
+        outputs = Outputs.of(trace.output_avals, bool(batched))
         if outputs.is_pair and not has_aux:
             warnings.warn(_PAIR, stacklevel=2)
         origin = Origin.of(source, outputs.rows(batch.size), axis_name)
@@ -198,12 +273,25 @@ def _make(
                 origin, sources, tail=tail, made_in=trace_state(), sum_form=sum_form
             )
             values, aux = factored.outputs, factored.aux
+        if not batched:
+            values, aux = jax.tree.map(lambda x: x[0], (values, aux))
         made = Jacobian(rows, outputs)
         if with_outputs:
             return ((values, aux) if has_aux else values), made
         return (made, aux) if has_aux else made
 
     return jacobian_of
+
+
+def _check_whole(in_axes: Any, chunk_size: int | None) -> None:
+    """Raise if an option about examples is given for a function of a whole batch."""
+    given = {"in_axes": in_axes != DEFAULT, "chunk_size": chunk_size is not None}
+    for name, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"argument {name} is about examples, and with batched=False fun takes "
+                "its arguments whole: leave one of the two out"
+            )
 
 
 _PAIR = (

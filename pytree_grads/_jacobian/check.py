@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from math import prod
 from typing import Any
 
@@ -16,6 +16,7 @@ from .._engine.products.scaled_norms import combined
 from .._jax.compat import all_equations
 from .._trees.algebra import carried_dtype, common_dtype
 from .._trees.checks import PyTree, located
+from .added import Sum
 from .kept import Kept
 from .origin import Origin
 from .outputs import Outputs
@@ -30,13 +31,17 @@ def check(rows: Rows, outputs: Outputs) -> None:
     weights = np.linspace(-1, 1, prod(shape)).reshape(shape)
     c = jnp.asarray(weights, jnp.zeros(()).dtype)
     got, (norms, excess), *sums, squares = _products(rows, c)
-    plain_rows, rounding = _plain_rows(rows.origin, outputs)
-    plain = [_wide(x) for x in plain_rows]
+    # The rows, and the sum of the absolute values of what they add up.
+    plain, mass, rounding = _plain_rows(rows.origin, outputs)
     axes = tuple(range(len(shape)))
-    flat = [x.reshape(*shape, prod(x.shape[len(shape) :])) for x in plain]
-    sizes = [np.tensordot(np.abs(weights), np.abs(x), len(axes)) for x in plain]
-    lengths = [np.linalg.norm(x, axis=-1) for x in flat]
+
+    def lengths_of(rows: list[np.ndarray]) -> list[np.ndarray]:
+        flat = [x.reshape(*shape, prod(x.shape[len(shape) :])) for x in rows]
+        return [np.linalg.norm(x, axis=-1) for x in flat]
+
+    sizes = [np.tensordot(np.abs(weights), x, len(axes)) for x in mass]
     totals = [np.sum(np.abs(x) ** 2, axis=axes) for x in plain]
+    squared_sizes = [np.sum(x**2, axis=axes) for x in mass]
     signed = [np.tensordot(weights, x, len(axes)) for x in plain]
     # Error allowed when parts of a row nearly cancel, for norms and for entries.
     excess = [_largest(_wide(x)) for x in excess]
@@ -50,11 +55,11 @@ def check(rows: Rows, outputs: Outputs) -> None:
         for x, y in zip(left, plain, strict=True)
     ]
     compare = partial(_compare, rows.origin.params, rounding)
-    compare("to_rows", got, plain, plain, left)
-    compare("norms", norms, lengths, lengths, excess)
+    compare("to_rows", got, plain, mass, left)
+    compare("norms", norms, lengths_of(plain), lengths_of(mass), excess)
     for found in sums:
         compare("weighted_sum", found, signed, sizes, in_sums)
-    compare("square_sum", squares, totals, totals, in_squares)
+    compare("square_sum", squares, totals, squared_sizes, in_squares)
 
 
 _LARGE = 2.0**10
@@ -131,7 +136,46 @@ def _compare(
             )
 
 
-def _plain_rows(origin: Origin, outputs: Outputs) -> tuple[list[jax.Array], float]:
+def _plain_rows(
+    origin: Origin, outputs: Outputs
+) -> tuple[list[np.ndarray], list[np.ndarray], float]:
+    """The rows of each leaf, the absolute values that they add up, and the largest eps.
+
+    Only rows that are sums of several functions' add up anything.
+    """
+    if not isinstance(origin.source, Sum):
+        found, rounding = _rows_of_one(origin, outputs)
+        rows = list(map(_wide, found))
+        return rows, list(map(np.abs, rows)), rounding
+    parts = []
+    for part in origin.source.parts:
+        rows, mass, rounding = _plain_rows(part.origin, outputs)
+        weighted = [_weighted(part, i, x) for i, x in enumerate(rows)]
+        heavy = [np.abs(_weighted(part, i, x)) for i, x in enumerate(mass)]
+        parts.append((weighted, heavy, rounding))
+    rows, mass, roundings = zip(*parts, strict=True)
+    return (
+        [reduce(np.add, x) for x in zip(*rows, strict=True)],
+        [reduce(np.add, x) for x in zip(*mass, strict=True)],
+        max(roundings),
+    )
+
+
+def _weighted(part: Streamed, i: int, rows: np.ndarray) -> np.ndarray:
+    """The rows of leaf i times their weights; zeros for those that do not count."""
+    shape = part.origin.shape
+    ones = (1,) * (rows.ndim - len(shape))
+    if part.weights is not None:
+        rows = rows * np.reshape(_wide(part.weights[i]), (*shape, *ones))
+    diagonal = None if part.diagonal is None else part.diagonal[i]
+    if diagonal is not None:
+        rows = rows * _wide(diagonal)
+    if part.valid is not None:
+        rows = np.where(np.reshape(part.valid, (*shape, *ones)), rows, 0)
+    return rows
+
+
+def _rows_of_one(origin: Origin, outputs: Outputs) -> tuple[list[jax.Array], float]:
     """The rows of each leaf by `jax.grad` or `jax.jacrev`, one example at a time.
 
     The second result is the largest eps of all floats that are computed, or 0.

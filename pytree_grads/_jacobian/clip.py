@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from .._engine.matrix import Matrix
-from .._engine.products.scaled_norms import Norms, combined
+from .._engine.products.scaled_norms import Norms
 from .._trees.algebra import carried_reals, common_dtype, floating
-from .._trees.checks import PyTree, describe, located, prefix_difference
+from .._trees.checks import PyTree, describe, located
+from . import groups
 
 
 @partial(
@@ -30,9 +31,7 @@ class Clip:
 
     def norms(self, parts: Sequence[Norms]) -> tuple[jax.Array, ...]:
         """Combine the leaf norms into one norm per bound."""
-        return tuple(
-            combined(parts, own) if own else _no_norms(parts) for own in self.members
-        )
+        return groups.norms(parts, self.members)
 
     def __call__(self, matrix: Matrix, norms: Sequence[jax.Array]) -> Matrix:
         """The rows of a matrix, clipped: `norms` has an array for each bound."""
@@ -60,11 +59,6 @@ def _factor(norm: jax.Array, bound: jax.Array) -> jax.Array:
     return bound / length  # in this form, XLA does not recompute it for each leaf
 
 
-def _no_norms(parts: Sequence[Norms]) -> jax.Array:
-    """The norms of rows of no leaves."""
-    return jnp.zeros_like(combined(parts))
-
-
 def read(max_norm: PyTree, params: PyTree, nan_safe: bool) -> Clip:
     """The clip that a prefix tree of bounds asks for."""
     meets = {common_dtype(*carried_reals(params))}
@@ -80,20 +74,5 @@ def read(max_norm: PyTree, params: PyTree, nan_safe: bool) -> Clip:
         if not isinstance(bound, Tracer) and not float(bound) >= 0:
             raise ValueError(f"{where} must not be negative or NaN, got {given}")
         leaves.append(jnp.asarray(bound))
-    try:
-        labels = jax.tree.broadcast(
-            jax.tree.unflatten(jax.tree.structure(max_norm), range(len(leaves))), params
-        )
-    except ValueError:
-        path, clause = prefix_difference(max_norm, params)
-        raise ValueError(
-            "argument max_norm must be a number or a prefix tree of the parameters, "
-            "but "
-            f"max_norm{jax.tree_util.keystr(path)} does not match: {clause}"
-        ) from None
-    owners = jax.tree.leaves(labels)
-    members = [
-        tuple(i for i, owner in enumerate(owners) if owner == j)
-        for j in range(len(leaves))
-    ]
-    return Clip(tuple(leaves), tuple(members), nan_safe)
+    members = groups.read("max_norm", max_norm, params, "a number or").members
+    return Clip(tuple(leaves), members, nan_safe)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from .._engine.leaf import Leaf, Summand
-from .._engine.products.routes import norm_route, sum_flops
+from .._engine.products.metric import all_absorbed
+from .._engine.products.routes import norm_route, rows_route, sum_flops
 from .kept import Kept
 from .rows import Rows
 
@@ -31,7 +32,10 @@ def explain(rows: Rows, title: str) -> str:
         "bytes",
         "why materialised",
     )
-    table = [header, *map(_line, paths, leaves, costs)]
+    diagonal = rows.diagonal or (None,) * len(leaves)
+    leaves, left = jax.eval_shape(all_absorbed, leaves, diagonal)
+    built = [x is not None for x in left or (None,) * len(leaves)]
+    table = [header, *map(_line, paths, leaves, built, costs)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = [
         "  ".join(
@@ -41,6 +45,8 @@ def explain(rows: Rows, title: str) -> str:
         for row in table
     ]
     lines.insert(1, "-" * max(map(len, lines)))
+    if rows.diagonal is not None:
+        mode += ", times a diagonal in parameter space"
     kept = sum(map(_bytes, matrix.sources))
     dense = sum(prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
     lines.append(
@@ -50,9 +56,14 @@ def explain(rows: Rows, title: str) -> str:
     return "\n".join(lines)
 
 
-def _line(path: Any, leaf: Leaf, costs: tuple[int, int]) -> tuple[str, ...]:
-    """The cells of one leaf; routes and costs are those that the products use."""
-    route = norm_route(leaf)
+def _line(
+    path: Any, leaf: Leaf, is_built: bool, costs: tuple[int, int]
+) -> tuple[str, ...]:
+    """The cells of one leaf; routes and costs are those that the products use.
+
+    `is_built` says that norms build rows, to multiply them by a diagonal.
+    """
+    route = rows_route(leaf) if is_built else norm_route(leaf)
     return (
         jax.tree_util.keystr(path) or "(the parameter)",
         "x".join(map(str, leaf.shape)) or "scalar",

@@ -8,21 +8,38 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
+from .._batches.chosen import Span
 from .._engine.matrix import Matrix
 from .._trees import algebra
-from .._trees.checks import PyTree, check_key, check_matching, describe, positive_int
+from .._trees.algebra import carried_reals
+from .._trees.checks import (
+    NotATree,
+    PyTree,
+    check_bool,
+    check_key,
+    check_matching,
+    describe,
+    positive_int,
+    structure_difference,
+)
 from .._trees.vector import Vector
 from . import check as _check
 from . import clip as _clip
 from . import explain as _explain
+from . import groups as _groups
+from . import metric as _metric
 from . import rows as _rows
 from . import sketch as _sketch
+from .added import add
 from .gram import gram
+from .groups import Groups
+from .index import read as read_index
 from .kept import Kept
 from .outputs import Outputs
-from .refused import NotAnArray, check_slice
+from .refused import NotAnArray, written
 
 
 @partial(
@@ -41,7 +58,8 @@ class Jacobian(NotAnArray):
     ``jacobian`` and ``value_and_jacobian`` make it. N is the number of examples, P the
     number of parameters. If the function returns a scalar, "a number per row" is an
     array of shape (N,). Otherwise it is a tree like the function's output, with leaves
-    of shape (N, *k).
+    of shape (N, *k). For losses of a whole batch (``batched=False``) there is no N, and
+    it is a tree like the function's output.
 
     Rows are kept as factors, from which every product is computed; or they are
     recomputed for each product, and nothing is kept (``recompute=True``,
@@ -87,6 +105,11 @@ class Jacobian(NotAnArray):
         return self._outputs.flatten(name, tree, origin.shape[0], origin.params)
 
     def __len__(self) -> int:
+        if not self._outputs.batched:
+            raise TypeError(
+                "a Jacobian of losses of a whole batch (batched=False) has no examples "
+                f"to count: J.shape is {self.shape}"
+            )
         size = self._rows.origin.shape[0]
         if not isinstance(size, int):
             raise TypeError(
@@ -100,12 +123,13 @@ class Jacobian(NotAnArray):
     def shape(self) -> tuple[int, ...]:
         """``(N, P)``, or ``(N, *k, P)`` for outputs of shape k.
 
-        A tree of K numbers counts as an array of shape (K,).
+        A tree of K numbers counts as an array of shape (K,). There is no N for losses
+        of a whole batch (``batched=False``).
         """
         outputs = self._outputs
         middle = outputs.shapes[0] if outputs.is_array else (outputs.count,)
         return (
-            self._rows.origin.shape[0],
+            *outputs.lead(self._rows.origin.shape[0]),
             *middle,
             sum(map(prod, self._rows.origin.param_shapes)),
         )
@@ -117,12 +141,102 @@ class Jacobian(NotAnArray):
         text = f"Jacobian(shape={self.shape}, leaves={leaves}, rows {kept})"
         return f"a stack of {text}" if origin.is_stack else text
 
-    def __getitem__(self, index: slice) -> "Jacobian":
-        """The rows of a slice of examples; its step is 1, and its bounds are static."""
-        size = self._rows.origin.shape[0]
-        check_slice(index, size)
-        start, stop, _ = index.indices(size)
-        return replace(self, _rows=self._rows.taken(start, max(stop - start, 0)))
+    def __getitem__(self, index: Any) -> "Jacobian":
+        """The rows of some of the examples, as a ``Jacobian``.
+
+        ``J[i]`` has one example, and the shape (1, P). Like J, it keeps its rows or
+        recomputes them. Weights and clips of rows stay with them.
+
+        Args:
+          index: an int; a slice with static bounds; an array (k,) or a list of ints,
+            in any order, with repeats if wanted; or, if its values are known, a mask
+            (N,) of bools. Negative indices count from the end. A traced index that is
+            out of range is clamped to the first or last example, as in ``jnp.take``
+            with ``mode="clip"``.
+
+        Raises:
+          IndexError: an index that is not traced is out of range.
+          TypeError: it is something else, or its number of rows is not known.
+          ValueError: an array has more than one axis, or a mask not one entry for each
+            example.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> print(J[1].norms(), J[jnp.array([1, 0, 1])].norms(), J[::-1].norms())
+        [10.] [10.  5. 10.] [10.  5.]
+        """
+        if not self._outputs.batched:
+            raise TypeError(
+                "a Jacobian of losses of a whole batch (batched=False) has no examples "
+                "to choose: J.scale with zeros drops losses, J.to_rows() has all rows"
+            )
+        chosen = read_index(index, self._rows.origin.shape[0])
+        return replace(self, _rows=self._rows.chosen(chosen))
+
+    def __mul__(self, number: Any) -> "Jacobian":
+        """All rows times one real number, traced, as in ``2 * J`` and ``J * 2.0``."""
+        return self._times(number, f"{{}} * {written(number)}", "{}")
+
+    def __rmul__(self, number: Any) -> "Jacobian":
+        return self._times(number, f"{written(number)} * {{}}", "{}")
+
+    def __truediv__(self, number: Any) -> "Jacobian":
+        """All rows divided by one real number."""
+        return self._times(number, f"{{}} / {written(number)}", "1 / {}")
+
+    def __neg__(self) -> "Jacobian":
+        return self._times(-1, "-{}", "{}")
+
+    def _times(self, number: Any, expression: str, form: str) -> "Jacobian":
+        """All rows times a number, or divided by it if the form is a fraction."""
+        if isinstance(number, NotATree) or np.ndim(number):
+            self._refuse_scaling(expression, number, form)
+        meets = carried_reals(self._rows.origin.params)
+        factor = jnp.asarray(algebra.floating("the factor", number, meets, real=True))
+        factor = 1 / factor if form != "{}" else factor
+        factors = jnp.broadcast_to(factor, self._rows.origin.shape)
+        return self._scaled([factors] * len(self._rows.origin.param_shapes))
+
+    def _scaled(self, factors: Sequence[jax.Array]) -> "Jacobian":
+        """The rows times numbers, an array of them for each leaf."""
+        return replace(self, _rows=self._rows.scaled(factors))
+
+    def __add__(self, other: Any) -> "Jacobian":
+        """J + J′: row i is the sum of the rows of example i.
+
+        It is the Jacobian of the sum of the functions, from rows in hand. Both have the
+        same shape, and parameters of the same structure, shapes and dtypes (their
+        values may differ), and both keep their rows, or recompute them in chunks of
+        one size.
+
+        Raises:
+          TypeError: ``other`` is not a Jacobian.
+          ValueError: ``other`` has another shape, other parameters, or another mode.
+        """
+        if not isinstance(other, Jacobian):
+            return super().__add__(other)
+        params, theirs = self._rows.origin.params, other._rows.origin.params
+        check_matching(params, theirs, "the parameters", "other")
+        if self.shape != other.shape or self._outputs != other._outputs:
+            raise ValueError(
+                "J + other takes Jacobians with the same examples and outputs, got "
+                f"{self} and {other}"
+            )
+        mine, yours = self._rows.mode, other._rows.mode
+        if mine != yours:
+            raise ValueError(
+                "J + other takes Jacobians that were made with the same options, got "
+                f"{mine} and {yours}"
+            )
+        return replace(self, _rows=add(self._rows, other._rows))
+
+    def __sub__(self, other: Any) -> "Jacobian":
+        """J - J′: J plus -1 times the other, as in ``+``."""
+        if not isinstance(other, Jacobian):
+            return super().__sub__(other)
+        return self + -other
 
     @property
     def T(self) -> "TransposedJacobian":
@@ -180,7 +294,8 @@ class Jacobian(NotAnArray):
     def _is_per_row(self, tree: PyTree) -> bool:
         """Whether a tree has the structure and shapes of a number per row."""
         size = self._rows.origin.shape[0]
-        shapes = [(size, *shape) for shape in self._outputs.shapes]
+        lead = self._outputs.lead(size)
+        shapes = [(*lead, *shape) for shape in self._outputs.shapes]
         return _has_shapes(tree, self._outputs.treedef, shapes)
 
     def _is_direction(self, tree: PyTree) -> bool:
@@ -265,8 +380,8 @@ class Jacobian(NotAnArray):
         rows = self._rows
         return rows.origin.rounded(rows.sum(None), rows.origin.count)
 
-    def norms(self) -> PyTree:
-        """The Euclidean norms of the rows, ‖Jᵢ‖.
+    def norms(self, *, groups: PyTree = None) -> PyTree:
+        """The Euclidean norms of the rows, ‖Jᵢ‖, or of their parts.
 
         Squaring neither overflows nor underflows when the norm itself is representable,
         even if the factors of a row share its size unevenly, as when the inputs of the
@@ -279,23 +394,48 @@ class Jacobian(NotAnArray):
         If it exceeds a thousandth of the squared norm, the error is added: such a norm
         may be too large, never too small.
 
+        Args:
+          groups: a prefix tree of the parameters, for the norms of the parts of rows
+            that belong to each of its leaves, a layer say, or ``"leaves"`` for those of
+            each leaf. The leaves of the prefix tree are ignored.
+
         Returns:
-          A real number per row, in float32 or wider.
+          A real number per row, in float32 or wider. With ``groups``, a tree like the
+          prefix that holds such numbers for each group; the root of the sum of their
+          squares is the norm of the row.
+
+        Raises:
+          ValueError: ``groups`` is not a prefix tree of the parameters.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
         >>> f = lambda p, x: jnp.dot(p["w"], x)
         >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
-        >>> print(J.norms())
-        [ 5. 10.]
+        >>> print(J.norms(), J.norms(groups="leaves"))
+        [ 5. 10.] {'w': Array([ 5., 10.], dtype=float32)}
         """
-        return self._outputs.expand(self._rows.norms())
+        if groups is None:
+            (whole,) = self._rows.norms((self._all_leaves,))
+            return self._outputs.expand(whole)
+        own = _groups.named(groups, self._rows.origin.params)
+        return own.tree(list(map(self._outputs.expand, self._rows.norms(own.members))))
 
-    def squared_norms(self) -> PyTree:
-        """The squared norms of the rows, ‖Jᵢ‖².
+    @property
+    def _all_leaves(self) -> tuple[int, ...]:
+        return tuple(range(len(self._rows.origin.param_shapes)))
+
+    def squared_norms(self, *, groups: PyTree = None) -> PyTree:
+        """The squared norms of the rows, ‖Jᵢ‖², or of their parts.
+
+        Args:
+          groups: as in ``norms``.
 
         Returns:
           A real number per row, in float32 or wider; infinite if the square overflows.
+          With ``groups``, a tree like the prefix that holds such numbers.
+
+        Raises:
+          ValueError: as ``norms``.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -304,9 +444,15 @@ class Jacobian(NotAnArray):
         >>> print(J.squared_norms())
         [ 25. 100.]
         """
-        return jax.tree.map(jnp.square, self.norms())
+        return jax.tree.map(jnp.square, self.norms(groups=groups))
 
-    def gram(self, other: "Jacobian | None" = None) -> PyTree:
+    def gram(
+        self,
+        other: "Jacobian | None" = None,
+        *,
+        trace: bool = False,
+        groups: PyTree = None,
+    ) -> PyTree:
         """Inner products of rows, J J′ᵀ; J′ is J itself by default.
 
         If ``f`` is the network's output instead of a loss, the result is the empirical
@@ -317,17 +463,24 @@ class Jacobian(NotAnArray):
         Args:
           other: a Jacobian of N′ rows by parameters of the same structure and shapes,
             or None for J itself. Its dtypes may differ.
+          trace: whether to sum over the outputs of an example, Σₖ ⟨Jᵢₖ, J′ⱼₖ⟩. The
+            products of different outputs are not computed. Static.
+          groups: a prefix tree of the parameters, for the inner products over the parts
+            of rows that belong to each of its leaves, or ``"leaves"``, as in ``norms``.
 
         Returns:
           Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k
           and k′; for trees of outputs, a tree like the output of J that holds trees
-          like that of the other. In float32, or in the wider dtype of the two if that
-          is wider.
+          like that of the other. With ``trace``, shape (N, N′) for all of them. In
+          float32, or in the wider dtype of the two if that is wider. With ``groups``, a
+          tree like the prefix that holds such products for each group; they add up to
+          the whole.
 
         Raises:
-          TypeError: ``other`` is not a Jacobian.
+          TypeError: ``other`` is not a Jacobian, or ``trace`` not a bool.
           ValueError: its parameters have another structure or other shapes, or one of a
-            pair of leaves is complex and the other real.
+            pair of leaves is complex and the other real; or with ``trace``, its outputs
+            are others; or ``groups`` is not a prefix tree of the parameters.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -342,11 +495,32 @@ class Jacobian(NotAnArray):
             raise TypeError(f"argument other must be a Jacobian, got {describe(other)}")
         params, theirs = self._rows.origin.params, other._rows.origin.params
         check_matching(params, theirs, "the parameters", "other", dtypes=False)
-        products = gram(self._rows) if other is self else gram(self._rows, other._rows)
-        rows = self._outputs.expand(products)
+        self._check_trace(trace, other)
+        own = None if groups is None else _groups.named(groups, params)
+        members = (self._all_leaves,) if own is None else own.members
+        theirs = None if other is self else other._rows
+        products = gram(self._rows, theirs, members=members, trace=bool(trace))
+        if not trace:
+            products = [self._expand_pairs(x, other) for x in products]
+        elif not self._outputs.batched:  # (1, 1): one batch with one batch
+            products = [x.reshape(()) for x in products]
+        return products[0] if own is None else own.tree(products)
+
+    def _check_trace(self, trace: bool, other: "Jacobian") -> None:
+        """Raise if ``trace`` is not a bool, or outputs have no counterparts."""
+        check_bool("trace", trace)
+        if trace and self._outputs != other._outputs:
+            raise ValueError(
+                "J.gram(other, trace=True) takes Jacobians with the same outputs, got "
+                f"{self} and {other}"
+            )
+
+    def _expand_pairs(self, products: jax.Array, other: "Jacobian") -> PyTree:
+        """A tree like the outputs that holds trees like those of the other."""
         depth = len(other._rows.origin.shape)
         return jax.tree.map(
-            lambda x: other._outputs.expand(x, axis=x.ndim - depth), rows
+            lambda x: other._outputs.expand(x, axis=x.ndim - depth),
+            self._outputs.expand(products),
         )
 
     def square_sum(self, c: PyTree = None) -> PyTree:
@@ -379,18 +553,21 @@ class Jacobian(NotAnArray):
         narrow = [x.astype(_real(p.dtype)) for x, p in pairs]
         return self._rows.origin.like_params(narrow)
 
-    def scale(self, s: PyTree) -> "Jacobian":
+    def scale(self, s: PyTree, *, groups: PyTree = None) -> "Jacobian":
         """Every row times a real number of its own, diag(s) J.
 
         Args:
-          s: a real number per row, traced.
+          s: a real number per row, traced. With ``groups``, a tree like the prefix that
+            holds such numbers for each group, by which its part of the rows is scaled.
+          groups: a prefix tree of the parameters, or ``"leaves"``, as in ``norms``.
 
         Returns:
           A ``Jacobian`` of the same shape.
 
         Raises:
           TypeError: ``s`` does not hold real numbers.
-          ValueError: ``s`` does not have one number per row.
+          ValueError: ``s`` does not have one number per row, or for each group; or
+            ``groups`` is not a prefix tree of the parameters.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -399,7 +576,62 @@ class Jacobian(NotAnArray):
         >>> print(J.scale(jnp.array([2.0, 0.5])).norms())
         [10.  5.]
         """
-        return replace(self, _rows=self._rows.scaled(self._per_row("s", s)))
+        if groups is None:
+            return self._scaled([self._per_row("s", s)] * len(self._all_leaves))
+        own = _groups.named(groups, self._rows.origin.params)
+        return self._scaled(own.of_leaves(self._per_group("s", s, own)))
+
+    def _per_group(self, name: str, tree: PyTree, groups: Groups) -> list[jax.Array]:
+        """A user's tree of one number per row for each group as arrays."""
+        count = groups.treedef.num_leaves
+        shown = groups.tree(range(count))
+        try:
+            parts = groups.treedef.flatten_up_to(tree)
+        except ValueError:
+            per_row = jax.tree.unflatten(self._outputs.treedef, self._outputs.shapes)
+            path, clause = structure_difference(groups.tree([per_row] * count), tree)
+            raise ValueError(
+                f"argument {name} must have a number per row for each group, as "
+                f"J.norms(groups=groups) has, but {name}{jax.tree_util.keystr(path)} "
+                f"does not match: {clause}"
+            ) from None
+        paths = [path for path, _ in jax.tree.leaves_with_path(shown)]
+        return [
+            self._per_row(f"{name}{jax.tree_util.keystr(path)}", part)
+            for path, part in zip(paths, parts, strict=True)
+        ]
+
+    def scale_params(self, diagonal: PyTree) -> "Jacobian":
+        """Every row times one real number per parameter, J diag(d).
+
+        So norms, clips and inner products are those of another metric: with the roots
+        of Adam's second moments in place of d, say, or their inverses. A number for a
+        whole leaf, or one for each line or column of a matrix, becomes part of the
+        factors. For other leaves, norms and inner products build rows, some at a time;
+        a sum is multiplied once.
+
+        Args:
+          diagonal: a tree like the parameters, of real numbers of any sign, traced. A
+            leaf has the shape of the parameter, or its rank with some axes of length 1,
+            or is one number.
+
+        Returns:
+          A ``Jacobian`` of the same shape. ``check`` compares the rows before.
+
+        Raises:
+          TypeError: a leaf does not hold real numbers.
+          ValueError: it is not a tree like the parameters.
+
+        >>> import jax.numpy as jnp
+        >>> from pytree_grads import jacobian
+        >>> f = lambda p, x: jnp.dot(p["w"], x)
+        >>> J = jacobian(f)({"w": jnp.zeros(2)}, jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> print(J.scale_params({"w": jnp.array([1.0, 0.5])}).to_rows()["w"])
+        [[3. 2.]
+         [6. 4.]]
+        """
+        entries = _metric.read(diagonal, self._rows.origin.params)
+        return replace(self, _rows=self._rows.in_metric(entries))
 
     @overload
     def clip(
@@ -559,9 +791,9 @@ class Jacobian(NotAnArray):
                      [6., 8.]], dtype=float32)}
         """
         stacked = _rows.stacked(self._rows)
-        if self._outputs.is_scalar:
-            return self._rows.origin.like_params(list(stacked))
         parts = [self._outputs.expand(x) for x in stacked]
+        if self._outputs.is_scalar:
+            return self._rows.origin.like_params(parts)
         outer = self._outputs.treedef
         columns = zip(*(outer.flatten_up_to(part) for part in parts), strict=True)
         return jax.tree.unflatten(
@@ -598,7 +830,8 @@ class Jacobian(NotAnArray):
         It looks at values, so it runs outside ``jit`` only.
 
         Args:
-          rows: how many examples to compare, a positive int, at most N.
+          rows: how many examples to compare, a positive int, at most N. The losses of
+            a whole batch are compared together.
 
         Raises:
           TypeError: ``rows`` is not an int, or J is traced.
@@ -619,9 +852,11 @@ class Jacobian(NotAnArray):
             raise TypeError(
                 "J.check() looks at values: call it outside jit, vmap and grad"
             )
-        few = self[:count]
-        if len(few):
-            _check.check(few._rows.bare(), self._outputs)
+        few = self._rows.bare()
+        if self._outputs.batched:
+            few = few.chosen(Span(0, min(count, len(self))))
+        if few.origin.shape[0]:
+            _check.check(few, self._outputs)
 
 
 def _has_shapes(tree: PyTree, structure: Any, shapes: Sequence[Any]) -> bool:

@@ -1,6 +1,6 @@
 """Rows that are kept as factors, from which every product is computed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -8,9 +8,11 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from .._engine.leaf import Leaf, take
-from .._engine.matrix import Matrix
-from .._engine.products.scaled_norms import Norms, combined
+from .._batches.chosen import Chosen
+from .._engine.leaf import Leaf, chosen
+from .._engine.matrix import Matrix, times_diagonal
+from .._engine.products.metric import Diagonal
+from .._engine.products.scaled_norms import Norms
 from .._engine.tails.tail import Tail
 from .._engine.trace import Factored, Factors
 from .._jax.compat import is_outside_traces, trace_state
@@ -18,7 +20,8 @@ from .._jax.sharding import in_auto, layout, sum_over
 from .._trees.checks import PyTree
 from .clip import Clip
 from .compiled import compiled_once
-from .origin import Origin
+from .groups import Members, norms
+from .origin import Origin, options
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class SumForm:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["origin", "sources", "weights", "valid", "tail"],
+    data_fields=["origin", "sources", "weights", "valid", "tail", "diagonal"],
     meta_fields=["weight_of"],
     drop_fields=["made_in", "sum_form"],
 )
@@ -67,6 +70,12 @@ class Kept:
     weight_of: tuple[int, ...] = ()  # the weights of each leaf, by their position
     made_in: Any = None  # the trace in which J was made
     sum_form: SumForm | None = None
+    diagonal: Diagonal | None = None  # in parameter space
+
+    @property
+    def mode(self) -> str:
+        """The options that say how rows are kept, and where they are summed."""
+        return options(self.origin, "rows that are kept")
 
     @property
     def matrix(self) -> Matrix:
@@ -74,7 +83,7 @@ class Kept:
         weights = self.weights
         if weights is not None:
             weights = tuple(weights[i] for i in self.weight_of)
-        return Matrix(self.sources, weights, self.valid, self.tail)
+        return Matrix(self.sources, weights, self.valid, self.tail, self.diagonal)
 
     def as_argument(self) -> "Kept":
         """What a compiled product takes in place of these rows."""
@@ -82,27 +91,32 @@ class Kept:
 
     def bare(self) -> "Kept":
         """The rows before they were scaled and clipped."""
-        return replace(self, weights=None, valid=None, weight_of=())
+        return replace(self, weights=None, valid=None, weight_of=(), diagonal=None)
 
-    def taken(self, start: int, size: int) -> "Kept":
-        """The rows of `size` examples from `start` on."""
-        origin = self.origin.taken(start, size)
-        cut = self.matrix.taken(start, size)
+    def chosen(self, rows: Chosen) -> "Kept":
+        """The rows of some of the examples."""
+        origin = self.origin.chosen(rows)
+        cut = self.matrix.chosen(rows)
         sums = self.sum_form
         if sums is not None:
             whole = sums.make
 
             def part() -> Factors:
                 sources, tail = whole()
-                return Factors(tuple(take(x, start, size) for x in sources), tail)
+                return Factors(tuple(chosen(x, rows) for x in sources), tail)
 
             sums = replace(sums, make=part)
         return replace(self, origin=origin)._weighted(cut, sums)
 
-    def scaled(self, factors: jax.Array) -> "Kept":
-        """The rows times numbers of their own."""
+    def in_metric(self, diagonal: Diagonal) -> "Kept":
+        """The rows times a diagonal in parameter space."""
         self.origin.require_one()
-        return self._weighted(self.matrix.scaled([factors] * len(self.origin.primals)))
+        return replace(self, diagonal=times_diagonal(self.diagonal, diagonal))
+
+    def scaled(self, factors: Sequence[jax.Array]) -> "Kept":
+        """The rows times numbers of their own, for each leaf."""
+        self.origin.require_one()
+        return self._weighted(self.matrix.scaled(factors))
 
     def clipped(self, clip: Clip) -> "Kept":
         """The clipped rows."""
@@ -175,7 +189,8 @@ class Kept:
         """
         rows, sums = self, self.sum_form
         if sums is not None and self._is_at_hand:
-            if sums.pulls_back and self.valid is None and self.origin.may_pull_back:
+            is_bare = self.valid is None and self.diagonal is None
+            if sums.pulls_back and is_bare and self.origin.may_pull_back:
                 found = self.origin.pulled_back(c)
                 if found is not None:
                     return found
@@ -183,9 +198,9 @@ class Kept:
             rows = replace(self, sources=sources, tail=tail, sum_form=None)
         return rows.fold(Matrix.weighted_sum, c)
 
-    def norms(self) -> jax.Array:
-        """The norms of the rows."""
-        return combined(self._leaf_norms(), range(len(self.origin.primals)))
+    def norms(self, members: Members) -> tuple[jax.Array, ...]:
+        """The norms of the rows, over each group of leaves."""
+        return norms(self._leaf_norms(), members)
 
     @property
     def _is_at_hand(self) -> bool:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from .._batches.chosen import Chosen
 from .._jax.sharding import AxisName, device_count, sum_over
 from .._trees.algebra import carried_dtype
 from .._trees.checks import PyTree
@@ -98,19 +98,15 @@ class Origin:
         """How numbers per row are laid out: as the examples are."""
         return PartitionSpec(self.source.batch.mesh_axes)
 
-    def taken(self, start: int, size: int) -> "Origin":
-        """The origin of the rows of `size` examples from `start` on."""
+    def chosen(self, rows: Chosen) -> "Origin":
+        """The origin of the rows of some of the examples."""
         self.require_one()
-        source = replace(self.source, batch=self.source.batch.chunk(start, size))
-        return replace(self, source=source, shape=(size, *self.shape[1:]))
+        shape = (rows.size, *self.shape[1:])
+        return replace(self, source=self.source.chosen(rows), shape=shape)
 
     def without_function(self) -> "Origin":
         """What a compiled product of kept rows takes: nothing is recomputed."""
-        source = self.source
-        pairs = zip(source.batch.leaves, source.traced, strict=True)
-        leaves = tuple(x if traced else None for x, traced in pairs)
-        batch = replace(source.batch, leaves=leaves)
-        return replace(self, source=replace(source, fun=_not_needed, batch=batch))
+        return replace(self, source=self.source.without_function())
 
     def like_params(self, leaves: list[jax.Array]) -> PyTree:
         """A tree of the structure of the differentiated arguments."""
@@ -124,6 +120,7 @@ class Origin:
         return self.like_params([x.astype(p.dtype) for x, p in pairs])
 
 
-def _not_needed(*args: Any, **kwargs: Any) -> Any:
-    """Stand in for the function in a product of rows that are kept."""
-    raise AssertionError("rows that are kept are not recomputed")
+def options(origin: Origin, made: str) -> str:
+    """The options of a Jacobian in words, with the mesh axes over which rows add up."""
+    axis_name = origin.axis_name
+    return made if axis_name is None else f"{made}, axis_name={axis_name!r}"

@@ -25,16 +25,22 @@ class Outputs:
 
     The engine keeps one number per row in an array of shape (N,), or (N, K) where an
     example has K outputs. Users see trees like the function's output, with leaves of
-    shape (N, *k).
+    shape (N, *k); or *k if the function is one of a whole batch, which is one example
+    to the engine.
     """
 
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
+    batched: bool = True
 
     @classmethod
-    def of(cls, avals: PyTree) -> "Outputs":
+    def of(cls, avals: PyTree, batched: bool) -> "Outputs":
         leaves, treedef = jax.tree.flatten(avals)
-        return cls(treedef, tuple(tuple(leaf.shape) for leaf in leaves))
+        return cls(treedef, tuple(tuple(leaf.shape) for leaf in leaves), batched)
+
+    def lead(self, size: Any) -> tuple[Any, ...]:
+        """The axes of examples, as users see them: (N,), or none."""
+        return (size,) if self.batched else ()
 
     @property
     def is_array(self) -> bool:
@@ -68,14 +74,15 @@ class Outputs:
     def expand(self, numbers: jax.Array, axis: int = 0) -> PyTree:
         """The user's tree of one number per row; N is on `axis`, K on the next."""
         if self.is_scalar:
-            return numbers
+            return numbers if self.batched else jnp.squeeze(numbers, axis)
         parts, start = [], 0
         for shape in self.shapes:
             part = jax.lax.slice_in_dim(
                 numbers, start, start + prod(shape), axis=axis + 1
             )
-            before, after = part.shape[: axis + 1], part.shape[axis + 2 :]
-            parts.append(part.reshape(*before, *shape, *after))
+            before, after = part.shape[:axis], part.shape[axis + 2 :]
+            lead = self.lead(part.shape[axis])
+            parts.append(part.reshape(*before, *lead, *shape, *after))
             start += prod(shape)
         return jax.tree.unflatten(self.treedef, parts)
 
@@ -85,7 +92,7 @@ class Outputs:
         flat, meets = [], carried_reals(params)
         leaves = jax.tree.leaves_with_path(tree)
         for (path, leaf), shape in zip(leaves, self.shapes, strict=True):
-            where, per_row = located(name, path), (size, *shape)
+            where, per_row = located(name, path), (*self.lead(size), *shape)
             if not is_array(leaf):
                 raise TypeError(
                     f"{where} must be an array of shape {per_row}, got {describe(leaf)}"
@@ -106,7 +113,8 @@ class Outputs:
         """Raise unless a user's tree has an array where the function returns one."""
         if jax.tree.structure(tree) == self.treedef:
             return
-        arrays = [jax.ShapeDtypeStruct((size, *k), jnp.float32) for k in self.shapes]
+        lead = self.lead(size)
+        arrays = [jax.ShapeDtypeStruct((*lead, *k), jnp.float32) for k in self.shapes]
         expected = jax.tree.unflatten(self.treedef, arrays)
         try:
             nodes = self.treedef.flatten_up_to(tree)

@@ -1,7 +1,7 @@
 """Where the rows of J come from: a function and a batch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from types import MethodType
@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from .._batches.batch import Batch
+from .._batches.chosen import Chosen
 from .._batches.chunks import Place
 from .._batches.functions import Fun
 from .._batches.loops import fold_chunks, map_chunks
 from .._batches.notes import Note, note_of_fun
 from .._engine import trace as _trace
 from .._engine.matrix import Matrix
-from .._engine.trace import Factored, Form, Trace
+from .._engine.trace import Factored, Factors, Form, Trace
 from .._jax import compat
 from .._jax.effects import made_pure
 from .._jax.sharding import placed_like, zeros
@@ -99,6 +100,25 @@ class Source:
             batch = self.batch.localized()
             return _trace.trace(fun or self.of_one, batch, runs_again=self.runs_again)
 
+    @property
+    def joint(self) -> Batch:
+        """The batch that is cut into chunks."""
+        return self.batch
+
+    def factors(self, trace: Trace, chunk: Batch, form: Form = "auto") -> Factors:
+        """The rows of a chunk of the joint batch."""
+        return self.factor(trace, chunk, form).rows
+
+    def chosen(self, rows: Chosen) -> "Source":
+        """The source of some of the examples."""
+        return replace(self, batch=self.batch.chosen(rows))
+
+    def without_function(self) -> "Source":
+        """What a compiled product of kept rows takes: nothing is recomputed."""
+        pairs = zip(self.batch.leaves, self.traced, strict=True)
+        leaves = tuple(x if traced else None for x, traced in pairs)
+        return replace(self, fun=_not_needed, batch=replace(self.batch, leaves=leaves))
+
     def factor(
         self, trace: Trace, batch: Batch, form: Form = "auto", *, with_sum: bool = False
     ) -> Factored:
@@ -117,11 +137,11 @@ class Source:
         """`fun(matrix)`, which returns arrays of rows, chunk by chunk."""
 
         def of_chunk(chunk: Batch, rows: Any) -> PyTree:
-            made = self.factor(trace, chunk, form).rows
-            return fun(Matrix(made.sources, *rows, made.tail))
+            made = self.factors(trace, chunk, form)
+            return fun(Matrix(made.sources, *rows, tail=made.tail))
 
         rows = (weights, valid)
-        return map_chunks(of_chunk, self.batch.localized(), self.chunk_size, rows)
+        return map_chunks(of_chunk, self.joint.localized(), self.chunk_size, rows)
 
     def fold(
         self,
@@ -140,14 +160,14 @@ class Source:
 
         def step(carry: Any, chunk: Batch, place: Place) -> Any:
             weights, valid, extra = jax.tree.map(place.cut, rows)
-            made = self.factor(trace, chunk, form).rows
+            made = self.factors(trace, chunk, form)
             matrix = Matrix(made.sources, weights, valid, made.tail)
             sums, numbers = fun(matrix, extra)
             return jax.tree.map(jnp.add, carry, sums), numbers
 
         alone = rows[0] is not None
         return fold_chunks(
-            step, init, self.batch.localized(), self.chunk_size, alone=alone
+            step, init, self.joint.localized(), self.chunk_size, alone=alone
         )
 
     def pull_back(
@@ -192,6 +212,11 @@ class Source:
 
         with self.note:
             return self.batch.localized().vmap(one)
+
+
+def _not_needed(*args: Any, **kwargs: Any) -> Any:
+    """Stand in for the function in a product of rows that are kept."""
+    raise AssertionError("rows that are kept are not recomputed")
 
 
 def _like(values: PyTree, numbers: jax.Array) -> PyTree:
@@ -265,6 +290,7 @@ def _flatten(source: Source) -> tuple[list[Any], Any]:
         batch.argnums,
         batch.size,
         batch.gathered,
+        batch.is_whole,
         rest,
     )
     settings = (
@@ -278,12 +304,12 @@ def _flatten(source: Source) -> tuple[list[Any], Any]:
 
 
 def _unflatten(meta: Any, arrays: Any) -> Source:
-    fun, settings, (axes, treedef, argnums, size, gathered, rest) = meta
+    fun, settings, (*static, rest) = meta
+    axes, treedef, argnums, size, gathered, is_whole = static
     given = iter(arrays)
     leaves = tuple(next(given) if x is None else x.value for x in rest)
-    return Source(
-        fun.value, Batch(leaves, axes, treedef, argnums, size, gathered), *settings
-    )
+    batch = Batch(leaves, axes, treedef, argnums, size, gathered, is_whole)
+    return Source(fun.value, batch, *settings)
 
 
 jax.tree_util.register_pytree_node(Source, _flatten, _unflatten)

@@ -1,6 +1,6 @@
 """Rows of which nothing is kept: each product recomputes them, chunk by chunk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -8,21 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._engine.leaf import Leaf
-from .._engine.matrix import Matrix, product
-from .._engine.products.scaled_norms import Norms, combined
+from .._batches.chosen import Chosen
+from .._engine.matrix import Matrix, product, times_diagonal
+from .._engine.products.metric import Diagonal
+from .._engine.products.scaled_norms import Norms
 from .._engine.trace import Form, Trace
 from .._jax.sharding import in_auto, layout, sum_over, zeros
 from .._trees.algebra import carried_dtype
 from .._trees.checks import PyTree
 from .clip import Clip
 from .compiled import compiled_once
-from .origin import Origin
+from .groups import Members, norms
+from .origin import Origin, options
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["origin", "weights", "valid", "clip"],
+    data_fields=["origin", "weights", "valid", "clip", "diagonal"],
     meta_fields=["one_pass", "pulls_back", "uniform"],
     drop_fields=["trace"],
 )
@@ -44,10 +46,18 @@ class Streamed:
     # How one example is differentiated, if this J is still where it was made. Elsewhere
     # the function is traced again.
     trace: Trace | None = None
+    diagonal: Diagonal | None = None  # in parameter space
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle holds: everything except the trace, which is not portable."""
         return {**self.__dict__, "trace": None}
+
+    @property
+    def mode(self) -> str:
+        """The options that say how rows are recomputed, and where they are summed."""
+        chunk_size = self.origin.source.chunk_size
+        made = f"recompute={not self.one_pass}, chunk_size={chunk_size}"
+        return options(self.origin, made)
 
     def as_argument(self) -> "Streamed":
         """What a compiled product takes in place of these rows."""
@@ -55,28 +65,35 @@ class Streamed:
 
     def bare(self) -> "Streamed":
         """The rows before they were scaled and clipped."""
-        return replace(self, weights=None, valid=None, uniform=True, clip=None)
+        bare = replace(self, weights=None, valid=None, uniform=True, clip=None)
+        return replace(bare, diagonal=None)
 
-    def taken(self, start: int, size: int) -> "Streamed":
-        """The rows of `size` examples from `start` on."""
-        cut = Matrix((), self.weights, self.valid).taken(start, size)
-        origin = self.origin.taken(start, size)
+    def in_metric(self, diagonal: Diagonal) -> "Streamed":
+        """The rows times a diagonal in parameter space."""
+        self.origin.require_one()
+        rows = self.settled()
+        return replace(rows, diagonal=times_diagonal(rows.diagonal, diagonal))
+
+    def chosen(self, rows: Chosen) -> "Streamed":
+        """The rows of some of the examples."""
+        cut = self._weights.chosen(rows)
+        origin = self.origin.chosen(rows)
         return replace(
             self, origin=origin, weights=cut.weights, valid=cut.valid, trace=None
         )
 
-    def scaled(self, factors: jax.Array) -> "Streamed":
-        """The rows times numbers of their own."""
+    def scaled(self, factors: Sequence[jax.Array]) -> "Streamed":
+        """The rows times numbers of their own, for each leaf."""
         self.origin.require_one()
-        rows = self._settled()
-        leaves = len(self.origin.primals)
-        return rows._weighted(rows._weights.scaled([factors] * leaves), alike=True)
+        rows = self.settled()
+        alike = all(x is factors[0] for x in factors)
+        return rows._weighted(rows._weights.scaled(factors), alike=alike)
 
     def clipped(self, clip: Clip) -> "Streamed":
         """The clipped rows. With `one_pass`, each product takes their norms itself."""
         self.origin.require_one()
         if self.one_pass:
-            return replace(self._settled(), clip=clip)
+            return replace(self.settled(), clip=clip)
         return self.clipped_with_norms(clip)[0]
 
     def clipped_with_norms(
@@ -87,7 +104,7 @@ class Streamed:
         The norms take a pass of their own. Later products need no norms.
         """
         self.origin.require_one()
-        rows = self._settled()
+        rows = self.settled()
         norms = clip.norms(rows._leaf_norms())
         alike = sum(map(bool, clip.members)) == 1
         return rows._weighted(clip(rows._weights, norms), alike=alike), norms
@@ -101,7 +118,7 @@ class Streamed:
         weights; for weighted rows, the norms came from an earlier, separate pass.
         """
         self.origin.require_one()
-        rows = self._settled()
+        rows = self.settled()
         if not rows.one_pass or rows.weights is not None:
             clipped, norms = rows.clipped_with_norms(clip)
             return clipped.sum(c), norms
@@ -111,7 +128,7 @@ class Streamed:
         )
         return sum_over(sums, self.origin.axis_name), norms
 
-    def _settled(self) -> "Streamed":
+    def settled(self) -> "Streamed":
         """The rows with no clip that waits: its norms are taken now."""
         if self.clip is None:
             return self
@@ -131,10 +148,11 @@ class Streamed:
     def of_a_chunk(self) -> Matrix:
         """The rows of the first chunk, abstract."""
         source, size = self.origin.source, self.origin.shape[0]
-        batch = source.batch.chunk(0, min(source.chunk_size or size, size))
+        batch = source.joint.chunk(0, min(source.chunk_size or size, size))
         trace = self.trace or source.trace()
+
         def matrix() -> Matrix:
-            made = source.factor(trace, batch).rows
+            made = source.factors(trace, batch)
             return Matrix(made.sources, tail=made.tail)
 
         return jax.eval_shape(matrix)
@@ -163,10 +181,16 @@ class Streamed:
         def of_chunk(matrix: Matrix) -> PyTree:
             return fun(self._clip(matrix)[0])
 
+        form = self._form(form)
         return source.map(of_chunk, trace, self.weights, self.valid, form)
+
+    def _form(self, form: Form) -> Form:
+        """The form of leaves: norms alone cannot be multiplied by a diagonal."""
+        return "auto" if form == "norms" and self.diagonal is not None else form
 
     def _clip(self, matrix: Matrix) -> tuple[Matrix, tuple[jax.Array, ...]]:
         """Rows of a chunk, clipped if a clip waits, and the norms that this took."""
+        matrix = replace(matrix, diagonal=self.diagonal)
         if self.clip is None:
             return matrix, ()
 
@@ -215,7 +239,7 @@ class Streamed:
         init = [zeros(x, x.shape, dtype(carried_dtype(x.dtype))) for x in primals]
         trace = self.trace or source.trace()
         rows = (self.weights, self.valid, extra)
-        return source.fold(of_chunk, init, trace, rows, form)
+        return source.fold(of_chunk, init, trace, rows, self._form(form))
 
     def sum(self, c: jax.Array | None) -> list[jax.Array]:
         """The sum of the rows times c, in the dtypes that sums are carried in.
@@ -236,12 +260,14 @@ class Streamed:
     @property
     def _can_pull_back(self) -> bool:
         """Whether a sum may be one backward pass in the dtypes of the parameters."""
+        wide = all(carried_dtype(x.dtype) == x.dtype for x in self.origin.primals)
         alike = self.uniform and self.valid is None and self.clip is None
+        alike = alike and self.diagonal is None
         return self.pulls_back and alike and self.origin.may_pull_back
 
-    def norms(self) -> jax.Array:
-        """The norms of the rows."""
-        return combined(self._leaf_norms(), range(len(self.origin.primals)))
+    def norms(self, members: Members) -> tuple[jax.Array, ...]:
+        """The norms of the rows, over each group of leaves."""
+        return norms(self._leaf_norms(), members)
 
     def _leaf_norms(self) -> tuple[Norms, ...]:
         return self.map(_leaf_norms, form="norms")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .compat import as_varying, varying_axes
@@ -82,11 +83,41 @@ def laid_out(leaf: Any, parts: PartitionSpec) -> Any:
     )
 
 
+def reshaped(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """An array of another shape, gathered along axes that the shape does not have.
+
+    Over Explicit axes, one axis that is made of several has no obvious layout.
+    """
+    mesh = _mesh(x)
+    if mesh is None:
+        return x.reshape(shape)
+    before: list[Names] = [()] * x.ndim
+    after: list[Names] = [()] * len(shape)
+    for i, own in enumerate(tuple(layout(x))):
+        n = x.shape[i]
+        if own and n in shape and not after[shape.index(n)]:
+            before[i] = after[shape.index(n)] = own
+    x = laid_out(x, PartitionSpec(*before))
+    out = NamedSharding(mesh, PartitionSpec(*after))
+    return jax.lax.reshape(x, shape, out_sharding=out)
+
+
 def take(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
     """`size` entries along an axis, gathered if devices cannot share them evenly."""
     if size % count_at(x, axis):
         x = laid_out(x, without(layout(x), names_at(x, axis)))
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def chosen(x: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
+    """The entries at some indices along an axis, gathered like those of `take`."""
+    if index.shape[0] % count_at(x, axis):
+        x = laid_out(x, without(layout(x), names_at(x, axis)))
+
+    def at(x: jax.Array, index: jax.Array) -> jax.Array:
+        return jnp.take(x, index, axis, mode="clip")
+
+    return in_auto(at, layout(x))(x, index)
 
 
 def placed_like(tree: PyTree, other: PyTree) -> PyTree:

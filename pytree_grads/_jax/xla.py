@@ -14,6 +14,7 @@ from jax import lax
 from jax.core import Tracer
 
 from .convolutions import with_canonical_convolutions
+from .sharding import reshaped
 
 PyTree = Any
 
@@ -33,7 +34,7 @@ def arranged(x: jax.Array, order: Sequence[int], shape: Sequence[int]) -> jax.Ar
     left = [i for i in range(x.ndim) if i not in idle]
     x = lax.squeeze(x, idle)
     x = lax.transpose(x, [left.index(i) for i in order if i in left])
-    return x.reshape(shape)
+    return reshaped(x, tuple(shape))
 
 
 def not_merged(fun: Callable[[], PyTree], other: PyTree, primals: PyTree) -> PyTree:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -170,22 +170,33 @@ class Accumulator:
         self._check_not_forgotten()
         return _rounded(self, _undivided)
 
-    def mean(self) -> PyTree:
+    def mean(self, default: PyTree = None) -> PyTree:
         """The weighted mean Σ w g / Σ w.
 
+        Args:
+          default: what the mean is if Σ w is 0, as in a window without a token: a real
+            number for every entry, or a tree like the gradients.
+
         Returns:
-          A tree like the gradients, rounded once to their dtypes; NaN if Σ w is 0.
+          A tree like the gradients, rounded once to their dtypes; if Σ w is 0,
+          ``default``, or NaN without one.
 
         Raises:
-          ValueError: something was added to this empty accumulator: see ``add``.
+          TypeError: ``default`` is a number that is not real.
+          ValueError: something was added to this empty accumulator: see ``add``; or
+            ``default`` is a tree that is not like the gradients.
 
         >>> import jax.numpy as jnp
         >>> grads = {"w": jnp.array([1.0, 2.0])}
         >>> print(Accumulator.zeros_like(grads).add(grads, 0.5).mean()["w"])
         [1. 2.]
+        >>> print(Accumulator.zeros_like(grads).mean(default=0.0)["w"])
+        [0. 0.]
         """
         self._check_not_forgotten()
-        return _rounded(self, _divided)
+        if default is None:
+            return _rounded(self, _divided)
+        return _mean_or(self, _filled(default, self._declared()))
 
     def _check_not_forgotten(self) -> None:
         """Raise if something was added to this empty accumulator."""
@@ -245,6 +256,28 @@ def _merged(left: Accumulator, right: Accumulator) -> Accumulator:
     check_matching(left._declared(), right._declared(), "self.total", "other.total")
     total = algebra.map_inexact(jnp.add, left.total, right.total)
     return Accumulator(total, left.weight + right.weight, left.dtypes)
+
+
+def _filled(default: PyTree, like: PyTree) -> PyTree:
+    """The default of a mean as a tree: given as one, or as a number."""
+    if not jax.tree_util.all_leaves([default]) or np.ndim(default):
+        check_matching(like, default, "total", "default")
+        return default
+    meets = algebra.carried_reals(like)
+    number = jnp.asarray(algebra.floating("default", default, meets, real=True))
+    return jax.tree.map(lambda x: jnp.broadcast_to(number, x.shape), like)
+
+
+@functools.partial(jax.jit, inline=True)
+def _mean_or(accumulator: Accumulator, default: PyTree) -> PyTree:
+    """The mean, or a tree if the sum of the weights is 0."""
+    is_empty = accumulator.weight == 0
+    # Never divided by 0: the derivative of what is not selected would be NaN.
+    weight = jnp.where(is_empty, jnp.ones_like(accumulator.weight), accumulator.weight)
+    mean = _rounded(replace(accumulator, weight=weight), _divided)
+    return algebra.map_inexact(
+        lambda x, y: jnp.where(is_empty, y.astype(x.dtype), x), mean, default
+    )
 
 
 def _undivided(total: jax.Array, weight: jax.Array) -> jax.Array:

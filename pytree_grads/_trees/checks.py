@@ -144,6 +144,12 @@ def check_key(key: Any) -> None:
         )
 
 
+def check_bool(name: str, flag: Any) -> None:
+    """Raise unless a static option is a bool."""
+    if not isinstance(flag, bool | np.bool_):
+        raise TypeError(f"argument {name} must be a bool (it is static), got {flag!r}")
+
+
 def positive_int(name: str, number: int) -> int:
     """A static argument as a positive int."""
     try:

@@ -17,7 +17,6 @@ from routes import factors_kept, leaves_of, matrix_of, with_thresholds
 
 from pytree_grads import jacobian
 from pytree_grads._engine.tails import fold as folding
-from pytree_grads._engine.tails.linear import _LINEAR
 from pytree_grads._engine.tails.through import Through
 
 N = 5

@@ -103,9 +103,11 @@ def test_what_needs_a_number_says_so():
         TypeError, match=r"number of examples is symbolic.*J.shape\[0\]"
     ):
         exported(lambda J: len(J))
-    with pytest.raises(TypeError, match=r"slices need a batch of known size.*, n: ch"):
+    with pytest.raises(
+        TypeError, match=r"an index needs a batch of known size.*, n: ch"
+    ):
         exported(lambda J: J[1:3].sum())
-    with pytest.raises(TypeError, match=r"choose in the batch.*xs\[i : i \+ 1\]"):
+    with pytest.raises(TypeError, match=r"choose in the batch.*xs\[index\]"):
         exported(lambda J: J[1].sum())
     with pytest.raises(ValueError, match="chunk_size=2 cuts a batch of known size"):
         exported(lambda J: J.sum(), chunk_size=2)

@@ -205,17 +205,21 @@ COMPUTED = [
     cumulative,
     solved,
 ]
-DISGUISES = [plain] * 8 + COMPUTED + [
-    folded,
-    cut,
-    split,
-    joined,
-    backwards,
-    multiple,
-    strided,
-    narrow,
-    squared,
-]
+DISGUISES = (
+    [plain] * 8
+    + COMPUTED
+    + [
+        folded,
+        cut,
+        split,
+        joined,
+        backwards,
+        multiple,
+        strided,
+        narrow,
+        squared,
+    ]
+)
 
 
 # Steps: each takes h of shape (t, d) to another such array. Those in BODY keep t.

@@ -25,6 +25,7 @@ from pytree_grads import (
     reassemble,
     value_and_jacobian,
 )
+from pytree_grads._jax.compat import varying_axes
 
 N, T, WORDS, WIDTH, HIDDEN, OUT = 32, 3, 8, 8, 16, 2
 
@@ -134,6 +135,68 @@ def products(settings, loss, features, params, batch, axis_name):
     return numbers, sums
 
 
+def questions(settings, loss, features, params, batch, axis_name):
+    """Rows chosen and added, groups, traces. A device has an even number of rows."""
+
+    def new(fun=loss):
+        return jacobian(fun, axis_name=axis_name, **settings)(params, *batch)
+
+    clipped = new().clip(0.5, nan_safe=True)
+    total = 2 * clipped + new(lambda params, *example: -2 * loss(params, *example))
+    numbers = {
+        "chosen": new()[::2].norms(),
+        "indices": new()[jnp.arange(0, len(batch[1]), 2)] @ params,
+        "added": total.norms(),
+        "added, chosen": (new() + clipped)[::2].norms(),
+        "groups": new(features).norms(groups="leaves"),
+    }
+    if axis_name is None:
+        numbers["traced"] = new(features).gram(new(features)[::2], trace=True)
+    sums = {"chosen": new()[::2].sum(), "added": total.weighted_sum(batch[1])}
+    if not settings:
+        diagonal = {"w": jnp.cos(params["w"]), "b": -1.0, "v": 0.5}
+        diagonal |= {"embedding": jnp.ones((1, 1)), "layers": jnp.full((2, 1, 1), 2.0)}
+        metric = new().scale_params(diagonal)
+        numbers["metric"], sums["metric"] = metric.norms(), metric.sum()
+        sums["whole"] = whole_batch(loss, params, batch, axis_name)
+        # Plain JAX takes no mean over an axis of `jax.vmap` over Explicit axes, nor
+        # inside `jax.shard_map` with its checks.
+        is_explicit = jax.sharding.get_abstract_mesh().explicit_axes
+        if not is_explicit and not varying_axes(batch[1]):
+            sums["named"] = named_axis(features, params, batch, axis_name)
+    return numbers, sums
+
+
+def named_axis(features, params, batch, axis_name):
+    """The gradient of a loss of outputs from which the mean of the batch is taken."""
+
+    def centred(params, *example):
+        outputs = features(params, *example)
+        mean = jax.lax.pmean(outputs, "examples")
+        return outputs - (mean if axis_name is None else jax.lax.pmean(mean, axis_name))
+
+    return chain_rule_value_and_grad(
+        lambda outputs: jnp.sum(jnp.cosh(outputs)),
+        centred,
+        axis_name=axis_name,
+        batch_axis_name="examples",
+    )(params, *batch)[1]
+
+
+def whole_batch(loss, params, batch, axis_name):
+    """The gradient of the sum of two losses of the whole batch."""
+
+    def losses(params, *batch):
+        if jax.sharding.get_abstract_mesh().explicit_axes:
+            # Over Explicit axes, `jax.vmap` takes no parameters that are sharded as the
+            # batch is.
+            params = jax.tree.map(lambda x: jax.sharding.reshard(x, P()), params)
+        values = jax.vmap(loss, (None, 0, 0))(params, *batch)
+        return jnp.stack([jnp.sum(values), jnp.sum(jnp.sin(values))])
+
+    return jacobian(losses, batched=False, axis_name=axis_name)(params, *batch).sum()
+
+
 def sketch(loss, features, params, batch, axis_name):
     J = jacobian(loss)(params, *batch)
     return {"sketch": J.sketch(jax.random.key(3), 1)}, {}
@@ -200,6 +263,8 @@ CALLS = {
     "in uneven chunks": functools.partial(
         products, {"chunk_size": 12, "recompute": True}
     ),
+    "questions": functools.partial(questions, {}),
+    "questions in chunks": functools.partial(questions, {"chunk_size": 8}),
     "chain rule": functools.partial(chain, None),
     "chain rule in chunks": functools.partial(chain, 8),
     "chain rule in uneven chunks": functools.partial(chain, 12),

@@ -53,6 +53,10 @@ class Rows:
     def norms(self):
         return np.linalg.norm(self.flat, axis=1)
 
+    def by_leaf(self, of):
+        """A tree like the parameters, of a number per row for each leaf."""
+        return self.like(of(Rows([x], None)) for x in self.leaves)
+
     def gram(self, other=None):
         return self.flat.conj() @ (self if other is None else other).flat.T
 
@@ -150,6 +154,20 @@ PRODUCTS = {
     "scale twice": (
         lambda J, g: J.scale(g.s).scale(g.c).to_rows(),
         lambda R, g: R.scale(np.asarray(g.s * g.c)).to_rows(),
+    ),
+    "norms of leaves": (
+        lambda J, _: J.norms(groups="leaves"),
+        lambda R, _: R.by_leaf(Rows.norms),
+    ),
+    "gram of leaves": (
+        lambda J, _: J.gram(groups="leaves"),
+        lambda R, _: R.by_leaf(Rows.gram),
+    ),
+    "scale leaves": (
+        lambda J, g: J.scale(J.norms(groups="leaves"), groups="leaves").weighted_sum(
+            g.c
+        ),
+        lambda R, g: R.scale(*jax.tree.leaves(R.by_leaf(Rows.norms))).weighted_sum(g.c),
     ),
     "clip": (
         lambda J, g: J.clip(g.bound).sum(),

@@ -345,3 +345,43 @@ class TestErrors:
             TypeError, match="must be an Accumulator, got a value of type dict"
         ):
             self.add(self.grads).merge(self.grads)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_the_mean_of_a_window_without_weight(jitted):
+    grads = {"w": jnp.array([1.0, 2.0]), "h": jnp.ones(2, jnp.bfloat16)}
+    other = jax.tree.map(lambda x: 3 * x, grads)
+
+    def means(weight):
+        accumulator = Accumulator.zeros_like(grads).add(grads, weight)
+        return (
+            accumulator.mean(),
+            accumulator.mean(default=0),
+            accumulator.mean(default=np.float64(0.5)),
+            accumulator.mean(default=other),
+        )
+
+    means = jax.jit(means) if jitted else means
+    nans, zeros, halves, others = means(0.0)
+    assert tree_allclose(nans, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads))
+    assert tree_allclose(zeros, jax.tree.map(jnp.zeros_like, grads))
+    assert tree_allclose(halves, jax.tree.map(lambda x: jnp.full_like(x, 0.5), grads))
+    assert tree_allclose(others, other)
+    for mean in means(2.0):
+        assert tree_allclose(mean, grads)
+
+
+def test_the_mean_with_a_default_has_derivatives():
+    def first(weight, x):
+        return Accumulator.zeros_like(x).add(x, weight).mean(default=0.0)[0]
+
+    assert jax.grad(first)(0.0, jnp.ones(2)) == 0
+    assert tree_allclose(jax.grad(first, 1)(2.0, jnp.ones(2)), jnp.array([1.0, 0.0]))
+
+
+def test_a_default_that_does_not_fit():
+    accumulator = Accumulator.zeros_like({"w": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"argument default\['w'\] does not match"):
+        accumulator.mean(default={"w": jnp.ones(3)})
+    with pytest.raises(TypeError, match="default must be a real number"):
+        accumulator.mean(default=1j)

@@ -10,10 +10,16 @@ from jax import lax
 
 from .. import thresholds
 from ..einsum import dot
-from ..leaf import Leaf, are_alike, inner, over_rows, row, zeros_of
+from ..leaf import Leaf, are_alike, at_output, inner, over_rows, row, zeros_of
 from ..terms.pairs import gram_of_counts
 from ..terms.protocol import Term
 from ..weighing import times
+from .kernels import (
+    gram_of_pairs,
+    is_of_pairs,
+    shares_left,
+    traced_gram_of_pairs,
+)
 from .routes import gram_prefers_rows
 from .sums import rows
 from .tiles import Tile, Tiles, over_blocks
@@ -31,10 +37,43 @@ def gram(leaf: Leaf, other: Leaf) -> jax.Array:
             return _gram_of_rows(leaf, other)
         return _gram_of_tiles(leaf, other, tiles)
 
+    if is_of_pairs(leaf, other):
+        return gram_of_pairs(leaf, other)
+
     def against(terms: Sequence[Term]) -> jax.Array:
         return over_rows(lambda others: inner(leaf, terms, other, others), other)
 
     return over_rows(against, leaf)
+
+
+def traced_gram(leaf: Leaf, other: Leaf) -> jax.Array:
+    """The sum over outputs k of inner products of rows (i, k) and (j, k): (N, N′).
+
+    For a scalar function, there is nothing to sum over.
+    """
+    if leaf.outputs is None:
+        return gram(leaf, other)
+    shape = leaf.size, other.size
+    if not all(map(prod, (leaf.shape, leaf.rows, other.rows))):
+        return jnp.zeros(shape, leaf.carried)
+    if is_of_pairs(leaf, other) and shares_left(leaf) and shares_left(other):
+        return traced_gram_of_pairs(leaf, other)
+    if _are_arrays(leaf) and _are_arrays(other):
+        mine, theirs = (
+            rows(x, carried=True).reshape(x.size, -1) for x in (leaf, other)
+        )
+        return dot("ip,jp->ij", mine.conj(), theirs)  # over outputs and entries
+
+    def add(total: jax.Array, k: jax.Array) -> tuple[jax.Array, None]:
+        return total + gram(at_output(leaf, k), at_output(other, k)), None
+
+    empty = zeros_of(shape, leaf.carried, leaf, other)
+    return lax.scan(add, empty, jnp.arange(leaf.outputs))[0]
+
+
+def _are_arrays(leaf: Leaf) -> bool:
+    """Whether the rows of a leaf are kept as they are."""
+    return all(x.term.is_dense and not x.view for x in leaf.summands)
 
 
 def _by_counts(leaf: Leaf, other: Leaf) -> Callable[[Any, Any], jax.Array] | None:

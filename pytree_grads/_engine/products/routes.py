@@ -47,12 +47,17 @@ def _norm_route(leaf: Leaf) -> Route:
     if len(leaf.summands) == 1 and isometric(leaf.summands[0].view):
         return _route_of_one(leaf.summands[0])
     if needs_rows(leaf, leaf):
-        made = sum(x.of_one_row.row_cost for x in leaf.summands if not x.is_shared)
-        return Route("rows", "rows", made + 2 * prod(leaf.shape))
+        return rows_route(leaf)
     pairs = combinations_with_replacement(leaf.summands, 2)
     products = sum(inner_cost(x, y) for x, y in pairs if not _are_shared(x, y))
     masses = sum(2 * sum(_own_sizes(x)) for x in leaf.summands)
     return Route("summands", "inner products", products + masses)
+
+
+def rows_route(leaf: Leaf) -> Route:
+    """The route that materialises each row."""
+    made = sum(x.of_one_row.row_cost for x in leaf.summands if not x.is_shared)
+    return Route("rows", "rows", made + 2 * prod(leaf.shape))
 
 
 def _route_of_one(summand: Summand) -> Route:

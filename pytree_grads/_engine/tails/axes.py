@@ -226,7 +226,11 @@ def reshaped(piece: Piece, shape: Shape) -> Piece | None:
     for old, new in pairs:
         wide = [x for x in old if x.size != 1]
         places = [groups.index(x) for x in wide]
-        own = [x for x in groups if x.group == wide[0].group and x.size != 1] if wide else []
+        own = (
+            [x for x in groups if x.group == wide[0].group and x.size != 1]
+            if wide
+            else []
+        )
         if len(wide) > 1:
             at = own.index(wide[0])
             if own[at : at + len(wide)] != wide:

@@ -22,11 +22,21 @@ from jax.extend.core import primitives as p
 from ..einsum import dot
 from ..facts import concrete_scalar, is_zero, same_along
 from ..graph import Atom, Equation, Known
-from ..leaf import Leaf, Summand
+from ..leaf import Leaf
 from ..products.routes import norm_route
 from ..rules.structural import pad
 from ..views import Pad, Reshape, Slice, Transpose, View, part_of, simplified
-from .axes import Axis, Group, Piece, in_order, oriented, pieces_of, reshaped, summand_of, wide
+from .axes import (
+    Axis,
+    Group,
+    Piece,
+    in_order,
+    oriented,
+    pieces_of,
+    reshaped,
+    summand_of,
+    wide,
+)
 from .tail import Tail
 from .through import through
 
@@ -90,7 +100,8 @@ def _joined(value: Sum) -> Sum:
             found |= {piece: value[piece] for piece in pieces}
             continue
         weights = [
-            value[x] * (jnp.ones(x.sizes, x.right.dtype) if x.weight is None else x.weight)
+            value[x]
+            * (jnp.ones(x.sizes, x.right.dtype) if x.weight is None else x.weight)
             for x in pieces
         ]
         total = reduce(jnp.add, weights)
@@ -272,9 +283,7 @@ def _neg(folding: _Folding, equation: Equation, index: int) -> Sum | None:
     return _total(folding, equation, (-1.0,))
 
 
-def _total(
-    folding: _Folding, equation: Equation, signs: Sequence[float]
-) -> Sum | None:
+def _total(folding: _Folding, equation: Equation, signs: Sequence[float]) -> Sum | None:
     found: Sum = {}
     for atom, sign in zip(equation.inputs, signs, strict=True):
         value = folding.read(atom)
@@ -384,7 +393,9 @@ def _scatter_times(piece: Piece, x: jax.Array) -> Piece:
     flat = index.reshape(index.shape[0], -1, 1)
     lines = jnp.take_along_axis(x, flat, axis=1)
     lines = lines.reshape(index.shape[0], *rows, index.shape[-1], x.shape[2])
-    lines, right = _with_equal_rows(lines, piece.left_rows, piece.right, piece.right_rows)
+    lines, right = _with_equal_rows(
+        lines, piece.left_rows, piece.right, piece.right_rows
+    )
     most = max(piece.left_rows, piece.right_rows)
     flops = piece.flops + piece.entries("N")
     return replace(piece, right=right * lines, right_rows=most, flops=flops)
@@ -417,7 +428,10 @@ def _transpose(folding: _Folding, equation: Equation, index: int) -> Sum | None:
 
 @_rule(p.reshape_p, p.squeeze_p)
 def _reshape(folding: _Folding, equation: Equation, index: int) -> Sum | None:
-    if equation.params.get("dimensions") is not None and equation.primitive is p.reshape_p:
+    if (
+        equation.params.get("dimensions") is not None
+        and equation.primitive is p.reshape_p
+    ):
         return None
     shape = tuple(equation.outputs[0].aval.shape)
     moved = (Reshape(shape),)
@@ -466,7 +480,11 @@ def _rev(folding: _Folding, equation: Equation, index: int) -> Sum | None:
     def flipped(piece: Piece) -> Piece | None:
         for i in dimensions:
             made = _along(
-                piece, i, lambda x, axis: lax.rev(x, (axis,)), piece.shape[i], moves=True
+                piece,
+                i,
+                lambda x, axis: lax.rev(x, (axis,)),
+                piece.shape[i],
+                moves=True,
             )
             if made is None:
                 return None
@@ -494,12 +512,16 @@ def _slice(folding: _Folding, equation: Equation, index: int) -> Sum | None:
     strides = params["strides"] or (1,) * len(sizes)
 
     def cut(piece: Piece) -> Piece | None:
-        bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+        bounds = zip(
+            params["start_indices"], params["limit_indices"], strides, strict=True
+        )
         for i, (start, limit, stride) in enumerate(bounds):
             if (start, limit, stride) == (0, piece.shape[i], 1):
                 continue
 
-            def part(x: jax.Array, axis: int, bound: Any = (start, limit, stride)) -> Any:
+            def part(
+                x: jax.Array, axis: int, bound: Any = (start, limit, stride)
+            ) -> Any:
                 return lax.slice_in_dim(x, *bound, axis=axis)
 
             made = _along(piece, i, part, sizes[i], moves=True)
@@ -803,7 +825,8 @@ def _collapsed(piece: Piece) -> Piece:
         right=total,
         left_rows=0,
         right_rows=max(piece.left_rows, piece.right_rows),
-        flops=piece.flops + 2 * piece.left.shape[-2] * piece.size("M") * piece.size("N"),
+        flops=piece.flops
+        + 2 * piece.left.shape[-2] * piece.size("M") * piece.size("N"),
     )
 
 

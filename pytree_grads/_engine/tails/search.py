@@ -387,7 +387,9 @@ class _Level:
                 inner_roots.setdefault(made, {})[inner] = None
             else:
                 todo += self._operands(made, part)
-        part.equations = sorted({*reached, *part.broadcasts}, key=self.graph.position.__getitem__)
+        part.equations = sorted(
+            {*reached, *part.broadcasts}, key=self.graph.position.__getitem__
+        )
         for equation, inner in inner_roots.items():
             part.scans[equation] = self.body(equation).part(list(inner))
         return part

@@ -82,7 +82,9 @@ class Program:
             if not any(x in self._needed for x in equation.outputs):
                 continue
             operands = [_read(env, x) for x in equation.inputs]
-            env.update(zip(equation.outputs, _evaluate(equation, operands), strict=True))
+            env.update(
+                zip(equation.outputs, _evaluate(equation, operands), strict=True)
+            )
         return [_carried(jnp.asarray(_read(env, x))) for x in self.graph.outputs]
 
     @cached_property
@@ -175,9 +177,7 @@ class Tail:
         found, seen = [], [False] * self.program.source_count
         for i in self.leaves:
             needed = self.program.of_leaves([i]).needed
-            found.append(
-                (i, [x and not y for x, y in zip(needed, seen, strict=True)])
-            )
+            found.append((i, [x and not y for x, y in zip(needed, seen, strict=True)]))
             seen = [x or y for x, y in zip(needed, seen, strict=True)]
         return found
 
@@ -186,7 +186,9 @@ class Tail:
         return self.program.run(sources, self.shared)
 
     def transposed(
-        self, vectors: Sequence[jax.Array], shapes: Sequence[tuple[tuple[int, ...], Any]]
+        self,
+        vectors: Sequence[jax.Array],
+        shapes: Sequence[tuple[tuple[int, ...], Any]],
     ) -> list[jax.Array]:
         """Pull vectors like the leaves back to the sources, of given shapes."""
         taken = [

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..einsum import dot, times_counts
-from .outer import Outer, left_products, outer_cost, right_products
 from . import weighed
+from .outer import Outer, left_products, outer_cost, right_products
 from .protocol import Term
-from .weighed import Weighed
 from .scatter import (
     Scatter,
     adds_one,
@@ -26,6 +25,7 @@ from .scatter import (
     lines_at,
     same_index,
 )
+from .weighed import Weighed
 
 
 def inner(x: Term, y: Term) -> jax.Array:

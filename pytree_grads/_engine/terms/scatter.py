@@ -12,7 +12,6 @@ from jax import lax
 
 from ..._trees.algebra import carried_dtype
 from .. import thresholds
-from ..einsum import dot
 from ..weighing import times, times_weights
 from . import scales
 from .by_row import ByRow
