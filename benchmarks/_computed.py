@@ -40,7 +40,7 @@ def weight_norm(draw: Draw, d: int, n: int) -> Problem:
 
 
 def spectral_norm(draw: Draw, d: int, n: int) -> Problem:
-    """The largest singular value by two steps of power iteration, not differentiated."""
+    """Divided by its largest singular value, from two steps of power iteration."""
 
     def weight(p):
         w = jax.lax.stop_gradient(p["w"])

@@ -97,7 +97,7 @@ class Matrix:
         return replace(rows, sources=leaves, tail=None, diagonal=left)
 
     def _with_zeros(self, valid: jax.Array) -> "Matrix":
-        """The rows, of which those that are not valid have zero factors and weight 0."""
+        """The rows, with zero factors and weight 0 for those that are not valid."""
         sources = tuple(_select(leaf, valid) for leaf in self.sources)
         count = len(self._plain) + (0 if self.tail is None else len(self.tail.leaves))
         ones = (jnp.ones(valid.shape, self.dtype),) * count

@@ -267,12 +267,9 @@ def factor(
         if form.found is None:
             return Factors(tuple(leaves))
         values = [arrays[key] for key in form.shared]
-        avals = [
-            jax.ShapeDtypeStruct(x.shape, x.dtype) for x in form.avals[form.plain :]
-        ]
-        program = Program.of(
-            form.found, avals, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in values]
-        )
+        taken = [*form.avals[form.plain :], *values]
+        avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in taken]
+        program = Program.of(form.found, avals)
         return Factors(tuple(leaves), Tail(program, tuple(values)))
 
     return Factored(

@@ -65,7 +65,10 @@ class Sum(Source):
             self.parts, trace, batches, numbers, strict=True
         ):
             made = part.origin.source.factors(one, batch, form)
-            matrices.append(Matrix(made.sources, *own, made.tail, part.diagonal))
+            weights, valid = own
+            matrices.append(
+                Matrix(made.sources, weights, valid, made.tail, part.diagonal)
+            )
         total, *others = matrices
         for other in others:
             total = Matrix(added(total, other))

@@ -260,7 +260,6 @@ class Streamed:
     @property
     def _can_pull_back(self) -> bool:
         """Whether a sum may be one backward pass in the dtypes of the parameters."""
-        wide = all(carried_dtype(x.dtype) == x.dtype for x in self.origin.primals)
         alike = self.uniform and self.valid is None and self.clip is None
         alike = alike and self.diagonal is None
         return self.pulls_back and alike and self.origin.may_pull_back

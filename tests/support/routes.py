@@ -35,7 +35,7 @@ def few_at_once(entries):
 
 
 def matrix_of(J):
-    """The engine's matrix of a Jacobian; that of the first chunk if it is recomputed."""
+    """The engine's matrix of a Jacobian, or of its first chunk if it is recomputed."""
     return J._rows.matrix if isinstance(J._rows, Kept) else J._rows.of_a_chunk()
 
 

@@ -70,7 +70,8 @@ class Piece:
     def with_factor(self, group: Group, factor: jax.Array, flops: int = 0) -> "Piece":
         """The piece with another factor, which took some operations for each row."""
         name = "left" if group == "M" else "right"
-        return replace(self, **{name: factor}, flops=self.flops + flops)
+        changes: dict[str, Any] = {name: factor, "flops": self.flops + flops}
+        return replace(self, **changes)
 
     def entries(self, group: Group) -> int:
         """How many entries a factor has for one row."""
@@ -191,30 +192,39 @@ def split(
     caller to check.
     """
     pairs: list[tuple[list[Axis], list[Axis]]] = []
-    old, new = list(axes), list(shape)
-    while old or new:
-        mine, sizes = [], []
-        if old and (not new or old[0].size == 1):
-            mine = [old.pop(0)]
-        elif new and (not old or new[0] == 1):
-            sizes = [new.pop(0)]
-        else:
-            mine, sizes = [old.pop(0)], [new.pop(0)]
-        while prod(x.size for x in mine) != prod(sizes):
-            if prod(x.size for x in mine) < prod(sizes):
-                if not old:
-                    return None
-                mine.append(old.pop(0))
-            else:
-                if not new:
-                    return None
-                sizes.append(new.pop(0))
-        wide = {x.group for x in mine if x.size != 1}
+    for mine, sizes in _of_equal_size([axis.size for axis in axes], list(shape)):
+        own = list(axes[mine.start : mine.stop])
+        wide = {x.group for x in own if x.size != 1}
         if len(wide) > 1:
             return None
-        group = next(iter(wide), mine[0].group if mine else "N")
-        pairs.append((mine, [Axis(size, group) for size in sizes]))
+        group = next(iter(wide), own[0].group if own else "N")
+        pairs.append(
+            (own, [Axis(size, group) for size in shape[sizes.start : sizes.stop]])
+        )
     return pairs
+
+
+def _of_equal_size(old: list[int], new: list[int]) -> list[tuple[range, range]]:
+    """The shortest runs of sizes before and after a reshape that have equal products.
+
+    Sizes of 1 make runs of their own, beside an empty run.
+    """
+    runs, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        first, other = i, j
+        if i < len(old) and (old[i] == 1 or j == len(new)):
+            i += 1
+        elif j < len(new) and (new[j] == 1 or i == len(old)):
+            j += 1
+        else:
+            i, j = i + 1, j + 1
+        while prod(old[first:i]) != prod(new[other:j]):
+            if prod(old[first:i]) < prod(new[other:j]):
+                i += 1
+            else:
+                j += 1
+        runs.append((range(first, i), range(other, j)))
+    return runs
 
 
 def reshaped(piece: Piece, shape: Shape) -> Piece | None:
@@ -225,24 +235,23 @@ def reshaped(piece: Piece, shape: Shape) -> Piece | None:
     groups = list(piece.groups)
     for old, new in pairs:
         wide = [x for x in old if x.size != 1]
-        places = [groups.index(x) for x in wide]
-        own = (
-            [x for x in groups if x.group == wide[0].group and x.size != 1]
-            if wide
-            else []
-        )
-        if len(wide) > 1:
-            at = own.index(wide[0])
-            if own[at : at + len(wide)] != wide:
-                return None  # not neighbours, in this order
-        start = places[0] if places else len(groups)
-        if not places and new:
+        if not _are_neighbours(wide, groups):
+            return None
+        start = groups.index(wide[0]) if wide else len(groups)
+        if not wide and new:
             start = _end_of(groups, new[0].group)
         kept = [x for x in groups if x not in old]
         before = sum(x not in old for x in groups[:start])
         groups = [*kept[:before], *new, *kept[before:]]
     axes = tuple(axis for _, new in pairs for axis in new)
     return replace(piece, axes=axes, groups=in_order(groups))
+
+
+def _are_neighbours(axes: Sequence[Axis], groups: Sequence[Axis]) -> bool:
+    """Whether axes are flattened one after another, in this order."""
+    wide = [x for x in groups if x.size != 1]
+    places = [wide.index(x) for x in axes]
+    return places == list(range(places[0], places[0] + len(axes))) if axes else True
 
 
 def oriented(piece: Piece) -> Piece:

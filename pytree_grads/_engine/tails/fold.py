@@ -19,6 +19,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
+from .. import thresholds
 from ..einsum import dot
 from ..facts import concrete_scalar, is_zero, same_along
 from ..graph import Atom, Equation, Known
@@ -82,7 +83,7 @@ def _leaf(value: Sum | None, rows: Leaf) -> Leaf | None:
     aligned = _aligned(list(value))
     summands = tuple(map(summand_of, aligned, value.values()))
     leaf = replace(rows, summands=summands)
-    if norm_route(leaf).flops > norm_route(rows).flops:
+    if thresholds.exceeds(norm_route(leaf).flops, norm_route(rows).flops):
         return None
     return leaf
 
@@ -108,6 +109,12 @@ def _joined(value: Sum) -> Sum:
         flops = max(x.flops for x in pieces)
         found[replace(first, weight=total, flops=flops)] = 1.0
     return found
+
+
+def _weight(piece: Piece) -> jax.Array:
+    if piece.weight is None:
+        return jnp.ones(piece.sizes, piece.right.dtype)
+    return piece.weight
 
 
 def _aligned(pieces: list[Piece]) -> list[Piece]:
@@ -477,6 +484,9 @@ def _spread(piece: Piece, shape: Sequence[int], places: Sequence[int]) -> Piece 
 def _rev(folding: _Folding, equation: Equation, index: int) -> Sum | None:
     dimensions = equation.params["dimensions"]
 
+    def flip(x: jax.Array, axis: int) -> jax.Array:
+        return lax.rev(x, (axis,))
+
     def flipped(piece: Piece) -> Piece | None:
         for i in dimensions:
             made = _along(
@@ -741,9 +751,10 @@ def _summed(piece: Piece, axes: Sequence[int]) -> Piece | None:
     if any(axis.group == "B" and axis.size != 1 for axis in gone):
         return None
     if piece.weight is not None:
-        piece = _contracted(piece, gone)
-        if piece is None:
+        contracted = _contracted(piece, gone)
+        if contracted is None:
             return None
+        piece = contracted
     for group in "MN":
         piece = _factor_summed(piece, group, [x for x in gone if x.group == group])
     left = tuple(x for x in piece.axes if x not in gone)
@@ -778,7 +789,8 @@ def _contracted(piece: Piece, gone: list[Axis]) -> Piece | None:
         return None
     group = whole[0]
     weight = piece.weight
-    assert weight is not None and piece.left is not None
+    assert weight is not None
+    assert piece.left is not None
     factor, other = piece.left, piece.right
     counts = piece.left_rows, piece.right_rows
     if group == "N":
@@ -936,7 +948,7 @@ def _times_matrix(
 
 
 def _outer_with(piece: Piece, x: jax.Array, *, own_first: bool) -> Piece | None:
-    """The outer product with a shared array, which goes to a left factor that is shared.
+    """The outer product with a shared array, which goes to a shared left factor.
 
     So the piece stays as small as it was.
     """

@@ -1,6 +1,7 @@
 """Which equations are linear in the operands that differ between examples."""
 
 from collections.abc import Callable, Container, Sequence
+from typing import TypeAlias
 
 import jax.numpy as jnp
 from jax import lax
@@ -9,8 +10,8 @@ from jax.extend.core import primitives as p
 
 from ..graph import Atom, Equation
 
-Varying = Sequence[bool]  # whether each operand differs between examples
-_Test = Callable[[Varying], bool]
+Varying: TypeAlias = Sequence[bool]  # whether each operand differs between examples
+_Test: TypeAlias = Callable[[Varying], bool]
 
 
 def _any(varies: Varying) -> bool:
@@ -35,7 +36,7 @@ def _all_but_first(varies: Varying) -> bool:
     return not varies[0]
 
 
-_LINEAR: dict[Primitive | None, _Test] = {
+_LINEAR: dict[Primitive, _Test] = {
     p.mul_p: _one,
     p.dot_general_p: _one,
     p.conv_general_dilated_p: _one,

@@ -98,7 +98,8 @@ class Part:
             return [env[inner] for _, inner in wanted]
 
         counts = len(part.all_sources), len(part.all_shared)
-        own = [[next(x) for _ in range(n)] for x, n in zip((sources, shared), counts)]
+        pairs = zip((sources, shared), counts, strict=True)
+        own = [[next(x) for _ in range(n)] for x, n in pairs]
         found = jax.vmap(step, axis_size=equation.params["length"])(*own)
         return dict(zip((outer for outer, _ in wanted), found, strict=True))
 

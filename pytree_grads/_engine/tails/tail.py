@@ -31,10 +31,12 @@ class Program:
     graph: Graph = field(compare=False, repr=False)
 
     @classmethod
-    def of(cls, found: Found, sources: Sequence[Any], shared: Sequence[Any]) -> Any:
-        """The program of a tail, for arrays of these shapes and dtypes."""
-        jaxpr = jax.make_jaxpr(found.run)(sources, shared)
-        return cls(str(jaxpr), found.leaves, len(sources), build(jaxpr))
+    def of(cls, found: Found, avals: Sequence[Any]) -> "Program":
+        """The program of a tail, for sources and coefficients of some shapes."""
+        count = len(found.sources)
+        jaxpr = jax.make_jaxpr(found.run)(avals[:count], avals[count:])
+        assert not jaxpr.consts, "coefficients are inputs: the text does not show them"
+        return cls(str(jaxpr), found.leaves, count, build(jaxpr))
 
     def of_leaves(self, leaves: Sequence[int]) -> "Program":
         """The program of some of its outputs."""
@@ -124,17 +126,22 @@ def _evaluate(equation: Equation, operands: Sequence[Any]) -> Sequence[Any]:
     if equation.primitive is p.convert_element_type_p:
         return [_carried(lax.convert_element_type(operands[0], dtype))]
     if equation.primitive is p.dot_general_p:
-        operands = [lax.convert_element_type(x, dtype) for x in operands]
-        numbers, precision = params["dimension_numbers"], params["precision"]
-        return [
-            lax.dot_general(
-                *operands, numbers, precision=precision, preferred_element_type=dtype
-            )
-        ]
+        left, right = (lax.convert_element_type(x, dtype) for x in operands)
+        product = lax.dot_general(
+            left,
+            right,
+            params["dimension_numbers"],
+            precision=params["precision"],
+            preferred_element_type=dtype,
+        )
+        return [product]
     if equation.primitive is p.scatter_add_p:
+        operand, indices, updates = operands
         return [
             lax.scatter_add(
-                *operands,
+                operand,
+                indices,
+                updates,
                 params["dimension_numbers"],
                 indices_are_sorted=params["indices_are_sorted"],
                 unique_indices=params["unique_indices"],
@@ -182,7 +189,7 @@ class Tail:
         return found
 
     def __call__(self, sources: Sequence[jax.Array]) -> list[jax.Array]:
-        """The leaves of one row, or of a sum of rows, from the values at the sources."""
+        """The leaves of a row, or of a sum of rows, from the values at the sources."""
         return self.program.run(sources, self.shared)
 
     def transposed(
