@@ -15,6 +15,7 @@ From a function to its factors, in the order of the work:
 ``views``       the linear steps from a term to its leaf
 ``layout``      how the operands of an equation become the factors of a term
 ``plan``        for each leaf, which cuts are kept, and in which form
+``tails``       the linear maps that all examples share, between a cut and its leaf
 ``evaluate``    the cut graph runs, and nothing is evaluated that no term needs
 ==============  ========================================================================
 

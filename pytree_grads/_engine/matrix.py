@@ -132,6 +132,15 @@ class Matrix:
             found[i] = sum(number(leaf) for is_first, leaf in costs if is_first)
         return [found[i] for i in range(len(found))]
 
+    def words_by_leaf(self) -> list[list[str]]:
+        """What the tail of each leaf does, in words for users."""
+        tail = self.tail
+        count = len(self._plain) + (0 if tail is None else len(tail.leaves))
+        return [
+            tail.program.words(i) if tail and i in tail.leaves else []
+            for i in range(count)
+        ]
+
     def leaf_norms(self) -> list[Norms]:
         """The norms of the rows of each leaf."""
         rows = self.selected()

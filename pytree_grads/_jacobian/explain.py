@@ -1,5 +1,6 @@
 """The table of `J.explain()`: how rows are kept, and what products cost."""
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -35,7 +36,8 @@ def explain(rows: Rows, title: str) -> str:
     diagonal = rows.diagonal or (None,) * len(leaves)
     leaves, left = jax.eval_shape(all_absorbed, leaves, diagonal)
     built = [x is not None for x in left or (None,) * len(leaves)]
-    table = [header, *map(_line, paths, leaves, built, costs)]
+    words = matrix.words_by_leaf()
+    table = [header, *map(_line, paths, leaves, built, costs, words)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = [
         "  ".join(
@@ -57,7 +59,11 @@ def explain(rows: Rows, title: str) -> str:
 
 
 def _line(
-    path: Any, leaf: Leaf, is_built: bool, costs: tuple[int, int]
+    path: Any,
+    leaf: Leaf,
+    is_built: bool,
+    costs: tuple[int, int],
+    words: Sequence[str],
 ) -> tuple[str, ...]:
     """The cells of one leaf; routes and costs are those that the products use.
 
@@ -67,7 +73,7 @@ def _line(
     return (
         jax.tree_util.keystr(path) or "(the parameter)",
         "x".join(map(str, leaf.shape)) or "scalar",
-        " + ".join(map(_term, leaf.summands)) or "zero",
+        ", ".join([" + ".join(map(_term, leaf.summands)) or "zero", *words]),
         route.way,
         _number(route.flops),
         *map(_number, costs),

@@ -319,8 +319,9 @@ class Jacobian(NotAnArray):
         ====================================  ==========================================
         rows                                  the sum takes
         ====================================  ==========================================
-        unscaled rows, in the trace where J   the factors, no rows
-        was made
+        unscaled rows, in the trace where J   the factors, no rows; one backward pass if
+        was made                              a leaf has no factors, or a scan is
+                                              rematerialised
         scaled or clipped rows                what norms use
         J used elsewhere (outside ``jit``,    what norms use
         or in a loop body)

@@ -102,7 +102,6 @@ ROWS = [
     Row("scan", scanned, folds=False),
     Row("dynamic_slice", lambda w: mask(lax.dynamic_slice(w, (0, 0), (D, K)))),
     Row("split", lambda w: mask(jnp.concatenate([w[2:], w[:2]])), folds=False),
-    Row("concatenate", lambda w: jnp.concatenate([mask(w), w[:0]])),
     Row(
         "dynamic_update_slice",
         lambda w: lax.dynamic_update_slice(mask(w), w[:1] * 2, (1, 0)),

@@ -13,6 +13,7 @@ from jax.extend.core import primitives as p
 
 from ..._jax.compat import abstract_like
 from ..._trees.algebra import carried_dtype
+from ..facts import concrete_scalar
 from ..graph import Atom, Equation, Graph, Known, build
 from .search import Found
 
@@ -89,6 +90,26 @@ class Program:
             )
         return [_carried(jnp.asarray(_read(env, x))) for x in self.graph.outputs]
 
+    def words(self, leaf: int) -> list[str]:
+        """What happens between the sources and a leaf, in words for users."""
+        graph = self.of_leaves([leaf]).graph
+        needed, found = set(graph.outputs), list[str]()
+        for equation in reversed(graph.equations):
+            if any(x in needed for x in equation.outputs):
+                needed.update(equation.inputs)
+                found += self._words(equation)
+        return list(dict.fromkeys(reversed(found)))
+
+    def _words(self, equation: Equation) -> list[str]:
+        primitive, own = equation.primitive, equation.inputs
+        if not any(x in self.varying for x in own):
+            return []
+        if primitive in (p.mul_p, p.div_p):
+            is_number = any(concrete_scalar(x) is not None for x in own)
+            return [] if is_number else ["times a shared array"]
+        word = _WORDS.get(primitive)
+        return [] if word is None else [word]
+
     @cached_property
     def flops(self) -> int:
         """Multiplications and additions of one run, where values differ by example."""
@@ -105,6 +126,20 @@ class Program:
         if equation.primitive in (p.reduce_sum_p, p.scatter_add_p):
             return max(prod(x.aval.shape) for x in equation.inputs)
         return 0  # cheap next to products, as in the other costs
+
+
+# What steps of a tail are called; those that only move entries are not worth a word.
+_WORDS = {
+    p.dot_general_p: "through a shared matrix",
+    p.select_n_p: "times a shared mask",
+    p.reduce_sum_p: "summed",
+    p.cumsum_p: "summed cumulatively",
+    p.gather_p: "at shared indices",
+    p.scatter_add_p: "at shared indices",
+    p.triangular_solve_p: "solved with a shared matrix",
+    p.conv_general_dilated_p: "through a shared convolution",
+    p.scan_p: "through a shared loop",
+}
 
 
 def _read(env: dict[Atom, Any], atom: Atom) -> Any:

@@ -51,7 +51,7 @@ class Through(ByRow):
 
     def describe(self) -> str:
         made = (term.describe() for terms in self.terms for term in terms)
-        return f"{' + '.join(dict.fromkeys(made))}, through a shared map"
+        return " + ".join(dict.fromkeys(made))
 
     def materialize(self) -> jax.Array:
         rows = [

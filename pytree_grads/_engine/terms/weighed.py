@@ -60,7 +60,7 @@ class Weighed(ByRow):
     def describe(self) -> str:
         blocks, m, n = self.shape
         steps = "" if self.is_one_pair else f", T={self.pair_count}"
-        return f"{repeated(blocks)}outer {m}x{n}{steps}, times a shared array"
+        return f"{repeated(blocks)}outer {m}x{n}{steps}"
 
     # ------------------------------------------------------------------------------
 
