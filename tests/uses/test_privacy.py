@@ -14,6 +14,8 @@ from helpers import tree_allclose
 
 from pytree_grads import jacobian, per_example_grad, privacy
 
+pytestmark = pytest.mark.any_release
+
 reason = "the extra `privacy` is not installed"
 jax_privacy = pytest.importorskip("jax_privacy", reason=reason)
 dp_accounting = pytest.importorskip("dp_accounting", reason=reason)

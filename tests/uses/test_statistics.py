@@ -12,6 +12,8 @@ from sklearn.datasets import load_digits
 
 from pytree_grads import jacobian, per_example_grad, statistics
 
+pytestmark = pytest.mark.any_release
+
 PARAMS = {
     "first": {"w": jnp.linspace(-1.0, 1.0, 15).reshape(5, 3), "b": jnp.zeros(3)},
     "last": jnp.array([1.0, -2.0, 0.5]),

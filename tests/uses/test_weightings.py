@@ -10,6 +10,8 @@ from helpers import tree_allclose
 
 from pytree_grads import jacobian, weightings
 
+pytestmark = pytest.mark.any_release
+
 KEY = jax.random.key(0)
 TWO = [[-4, 1], [6, 1]]
 THREE = [[-4, 1, 1], [6, 1, 1], [1, -3, 2]]

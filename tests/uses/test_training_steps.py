@@ -11,6 +11,8 @@ from helpers import tree_allclose
 
 from pytree_grads import jacobian, privacy, statistics, weightings
 
+pytestmark = pytest.mark.any_release
+
 XS = jax.random.normal(jax.random.key(0), (12, 5))
 YS = jnp.arange(12.0) % 2
 
