@@ -37,7 +37,7 @@ from _measure import (
     markdown_table,
     trace_seconds,
 )
-from _models import MODELS, Model, mlp
+from _models import COMPUTED, MODELS, Model, mlp
 from _results import add_save_option, save
 from _ways import PEERS, PRODUCTS, ROUTES, installed, ordinary, ours, peers_with
 
@@ -400,6 +400,11 @@ def parse() -> argparse.Namespace:
     add(
         "--quick", action="store_true", help="three models, to see that everything runs"
     )
+    add(
+        "--computed",
+        action="store_true",
+        help="models whose weights are computed from parameters, and no others",
+    )
     add("--times", type=int, default=1, help="as many examples, for larger devices")
     add("--products", nargs="+", choices=PRODUCTS, default=list(PRODUCTS))
     peers = [*PEERS, "torch"]
@@ -440,7 +445,7 @@ def main() -> None:
     log_progress(versions())
     results: dict[str, list[Entry]] = {product: [] for product in options.products}
     began = time.perf_counter()
-    for model in MODELS:
+    for model in COMPUTED if options.computed else MODELS:
         wanted = any(word.lower() in model.name.lower() for word in options.only)
         if (options.only and not wanted) or (options.quick and not model.quick):
             continue

@@ -317,21 +317,7 @@ def depends(keys: Sequence[Key], graph: Graph, seeds: Iterable[Atom]) -> list[bo
 def _depends(key: Key, reached: set[Atom]) -> bool:
     match key:
         case Stacked(equation, inner) | Total(equation, inner):
-            return _depends(inner, reached_in_body(equation, reached))
+            return _depends(inner, equation.reached_inside(reached))
         case Norm(site) | Row(site):
             return any(_depends(own, reached) for own in keys_of(site))
     return key in reached
-
-
-def reached_in_body(equation: Equation, reached: set[Atom]) -> set[Atom]:
-    body = equation.body
-    carry_from, steps_from = equation.splits
-    pairs = zip(equation.inputs, body.inputs, strict=True)
-    seeds: set[Atom] = {inner for outer, inner in pairs if outer in reached}
-    while True:
-        inside = body.downstream(seeds)
-        carried = zip(body.inputs[carry_from:steps_from], body.outputs, strict=False)
-        fresh = {i for i, o in carried if o in inside} - seeds
-        if not fresh:
-            return inside
-        seeds |= fresh

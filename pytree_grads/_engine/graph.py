@@ -3,7 +3,7 @@
 Calls are inlined.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -71,6 +71,40 @@ class Equation:
         consts, carry = compat.scan_counts(self.params)
         return consts, consts + carry
 
+    def reached_inside(self, reached: Container[Atom]) -> set[Atom]:
+        """The values in the body of a scan that may depend on some operands."""
+        body = self.body
+        carry_from, steps_from = self.splits
+        pairs = zip(self.inputs, body.inputs, strict=True)
+        seeds: set[Atom] = {inner for outer, inner in pairs if outer in reached}
+        while True:
+            inside = body.downstream(seeds)
+            carried = zip(
+                body.inputs[carry_from:steps_from], body.outputs, strict=False
+            )
+            fresh = {i for i, o in carried if o in inside} - seeds
+            if not fresh:
+                return inside
+            seeds |= fresh
+
+    def reached_outputs(self, reached: Container[Atom]) -> list[Value]:
+        """The outputs that may depend on some operands."""
+        if not any(atom in reached for atom in self.inputs):
+            return []
+        if self.primitive is None:  # a barrier
+            pairs = zip(self.outputs, self.inputs, strict=True)
+            return [x for x, atom in pairs if atom in reached]
+        if self.primitive is not p.scan_p:
+            return self.outputs
+        inside, carry_from = self.reached_inside(reached), self.splits[0]
+        count = self.splits[1] - carry_from
+        carries = [self.body.inputs[carry_from + i] for i in range(count)]
+        return [
+            x
+            for x, inner in zip(self.outputs, self.body.outputs, strict=True)
+            if inner in inside or (x.index < count and carries[x.index] in inside)
+        ]
+
     def evaluate(self, operands: Sequence[Any]) -> Sequence[Any]:
         if self.source is None:
             return jax.lax.optimization_barrier(list(operands))
@@ -103,8 +137,7 @@ class Graph:
         """Every value that may depend on one of the seeds."""
         reached = set(seeds)
         for equation in self.equations:
-            if any(atom in reached for atom in equation.inputs):
-                reached.update(equation.outputs)
+            reached.update(equation.reached_outputs(reached))
         return reached
 
 

@@ -78,13 +78,9 @@ def combined_value_and_grad(
 def _rows_of_losses(
     losses: Callable[..., Any], params: Any, args: Any
 ) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], Any]]:
-    """The K losses, the Gramian of their gradients, and sums of those by weights.
+    """The K losses, the Gramian of their gradients, and sums of those by weights."""
 
-    A batch of one example, of which the losses take no notice, has K outputs: so J has
-    K rows.
-    """
-
-    def of_one_batch(params: Any, _: Any) -> jax.Array:
+    def checked(params: Any, *args: Any) -> jax.Array:
         values = losses(params, *args)
         if not hasattr(values, "dtype") or not jnp.issubdtype(
             values.dtype, jnp.floating
@@ -100,9 +96,8 @@ def _rows_of_losses(
             )
         return values
 
-    values, J = value_and_jacobian(of_one_batch)(params, jnp.zeros(1))
-    gram = J.gram()[0, :, 0, :]
-    return values[0], gram, lambda weights: J.weighted_sum(weights[None])
+    values, J = value_and_jacobian(checked, batched=False)(params, *args)
+    return values, J.gram(), J.weighted_sum
 
 
 def _weights(

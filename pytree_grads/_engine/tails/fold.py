@@ -177,7 +177,8 @@ def _with_shared_weight(piece: Piece) -> Piece:
         return piece
     weight = jnp.broadcast_to(piece.left[:, 0, :, None], piece.sizes)
     weight = weight if piece.weight is None else weight * piece.weight
-    return replace(piece, left=jnp.ones((1, 1, 1), piece.left.dtype), weight=weight)
+    ones = jnp.ones((piece.left.shape[0], 1, 1), piece.left.dtype)
+    return replace(piece, left=ones, weight=weight)
 
 
 class _Folding:
@@ -807,7 +808,7 @@ def _contracted(piece: Piece, gone: list[Axis]) -> Piece | None:
     # over once more below, so it is divided by how many entries it has.
     count = prod(x.size for x in wide_axes[group])
     one = jnp.full((1, 1, 1), 1 / count, made.dtype)
-    one = jnp.broadcast_to(one, (1, made.shape[-2], 1))
+    one = jnp.broadcast_to(one, (made.shape[0], made.shape[-2], 1))
     rows = max(counts)
     pairs = piece.left.shape[0] * piece.left.shape[-2]
     flops = piece.flops + pairs * (2 * prod(weight.shape[1:]) + made.shape[-1])

@@ -12,12 +12,13 @@ terms, arrays, and shared values that are added.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
 from math import prod
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import primitives as p
@@ -45,6 +46,13 @@ class Source:
     dtype: Any
 
 
+class Loop(NamedTuple):
+    """A scan around a source, whose values are stacked, or added up over its steps."""
+
+    equation: Equation
+    stacked: bool
+
+
 @dataclass(eq=False)
 class Part:
     """The part of a tail inside one graph: the graph itself, or the body of a scan."""
@@ -52,7 +60,8 @@ class Part:
     equations: list[Equation] = field(default_factory=list)  # in order
     sources: dict[Atom, None] = field(default_factory=dict)
     shared: dict[Atom, None] = field(default_factory=dict)
-    scans: dict[Equation, "Part"] = field(default_factory=dict)
+    scans: dict[Equation, "Part"] = field(default_factory=dict)  # stacked over steps
+    totals: dict[Equation, "Totals"] = field(default_factory=dict)
     broadcasts: dict[Equation, None] = field(default_factory=dict)  # of coefficients
 
     def run(
@@ -70,9 +79,10 @@ class Part:
 
         for equation in self.equations:
             if equation in self.scans:
-                outputs = self._run_scan(equation, sources, shared)
-                env.update(outputs)
-            else:
+                env.update(self._run_scan(equation, sources, shared))
+            if equation in self.totals:
+                env.update(self.totals[equation].run(equation, sources, read))
+            if equation not in self.scans and equation not in self.totals:
                 found = [read(x) for x in equation.inputs]
                 if equation.primitive is not None:  # a barrier is not needed here
                     found = equation.evaluate(found)
@@ -109,24 +119,57 @@ class Part:
         return {x for e in self.equations for x in e.outputs} | set(self.sources)
 
     @cached_property
-    def all_sources(self) -> list[tuple[tuple[Equation, ...], Atom]]:
+    def all_sources(self) -> list[tuple[tuple[Loop, ...], Atom]]:
         """The sources, each with the scans around it, in the order of `run`."""
         found: list[Any] = [((), x) for x in self.sources]
-        for equation, part in self._scans_in_order:
-            found += [((equation, *scans), x) for scans, x in part.all_sources]
+        for equation in self.equations:
+            if equation in self.scans:
+                own = self.scans[equation].all_sources
+                found += [((Loop(equation, True), *loops), x) for loops, x in own]
+            if equation in self.totals:
+                own = self.totals[equation].part.all_sources
+                found += [((Loop(equation, False), *loops), x) for loops, x in own]
         return found
 
     @cached_property
     def all_shared(self) -> list[evaluate.Key]:
         """The keys of the coefficients, in the order of `run`."""
         found: list[evaluate.Key] = list(self.shared)
-        for equation, part in self._scans_in_order:
-            found += [evaluate.Stacked(equation, key) for key in part.all_shared]
+        for equation in self.equations:
+            if equation in self.scans:
+                keys = self.scans[equation].all_shared
+                found += [evaluate.Stacked(equation, key) for key in keys]
         return found
 
-    @property
-    def _scans_in_order(self) -> list[tuple[Equation, "Part"]]:
-        return [(x, self.scans[x]) for x in self.equations if x in self.scans]
+
+@dataclass(eq=False)
+class Totals:
+    """What the carries of a scan add up, by a map that is the same at each step.
+
+    The sources are added up over the steps, and go through the map once.
+    """
+
+    part: Part  # in the body; its coefficients are constants of the scan
+    addends: dict[Value, list[Atom]]  # for each output of the scan, in the body
+
+    def run(
+        self,
+        equation: Equation,
+        sources: Iterator[jax.Array],
+        read: Callable[[Atom], Any],
+    ) -> dict[Atom, jax.Array]:
+        outer = dict(zip(equation.body.inputs, equation.inputs, strict=True))
+        consts = (read(outer[x]) for x in self.part.shared if isinstance(x, Value))
+        env = self.part.run(sources, consts)
+        carry_from, _ = equation.splits
+        found: dict[Atom, jax.Array] = {}
+        for output, addends in self.addends.items():
+            start = equation.inputs[carry_from + output.index]
+            terms = [env[x] for x in addends]
+            if not is_zero(start):
+                terms.append(read(start))
+            found[output] = reduce(jnp.add, terms)
+        return found
 
 
 @dataclass(frozen=True)
@@ -192,7 +235,7 @@ class _Level:
     def body(self, equation: Equation) -> "_Level":
         """The body of a scan."""
         if equation not in self._bodies:
-            varying = evaluate.reached_in_body(equation, self.varying)
+            varying = equation.reached_inside(self.varying)
             level = _Level(equation.body, varying, self.choice)
             if self.needs is not None and equation in self.needs.scans:
                 level.set_evaluated(self.needs.scans[equation].body)
@@ -354,10 +397,44 @@ class _Level:
     def _kind_of_scanned(self, made: Equation, atom: Value) -> Kind:
         """The kind of a scan's output: that of the body's output, if it is stacked."""
         carry_from, steps_from = made.splits if made.primitive is p.scan_p else (0, 0)
-        if made.primitive is not p.scan_p or atom.index < steps_from - carry_from:
+        if made.primitive is not p.scan_p:
             return "array"
+        if atom.index < steps_from - carry_from:
+            return "array" if self._addends(made, atom.index) is None else "linear"
         inner = made.body.outputs[atom.index]
         return "linear" if self.body(made).kind(inner) == "linear" else "array"
+
+    def _addends(self, equation: Equation, index: int) -> list[Atom] | None:
+        """What a carry adds at each step, if that is a map of terms that never changes.
+
+        None if steps do more than add, or if the map differs between steps.
+        """
+        body, level = equation.body, self.body(equation)
+        carry_from, steps_from = equation.splits
+        if index >= steps_from - carry_from:
+            return None
+        carry = body.inputs[carry_from + index]
+        todo, found = [body.outputs[index]], list[Atom]()
+        while todo:
+            atom = todo.pop()
+            made = atom.producer if isinstance(atom, Value) else None
+            if made is not None and made.primitive in (p.add_p, p.add_jaxvals_p):
+                todo += made.inputs
+            else:
+                found.append(atom)
+        if found.count(carry) != 1 or body.uses[carry] != 1:
+            return None
+        found.remove(carry)
+        if not any(level.kind(x) == "linear" for x in found):
+            return None
+        part, changing = (
+            level.part(found),
+            body.downstream(body.inputs[equation.splits[0] :]),
+        )
+        is_same = (
+            not part.scans and not part.totals and changing.isdisjoint(part.shared)
+        )
+        return found if is_same else None
 
     def plan(self, atom: Atom) -> LeafPlan:
         if atom not in self._plans:
@@ -370,7 +447,8 @@ class _Level:
     def part(self, roots: Sequence[Atom]) -> Part:
         """The part of the tail that leads to some linear values of this graph."""
         part, reached = Part(), set[Equation]()
-        inner_roots: dict[Equation, dict[Atom, None]] = {}
+        stacks: dict[Equation, dict[Atom, None]] = {}
+        totals: dict[Equation, dict[Value, list[Atom]]] = {}
         todo, seen = list(roots), set[Atom]()
         while todo:
             atom = todo.pop()
@@ -378,22 +456,55 @@ class _Level:
                 continue
             seen.add(atom)
             made = atom.producer if isinstance(atom, Value) else None
-            if self.kind(atom) != "linear" or made is None:
+            if made is None or self.kind(atom) != "linear":
                 part.sources[atom] = None
                 continue
             reached.add(made)
-            if made.primitive is p.scan_p and not self.is_linear(made):
-                assert isinstance(atom, Value)
-                inner = made.body.outputs[atom.index]
-                inner_roots.setdefault(made, {})[inner] = None
-            else:
+            if made.primitive is not p.scan_p or self.is_linear(made):
                 todo += self._operands(made, part)
-        part.equations = sorted(
-            {*reached, *part.broadcasts}, key=self.graph.position.__getitem__
-        )
-        for equation, inner in inner_roots.items():
+                continue
+            assert isinstance(atom, Value)
+            addends = self._addends(made, atom.index)
+            if addends is None:
+                inner = made.body.outputs[atom.index]
+                stacks.setdefault(made, {})[inner] = None
+            else:
+                start = made.inputs[made.splits[0] + atom.index]
+                todo += [] if is_zero(start) else [start]
+                totals.setdefault(made, {})[atom] = addends
+        for equation, own in totals.items():
+            part.totals[equation] = self._totals(equation, own, part)
+        for equation, inner in stacks.items():
             part.scans[equation] = self.body(equation).part(list(inner))
+        position = self.graph.position.__getitem__
+        part.equations = sorted({*reached, *part.broadcasts}, key=position)
         return part
+
+    def _totals(
+        self, equation: Equation, addends: dict[Value, list[Atom]], outer: Part
+    ) -> Totals:
+        """What carries add up; the coefficients come from constants of the scan."""
+        level, body = self.body(equation), equation.body
+        part = level.part([x for own in addends.values() for x in own])
+        makers: dict[Equation, None] = {}
+        consts: dict[Atom, None] = {}  # those of the scan
+        todo = list(part.shared)
+        while todo:
+            atom = todo.pop()
+            made = atom.producer if isinstance(atom, Value) else None
+            if made is not None:
+                makers[made] = None
+                todo += [x for x in made.inputs if _number(x) is None]
+            else:
+                consts[atom] = None
+        part.equations = sorted(
+            {*part.equations, *makers}, key=body.position.__getitem__
+        )
+        part.shared = consts
+        for i, atom in enumerate(body.inputs):
+            if atom in consts:
+                self._add_coefficient(equation.inputs[i], outer)
+        return Totals(part, addends)
 
     def _operands(self, equation: Equation, part: Part) -> list[Atom]:
         """The operands that the walk goes on from; the others are coefficients."""
@@ -415,18 +526,24 @@ class _Level:
         elif _number(x) is None:
             part.shared[x] = None
 
-    def source(self, scans: tuple[Equation, ...], atom: Atom) -> Source:
+    def source(self, loops: tuple[Loop, ...], atom: Atom) -> Source:
         """A source of the tail, which may be inside scans of this graph."""
         shape, dtype = tuple(atom.aval.shape), atom.aval.dtype
-        if not scans:
+        if not loops:
             return Source(self.plan(atom), shape, dtype)
-        first, *rest = scans
-        inner = self.body(first).source(tuple(rest), atom)
-        plan = LeafPlan(
-            tuple(stacked(first, inner.plan.for_rows, ())),
-            tuple(stacked(first, inner.plan.for_sums, ())),
-        )
-        return Source(plan, (first.params["length"], *inner.shape), dtype)
+        (equation, stacks), *rest = loops
+        inner = self.body(equation).source(tuple(rest), atom)
+
+        def outside(cuts: Cuts) -> Cuts:
+            if stacks:
+                return tuple(stacked(equation, cuts, ()))
+            return tuple(
+                replace(x, site=AtScan(equation, x.site, stacked=False)) for x in cuts
+            )
+
+        plan = LeafPlan(outside(inner.plan.for_rows), outside(inner.plan.for_sums))
+        steps = (equation.params["length"],) if stacks else ()
+        return Source(plan, (*steps, *inner.shape), dtype)
 
 
 def _number(atom: Atom) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
 from ..._jax.compat import abstract_like
@@ -129,7 +130,7 @@ class Program:
 
 
 # What steps of a tail are called; those that only move entries are not worth a word.
-_WORDS = {
+_WORDS: dict[Primitive | None, str] = {
     p.dot_general_p: "through a shared matrix",
     p.select_n_p: "times a shared mask",
     p.reduce_sum_p: "summed",
