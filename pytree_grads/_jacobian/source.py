@@ -222,7 +222,7 @@ def _not_needed(*args: Any, **kwargs: Any) -> Any:
 def _like(values: PyTree, numbers: jax.Array) -> PyTree:
     """Numbers (N,) or (N, K) as a tree of outputs (N, *k), in their dtypes."""
     leaves, treedef = jax.tree.flatten(values)
-    flat = numbers.reshape(len(numbers), -1)
+    flat = numbers.reshape(len(numbers), prod(numbers.shape[1:]))
     ends = list(accumulate(prod(x.shape[1:]) for x in leaves))
     parts = jnp.split(flat, ends[:-1], axis=1)
     shaped = [

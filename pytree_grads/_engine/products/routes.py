@@ -30,7 +30,7 @@ class Route:
 def norm_route(leaf: Leaf) -> Route:
     """The route to the norms of the rows of a leaf.
 
-    - zero: no summand depends on the parameter.
+    - zero: no summand depends on the parameter, or it has no entries.
     - vectors: the norm is the product of the norms of the factors.
     - term: the only summand has a method for its norm.
     - summands: inner products of all pairs of summands.
@@ -42,7 +42,7 @@ def norm_route(leaf: Leaf) -> Route:
 
 
 def _norm_route(leaf: Leaf) -> Route:
-    if not leaf.summands:
+    if not leaf.summands or not prod(leaf.shape):
         return Route("zero", "zero", 0)
     if len(leaf.summands) == 1 and isometric(leaf.summands[0].view):
         return _route_of_one(leaf.summands[0])
