@@ -18,6 +18,8 @@ from .products import sums as _sums
 from .products.scaled_norms import Norms
 from .tails.fold import fold
 from .tails.tail import Tail
+from .tails.through import Through
+from .terms import Dense
 
 
 @partial(
@@ -122,6 +124,19 @@ class Matrix:
             return own
         extra = extra.astype(leaf.real)
         return extra if own is None else own * extra
+
+    def without_tail(self) -> "Matrix":
+        """The rows without programs, which cannot be pickled.
+
+        What does not fold into terms is kept as rows.
+        """
+        if self.tail is None:
+            return self
+        leaves = [
+            _as_rows(leaf) if any(isinstance(x, Through) for x in leaf.terms) else leaf
+            for leaf in self.leaves
+        ]
+        return replace(self, sources=tuple(leaves), tail=None)
 
     def by_leaf(self, number: Callable[[Leaf], int]) -> list[int]:
         """A cost of each leaf; that of a source counts for the first leaf behind it."""
@@ -353,6 +368,21 @@ def _total(products: Sequence[jax.Array]) -> jax.Array:
 
 def _leading(x: jax.Array, ndim: int) -> jax.Array:
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def _as_rows(leaf: Leaf) -> Leaf:
+    """The leaf with its rows as arrays."""
+    stacked = _sums.rows(leaf, carried=True)
+    summand = Summand(
+        term=Dense(stacked),
+        shape=leaf.shape,
+        axis=0,
+        view=(),
+        factor=1.0,
+        row_axes=(len(leaf.rows),),
+        reason="a tail that does not fold",
+    )
+    return replace(leaf, summands=(summand,))
 
 
 def _select(leaf: Leaf, valid: jax.Array) -> Leaf:

@@ -72,6 +72,13 @@ class Kept:
     sum_form: SumForm | None = None
     diagonal: Diagonal | None = None  # in parameter space
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: the rows, but nothing of a trace or of a program."""
+        fields = {k: v for k, v in self.__dict__.items() if k != "_norms_once"}
+        sources = self.matrix.without_tail().sources
+        dropped = dict.fromkeys(("tail", "made_in", "sum_form"))
+        return {**fields, **dropped, "sources": sources}
+
     @property
     def mode(self) -> str:
         """The options that say how rows are kept, and where they are summed."""

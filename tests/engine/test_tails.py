@@ -3,6 +3,7 @@
 A new step is one function in ``pytree_grads/_engine/tails`` and one row here.
 """
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -164,6 +165,31 @@ def test_nothing_is_materialised(row, x64):
     assert not any(s.term.is_dense for leaf in sources for s in leaf.summands)
     is_through = any(isinstance(s.term, Through) for s in leaf.summands)
     assert is_through != row.folds
+
+
+def masked_loss(w, x):
+    return jnp.sum(jnp.sin(x @ mask(w)))
+
+
+def solved_loss(w, x):
+    return jnp.sum(jnp.sin(x @ solved(w)))
+
+
+@pytest.mark.parametrize("fun", [masked_loss, solved_loss])
+def test_rows_are_pickled_without_their_tail(fun, x64):
+    _, w, x = loss(ROWS[0])
+    J = jacobian(fun)(w, x)
+    other = pickle.loads(pickle.dumps(J))
+    assert tree_allclose(other.norms(), J.norms())
+    assert tree_allclose(other.clip(0.5).sum(), J.clip(0.5).sum())
+
+
+def test_equal_calls_have_equal_treedefs(x64):
+    """So a product that is compiled for one is used for the other."""
+    fun, w, x = loss(ROWS[0])
+    one, other = (jax.tree.structure(jacobian(fun)(w, x + i)) for i in range(2))
+    assert one == other
+    assert hash(one) == hash(other)
 
 
 def test_every_step_that_folds_has_a_row():
