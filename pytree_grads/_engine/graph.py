@@ -110,6 +110,12 @@ class Equation:
             return jax.lax.optimization_barrier(list(operands))
         return compat.bind(self.source, operands)
 
+    def evaluate_here(self, operands: Sequence[Any]) -> Sequence[Any]:
+        """Evaluate it in the context that is current, not in that of its trace."""
+        if self.source is None:
+            return list(operands)
+        return compat.bind_here(self.source, operands)
+
 
 @dataclass(eq=False)
 class Graph:

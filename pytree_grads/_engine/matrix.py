@@ -18,7 +18,7 @@ from .products import sums as _sums
 from .products.scaled_norms import Norms
 from .tails.fold import fold
 from .tails.tail import Tail
-from .tails.through import Through
+from .tails.through import Through, through
 from .terms import Dense
 
 
@@ -56,6 +56,17 @@ class Matrix:
         plain, sources = self._plain, self.sources[len(self._plain) :]
         found = dict(zip(plain, self.sources, strict=False))
         found |= zip(self.tail.leaves, fold(self.tail, sources), strict=True)
+        return tuple(found[i] for i in range(len(found)))
+
+    @property
+    def _unfolded(self) -> tuple[Leaf, ...]:
+        """All leaves; the rows of those with a tail go through it, entry by entry."""
+        if self.tail is None:
+            return self.sources
+        found = dict(zip(self._plain, self.sources, strict=False))
+        sources = self.sources[len(self._plain) :]
+        for k, i in enumerate(self.tail.leaves):
+            found[i] = through(self.tail, k, sources)
         return tuple(found[i] for i in range(len(found)))
 
     @property
@@ -268,7 +279,7 @@ class Matrix:
     def rows(self) -> list[jax.Array]:
         """The stacked rows: one array per leaf, in the leaf's dtype."""
         stacks, rows = [], self.selected()
-        for i, leaf in enumerate(rows.leaves):
+        for i, leaf in enumerate(rows._unfolded):
             weight, entries = rows.weight(i), rows.entries(i)
             carried = weight is not None or entries is not None
             stacked = _sums.rows(leaf, carried=carried)

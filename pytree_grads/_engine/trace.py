@@ -21,7 +21,8 @@ from . import graph as _graph
 from . import plan as _plan
 from .leaf import Leaf, Summand
 from .sites import AtScan, AtValue, is_dense
-from .tails.search import Found, search
+from .tails.part import Found
+from .tails.search import search
 from .tails.tail import Program, Tail
 from .terms import Term
 

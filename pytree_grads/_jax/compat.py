@@ -158,9 +158,15 @@ def is_outside_traces() -> bool:
 
 def bind(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     """Evaluate an equation on new operands, and keep its source location."""
+    with equation.ctx.manager:
+        return bind_here(equation, operands)
+
+
+def bind_here(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """Evaluate an equation in the context that is current, such as another mesh."""
     primitive = equation.primitive
     params = primitive.get_bind_params(equation.params)
-    with _source(equation), equation.ctx.manager:
+    with _source(equation):
         outputs = primitive.bind(*operands, **params)
     return list(outputs) if primitive.multiple_results else [outputs]
 

@@ -16,7 +16,7 @@ from ..._jax.compat import abstract_like
 from ..._trees.algebra import carried_dtype
 from ..facts import concrete_scalar
 from ..graph import Atom, Equation, Graph, Known, build
-from .search import Found
+from .part import Found
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _carried(x: Any) -> Any:
 def _evaluate(equation: Equation, operands: Sequence[Any]) -> Sequence[Any]:
     """Evaluate an equation whose operands are in their accumulation dtypes."""
     if all(_is_carried(x.aval.dtype) for x in (*equation.inputs, *equation.outputs)):
-        return equation.evaluate(operands)
+        return equation.evaluate_here(operands)
     params, dtype = equation.params, carried_dtype(equation.outputs[0].aval.dtype)
     if equation.primitive is p.convert_element_type_p:
         return [_carried(lax.convert_element_type(operands[0], dtype))]
@@ -184,7 +184,7 @@ def _evaluate(equation: Equation, operands: Sequence[Any]) -> Sequence[Any]:
                 mode=params["mode"],
             )
         ]
-    return [_carried(x) for x in equation.evaluate(operands)]
+    return [_carried(x) for x in equation.evaluate_here(operands)]
 
 
 def _is_carried(dtype: Any) -> bool:
