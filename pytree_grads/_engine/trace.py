@@ -278,7 +278,7 @@ def factor(
         aux,
         rows(own),
         for_sum=None if alone is own else lambda: rows(alone),
-        pulls_back=any(_pulls_back(cut, varying) for own in alone.cuts for cut in own),
+        pulls_back=any(_pulls_back(x, varying) for own in alone.terms for x in own),
     )
 
 
@@ -312,6 +312,7 @@ class _Form:
     """What is kept of all leaves: the cuts of plain leaves, and those of a tail."""
 
     avals: list[Any]  # of plain leaves, then of the sources of the tail
+    terms: list[_plan.Cuts]  # before sizes were compared
     cuts: list[_plan.Cuts]
     joins: list[bool]  # whether summands of one form become one
     plain: int  # how many leaves have no tail
@@ -353,6 +354,7 @@ def _form(
     avals = [trace.leaves[i].aval for i in plain] + list(sources)
     return _Form(
         avals=avals,
+        terms=[x.terms or x.for_sums for x in own],
         cuts=[choice(x) for x in own],
         joins=[choice is _for_rows or x.for_sums is x.for_rows for x in own],
         plain=len(plain),

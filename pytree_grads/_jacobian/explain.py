@@ -20,7 +20,7 @@ def explain(rows: Rows, title: str) -> str:
         matrix, mode = rows.matrix, "rows are kept"
     else:
         matrix, mode = rows.of_a_chunk(), "rows are recomputed for each product"
-    leaves = jax.eval_shape(lambda: matrix.leaves)
+    leaves = jax.eval_shape(lambda x: x.leaves, matrix)
     costs = zip(matrix.by_leaf(sum_flops), matrix.by_leaf(_bytes), strict=True)
     paths = [path for path, _ in jax.tree.leaves_with_path(rows.origin.params)]
     header = (

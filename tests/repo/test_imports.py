@@ -13,7 +13,13 @@ PACKAGE = Path(pytree_grads.__file__).parent
 # Each room imports from those before it, and from itself.
 ROOMS = ["_jax", "_trees", "_batches", "_engine", "_jacobian"]
 # Rooms, and rooms inside of rooms: each has a map in the docstring of its `__init__`.
-MAPPED = [*ROOMS, "_engine.rules", "_engine.terms", "_engine.products"]
+MAPPED = [
+    *ROOMS,
+    "_engine.rules",
+    "_engine.tails",
+    "_engine.terms",
+    "_engine.products",
+]
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))

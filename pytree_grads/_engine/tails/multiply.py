@@ -84,7 +84,7 @@ def _chosen(piece: Piece, chosen: jax.Array) -> Piece | None:
         for group, axis in (("M", 2), ("N", 1)):
             factor = piece.left if group == "M" else piece.right
             rows = piece.left_rows if group == "M" else piece.right_rows
-            if not piece.repeats(group):
+            if factor is not None and not piece.repeats(group):
                 used = jnp.any(whole, axis)
                 used = used.reshape(used.shape[0], *[1] * (rows + 1), used.shape[1])
                 kept = jnp.where(used, factor, jnp.zeros_like(factor))
