@@ -24,7 +24,8 @@ products: empirical Fisher        ``fisher_product(f)(params, *batch)(v)``
 ``help(Jacobian)`` lists what J computes; ``J.to_rows()`` returns its rows as arrays.
 Uses are modules of their own, as in ``from pytree_grads import weightings``:
 ``weightings`` has rules for several losses, ``statistics`` the gradient noise scale,
-``privacy`` clipped gradients that know their sensitivity.
+``privacy`` clipped gradients that know their sensitivity, ``attribution`` the influence
+of training examples.
 """
 
 from importlib import metadata as _metadata

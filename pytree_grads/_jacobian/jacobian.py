@@ -738,18 +738,39 @@ class Jacobian(NotAnArray):
         treedef = jax.tree.structure(max_norm)
         return jax.tree.unflatten(treedef, [self._outputs.expand(x) for x in numbers])
 
-    def sketch(self, key: jax.Array, dim: int) -> PyTree:
+    def sketch(self, key: jax.Array, dim: int, *, kind: str = "dense") -> PyTree:
         """A random projection of every row to ``dim`` real numbers, J R.
 
-        R has independent entries ±1/√dim, which are made from ``key`` and never stored.
-        The same key gives the same R for every batch, so sketches of different batches
-        can be compared. The expected inner product of two sketches is that of the rows,
-        with a standard deviation of at most √(2/dim) times the product of their norms;
-        for complex rows it is the real part of the inner product.
+        R is made from ``key`` and never stored. The same key gives the same R for every
+        batch, so sketches of different batches can be compared, if they have the same
+        key, ``dim`` and ``kind``. The expected inner product of two sketches is that of
+        the rows; for complex rows, it is the real part of the inner product.
+
+        ================  ============================  ================================
+        kind              R                             variance of an inner product of
+                                                        x and y, over ‖x‖²‖y‖²
+        ================  ============================  ================================
+        ``"dense"``       independent entries ±1/√dim   at most 2/dim
+        ``"kronecker"``   signs for each side of a      in one leaf, at most
+                          matrix, l and r numbers with  (1 + 2/l)(1 + 2/r) − 1, with 0
+                          l·r ≤ dim                     for 2/l if a side is kept whole
+        ``"tensor"``      count sketches of both sides  at most 8/dim
+                          of a matrix, convolved
+        ================  ============================  ================================
+
+        A dense R costs T·m·n·dim operations for an m × n matrix whose row is a sum of T
+        outer products. A Kronecker R costs T·(m + n)·√dim, a tensor sketch T·(m + n +
+        dim·log dim). Other kinds of rows are projected as the matrices that they are.
+        The axes of a leaf are split in two where the sum of both sizes is least. For
+        ``"kronecker"``, a side of at most √dim entries is kept whole, and the other
+        gets dim // side numbers; otherwise l and r are the factors of ``dim`` that are
+        nearest to each other, so take a square. Vectors and scalars get count sketches
+        in both kinds.
 
         Args:
           key: one PRNG key.
           dim: the number of entries of a sketch, a positive int; static.
+          kind: ``"dense"``, ``"kronecker"`` or ``"tensor"``; static.
 
         Returns:
           A number per row with a last axis of length ``dim``: (N, dim) for scalar
@@ -757,9 +778,11 @@ class Jacobian(NotAnArray):
 
         Raises:
           TypeError: ``key`` is not one PRNG key, or ``dim`` not an int.
-          ValueError: ``dim`` is not positive.
+          ValueError: ``dim`` is not positive, or ``kind`` is another one.
 
-        Source: Achlioptas, "Database-friendly random projections", 2003.
+        Source: Achlioptas, "Database-friendly random projections", 2003; Pham and Pagh,
+          "Fast and scalable polynomial kernels via explicit feature maps", 2013; for
+          gradients, LoGra (arXiv:2405.13954) and FactGraSS (arXiv:2505.18976).
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -771,7 +794,7 @@ class Jacobian(NotAnArray):
         """
         check_key(key)
         dim = positive_int("dim", dim)
-        projected = self._rows.map(_sketch.Projection(dim), key)
+        projected = self._rows.map(_sketch.projection(dim, kind), key)
         return self._outputs.expand(projected)
 
     def to_rows(self) -> PyTree:

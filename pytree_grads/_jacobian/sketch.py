@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from .._engine import thresholds
 from .._engine.leaf import Leaf
 from .._engine.matrix import Matrix
+from .._engine.products.factored_sketch import KINDS, project
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,32 @@ def _signs(key: jax.Array, leaf: Leaf) -> jax.Array:
     if not jnp.issubdtype(leaf.carried, jnp.complexfloating):
         return jax.random.rademacher(key, leaf.shape, leaf.carried)
     return jax.lax.complex(*jax.random.rademacher(key, (2, *leaf.shape), leaf.real))
+
+
+@dataclass(frozen=True)
+class FactoredProjection:
+    """Rows projected one side of their factors at a time: shape (*rows, dim)."""
+
+    dim: int
+    kind: str
+
+    def __call__(self, matrix: Matrix, key: jax.Array) -> jax.Array:
+        rows = matrix.selected()
+        total = jnp.zeros((*rows.leaves[0].rows, self.dim), matrix.dtype)
+        for i, leaf in enumerate(rows.leaves):
+            own = project(leaf, jax.random.fold_in(key, i), self.dim, self.kind)
+            weight = rows.weight(i)
+            if weight is not None:
+                own = own * weight.reshape(*leaf.rows, 1).astype(own.dtype)
+            total += own.astype(matrix.dtype)
+        return total
+
+
+def projection(dim: int, kind: str) -> Projection | FactoredProjection:
+    """The projection of a user's kind."""
+    if kind == "dense":
+        return Projection(dim)
+    if kind not in KINDS:
+        known = ", ".join(map(repr, ["dense", *KINDS]))
+        raise ValueError(f"kind must be one of {known}, got {kind!r}")
+    return FactoredProjection(dim, kind)

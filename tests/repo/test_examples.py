@@ -190,6 +190,22 @@ def test_language_model(tmp_path):
     assert figure.read_bytes().startswith(b"\x89PNG\r\n")
 
 
+def test_attribution(tmp_path):
+    figure = tmp_path / "attribution.png"
+    printed = run("attribution.py", "--steps", "100", "--output", str(figure))
+    found = dict(
+        re.findall(
+            r"^(\S.*\S) +of the first \d+ suspects, (\d+)%", printed, re.MULTILINE
+        )
+    )
+    assert float(found["influence on itself"]) > 75
+    assert min(map(float, found.values())) > 20  # a tenth of all labels is wrong
+    accuracies = re.findall(r"test accuracy ([\d.]+)%", printed)
+    assert len(accuracies) == 2
+    assert min(map(float, accuracies)) > 75
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n")
+
+
 def test_private_digits(tmp_path):
     pytest.importorskip("jax_privacy", reason="the extra `privacy` is not installed")
     figure = tmp_path / "private.png"

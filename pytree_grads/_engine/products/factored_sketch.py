@@ -1,0 +1,469 @@
+"""Random projections of rows that take the factors of a term one side at a time.
+
+A leaf is looked at as a matrix (M, N): its axes are split in two, the same way for
+every term it may have, so that a key means one projection. Each side has a map of its
+own to few numbers; an outer product is projected by its two vectors, and any other row
+as the matrix that it is.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from ..._jax.compat import varying_zeros
+from ..einsum import dot
+from ..leaf import Leaf, Summand, over_rows
+from ..terms.outer import Outer
+from ..terms.patches import Patches
+from ..terms.protocol import Shape, Term
+from ..terms.scatter import Scatter
+from ..views import Reshape, Transpose, View, apply
+from ..weighing import times
+
+# How many multiplications take as long as one addition at a place that is looked up.
+_ADDITION = 16
+
+
+class Map(Protocol):
+    """A random linear map of vectors of one side, (size,) to (dim,)."""
+
+    @property
+    def dim(self) -> int: ...
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., size) to (..., dim)."""
+        ...
+
+    def part(self, start: Any, size: int) -> "Map":
+        """The map of entries from `start` on."""
+        ...
+
+    def lines(self, index: jax.Array) -> jax.Array:
+        """What unit vectors are mapped to: (...) to (..., dim); zero from size on."""
+        ...
+
+
+class Sketch(Protocol):
+    """Two maps, and how the images of both sides become `dim` numbers."""
+
+    @property
+    def left(self) -> Any: ...  # a Map
+
+    @property
+    def right(self) -> Any: ...  # a Map
+
+    def pairs(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        """The sum of t outer products: images (T, ·) and (T, ·) to (dim,)."""
+        ...
+
+    def matrix(self, row: jax.Array) -> jax.Array:
+        """A row as a matrix, (M, N) to (dim,)."""
+        ...
+
+    def pair_cost(self, sizes: int) -> int:
+        """Operations for a pair of vectors of so many entries together."""
+        ...
+
+    def matrix_cost(self, entries: int) -> int:
+        """Operations for a row of so many entries."""
+        ...
+
+
+# ------------------------------------------------------------------------------------
+# Maps of one side
+
+
+@dataclass(frozen=True)
+class Signs:
+    """Entries ±1/√dim, or the entries themselves with random signs."""
+
+    entries: jax.Array  # (size, dim)
+
+    @property
+    def dim(self) -> int:
+        return self.entries.shape[1]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.entries.astype(x.dtype)
+
+    def part(self, start: Any, size: int) -> "Signs":
+        return Signs(jax.lax.dynamic_slice_in_dim(self.entries, start, size))
+
+    def lines(self, index: jax.Array) -> jax.Array:
+        return self.entries.at[index].get(mode="fill", fill_value=0)
+
+
+def signs(key: jax.Array, size: int, dim: int, dtype: Any) -> Signs:
+    """±1/√dim; a side that is not longer than `dim` is kept whole, with signs."""
+    if size <= dim:
+        return Signs(jnp.diag(jax.random.rademacher(key, (size,), dtype)))
+    entries = jax.random.rademacher(key, (size, dim), dtype)
+    return Signs(entries * jnp.asarray(dim, dtype) ** -0.5)
+
+
+@dataclass(frozen=True)
+class Count:
+    """A count sketch: each entry is added to one of `dim` numbers, with a sign."""
+
+    bucket: jax.Array  # (size,)
+    sign: jax.Array  # (size,)
+    dim: int
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        empty = jnp.zeros((*x.shape[:-1], self.dim), x.dtype)
+        return empty.at[..., self.bucket].add(x * self._like(self.sign, x))
+
+    def part(self, start: Any, size: int) -> "Count":
+        take = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        return Count(take(self.bucket), take(self.sign), self.dim)
+
+    def lines(self, index: jax.Array) -> jax.Array:
+        sign = self.sign.at[index].get(mode="fill", fill_value=0)
+        bucket = self.bucket.at[index].get(mode="fill", fill_value=0)
+        return jax.nn.one_hot(bucket, self.dim, dtype=sign.dtype) * sign[..., None]
+
+    @staticmethod
+    def _like(sign: jax.Array, x: jax.Array) -> jax.Array:
+        sign = sign.astype(x.dtype)
+        return sign.reshape(*[1] * (x.ndim - 1), -1)
+
+
+def count(key: jax.Array, size: int, dim: int, dtype: Any) -> Count:
+    """Buckets and signs, independent of each other."""
+    where, which = jax.random.split(key)
+    bucket = jax.random.randint(where, (size,), 0, dim)
+    return Count(bucket, jax.random.rademacher(which, (size,), dtype), dim)
+
+
+# ------------------------------------------------------------------------------------
+# Both sides
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """(P_left a) ⊗ (P_right b)."""
+
+    left: Signs
+    right: Signs
+    dim: int
+
+    def pairs(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        return self._flat(dot("tl,tr->lr", left, right))
+
+    def matrix(self, row: jax.Array) -> jax.Array:
+        return self._flat(self.right(self.left(row.T).T))
+
+    def pair_cost(self, sizes: int) -> int:
+        left, right = self.left.dim, self.right.dim
+        return 2 * (sizes * max(left, right) + left * right)
+
+    def matrix_cost(self, entries: int) -> int:
+        return 2 * entries * self.left.dim
+
+    def _flat(self, block: jax.Array) -> jax.Array:
+        """(l, r) numbers in the first places of `dim`."""
+        flat = block.reshape(-1)
+        return jnp.pad(flat, (0, self.dim - flat.size))
+
+
+def kronecker(key: jax.Array, shape: Shape, dim: int, dtype: Any) -> Kronecker:
+    """The map of leaves (M, N), with the sides that `sides` gives."""
+    keys = jax.random.split(key)
+    both = zip(keys, shape, sides(shape, dim), strict=True)
+    left, right = (signs(k, size, own, dtype) for k, size, own in both)
+    return Kronecker(left, right, dim)
+
+
+def sides(shape: Shape, dim: int) -> Shape:
+    """How many numbers each side of a matrix (M, N) is mapped to.
+
+    A side that is at most √dim long is kept whole, and the other gets dim // side.
+    Otherwise they are the two factors of dim that are nearest to each other.
+    """
+    rows, columns = shape
+    if rows**2 <= dim:
+        return max(rows, 1), min(columns, dim // max(rows, 1))
+    if columns**2 <= dim:
+        return min(rows, dim // max(columns, 1)), max(columns, 1)
+    small = max(d for d in range(1, int(dim**0.5) + 1) if not dim % d)
+    large = dim // small
+    pair = (small, large) if rows <= columns else (large, small)
+    return min(rows, pair[0]), min(columns, pair[1])
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A count sketch of pairs of entries: that of a, convolved with that of b."""
+
+    left: Count
+    right: Count
+    dim: int
+
+    def pairs(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(left) or jnp.iscomplexobj(right):
+            left, right = (jnp.fft.fft(x, axis=-1) for x in (left, right))
+            return jnp.fft.ifft(jnp.sum(left * right, axis=0))
+        left, right = (jnp.fft.rfft(x, axis=-1) for x in (left, right))
+        return jnp.fft.irfft(jnp.sum(left * right, axis=0), n=self.dim)
+
+    def matrix(self, row: jax.Array) -> jax.Array:
+        bucket = (self.left.bucket[:, None] + self.right.bucket[None, :]) % self.dim
+        sign = self.left.sign[:, None] * self.right.sign[None, :]
+        signed = row * sign.astype(row.dtype)
+        return jnp.zeros(self.dim, row.dtype).at[bucket].add(signed)
+
+    def pair_cost(self, sizes: int) -> int:
+        transforms = 8 * self.dim * max(1, self.dim.bit_length())
+        return _ADDITION * sizes + transforms
+
+    def matrix_cost(self, entries: int) -> int:
+        return _ADDITION * entries
+
+
+def tensor(key: jax.Array, shape: Shape, dim: int, dtype: Any) -> Tensor:
+    """The map of leaves (M, N): a count sketch for each side."""
+    keys = jax.random.split(key)
+    left, right = (
+        count(k, size, dim, dtype) for k, size in zip(keys, shape, strict=True)
+    )
+    return Tensor(left, right, dim)
+
+
+KINDS: dict[str, Callable[..., Sketch]] = {"kronecker": kronecker, "tensor": tensor}
+
+
+# ------------------------------------------------------------------------------------
+# Rows of a leaf
+
+
+def project(leaf: Leaf, key: jax.Array, dim: int, kind: str) -> jax.Array:
+    """The sketches of all rows of a leaf: real, (*rows, dim)."""
+    inner, outer = jax.random.split(key)
+    if len(leaf.shape) < 2 or 0 in leaf.shape:
+        whole = count(inner, prod(leaf.shape), dim, leaf.real)
+        of_term = _vector(whole)
+        materializes = True
+    else:
+        split = split_of(leaf.shape)
+        shape = prod(leaf.shape[:split]), prod(leaf.shape[split:])
+        sketch = KINDS[kind](inner, shape, dim, leaf.real)
+        of_term = partial(_of_term, sketch, shape, leaf.shape, split)
+        materializes = any(
+            _by_factors(sketch, x, leaf.shape, split) is None for x in leaf.summands
+        )
+
+    def one(terms: Sequence[Term]) -> jax.Array:
+        total = jnp.zeros(dim, leaf.carried)
+        for summand, term in zip(leaf.summands, terms, strict=True):
+            own = of_term(summand, term).astype(leaf.carried)
+            total += times(own, summand.factor)
+        return total
+
+    rows = over_rows(one, leaf, materializes=materializes)
+    if not jnp.iscomplexobj(rows):
+        return rows
+    # Real and imaginary parts get signs of their own, so that their products vanish.
+    parts = jax.random.rademacher(outer, (2, dim), leaf.real)
+    parts = parts.reshape(2, *[1] * (rows.ndim - 1), dim)
+    return rows.real * parts[0] + rows.imag * parts[1]
+
+
+def split_of(shape: Shape) -> int:
+    """How many axes of a leaf are the left side: M + N is least; ties take more."""
+    sizes = [(prod(shape[:k]) + prod(shape[k:]), -k) for k in range(1, len(shape))]
+    return -min(sizes)[1]
+
+
+def _vector(whole: Count) -> Callable[[Summand, Term], jax.Array]:
+    def of_term(summand: Summand, term: Term) -> jax.Array:
+        return whole(apply(summand.view, term.materialize()).reshape(-1))
+
+    return of_term
+
+
+def _of_term(
+    sketch: Sketch,
+    shape: Shape,
+    leaf_shape: Shape,
+    split: int,
+    summand: Summand,
+    term: Term,
+) -> jax.Array:
+    """The sketch of one term of one row."""
+    found = _by_factors(sketch, summand, leaf_shape, split)
+    if found is None:
+        block = apply(summand.view, term.materialize())
+        return sketch.matrix(block.reshape(shape))
+    of_left, of_right = sketch.left, sketch.right
+    if found.is_swapped:
+        of_left, of_right = of_right, of_left
+    blocks = summand.shape[0]
+    lefts, rights = [], []
+    for b in range(blocks):
+        m, n = summand.shape[1:]
+        start_left = b * m if found.blocks_left else 0
+        start_right = 0 if found.blocks_left else b * n
+        at = _at_block(term, b)
+        left, right = _images(
+            at, of_left.part(start_left, m), of_right.part(start_right, n)
+        )
+        lefts.append(left)
+        rights.append(right)
+    left, right = jnp.concatenate(lefts), jnp.concatenate(rights)
+    if found.is_swapped:
+        left, right = right, left
+    return sketch.pairs(left, right)
+
+
+def _by_factors(
+    sketch: Sketch, summand: Summand, shape: Shape, split: int
+) -> "Orientation | None":
+    """Where the term stands, if its factors are cheaper than its row as a matrix."""
+    found = _orientation(summand, shape, split)
+    if found is None:
+        return None
+    one, (blocks, m, n) = summand.of_one_row, summand.shape
+    factors = blocks * one.pair_count * sketch.pair_cost(m + n)
+    rows = one.row_cost + sketch.matrix_cost(blocks * m * n)
+    return found if factors <= rows else None
+
+
+def _at_block(term: Term, b: int) -> Term:
+    """One block of a term, whose arrays all begin with the axis of blocks."""
+    return jax.tree.map(lambda x: x[b : b + 1], term)
+
+
+def _images(term: Term, of_left: Map, of_right: Map) -> tuple[jax.Array, jax.Array]:
+    """The images of the vectors of one block, (T, ·) each."""
+    wide = term.dtype
+    if isinstance(term, Outer):
+        return of_left(term.left[0].astype(wide)), of_right(term.right[0].astype(wide))
+    if isinstance(term, Scatter):
+        left = of_left.lines(term.index[0]).astype(wide)  # (T, ·)
+        right = of_right(term.right[0].astype(wide))
+        return left, jnp.broadcast_to(right, (len(left), right.shape[-1]))
+    assert isinstance(term, Patches)
+    size, pairs = term.left.shape[-1], term.pair_count
+    right = term.right.reshape(pairs, -1).astype(wide)
+
+    def add(total: jax.Array, offset: jax.Array) -> tuple[jax.Array, None]:
+        lines = term.lines_at(offset).left[0].astype(wide)  # (T, m)
+        return total + of_left.part(offset * size, size)(lines), None
+
+    zeros = varying_zeros((pairs, of_left.dim), wide, term.left, term.right)
+    total, _ = jax.lax.scan(add, zeros, jnp.arange(prod(term.offsets)))
+    return total, of_right(right)
+
+
+# ------------------------------------------------------------------------------------
+# Where a term stands in its leaf
+
+
+class Orientation(NamedTuple):
+    """Which side of the leaf the left vectors of a term are on."""
+
+    is_swapped: bool
+    blocks_left: bool  # the blocks belong to the side of the left vectors
+
+
+class _Atom(NamedTuple):
+    """A run of an axis of the term: entries `size` apart by what follows it."""
+
+    axis: str
+    size: int
+    inner: int  # how many entries of the axis one step goes over
+
+
+def _orientation(summand: Summand, shape: Shape, split: int) -> Orientation | None:
+    """How a term's (B, m, n) becomes the two sides of its leaf; None if it does not."""
+    if not isinstance(summand.term, Outer | Scatter | Patches):
+        return None
+    atoms = _atoms_after(summand.view, summand.shape)
+    if atoms is None:
+        return None
+    left = [x for axis in atoms[:split] for x in axis]
+    right = [x for axis in atoms[split:] for x in axis]
+    sizes = dict(zip("bmn", summand.shape, strict=True))
+    for is_swapped in (False, True):
+        for blocks_left in (True, False):
+            own = ("bm", "n") if blocks_left else ("m", "bn")
+            wanted = own[::-1] if is_swapped else own
+            if all(
+                _is_whole(side, axes, sizes)
+                for side, axes in zip((left, right), wanted, strict=True)
+            ):
+                return Orientation(is_swapped, blocks_left)
+    return None
+
+
+def _is_whole(side: list[_Atom], axes: str, sizes: dict[str, int]) -> bool:
+    """Whether a side is the axes, whole and in order."""
+    expected = [
+        (axis, inner)
+        for axis in axes
+        for inner in [x.inner for x in side if x.axis == axis]
+    ]
+    if [(x.axis, x.inner) for x in side] != expected:
+        return False
+    return all(
+        prod(x.size for x in side if x.axis == axis) == sizes[axis]
+        and _descends([x for x in side if x.axis == axis])
+        for axis in axes
+    )
+
+
+def _descends(run: list[_Atom]) -> bool:
+    """Whether the parts of one axis stand in their order."""
+    inner = 1
+    for x in reversed(run):
+        if x.inner != inner:
+            return False
+        inner *= x.size
+    return True
+
+
+def _atoms_after(view: View, shape: Shape) -> list[list[_Atom]] | None:
+    """What each axis consists of behind a view; None for steps that are not moves."""
+    atoms = [
+        [_Atom(axis, size, 1)] if size > 1 else []
+        for axis, size in zip("bmn", shape, strict=True)
+    ]
+    for step in view:
+        if isinstance(step, Transpose):
+            atoms = [atoms[axis] for axis in step.permutation]
+        elif isinstance(step, Reshape):
+            moved = _regrouped([x for axis in atoms for x in axis], step.shape)
+            if moved is None:
+                return None
+            atoms = moved
+        else:
+            return None
+    return atoms
+
+
+def _regrouped(flat: list[_Atom], shape: Shape) -> list[list[_Atom]] | None:
+    """Runs in order, divided among new axes; None where an axis cuts across runs."""
+    found, rest = [], list(flat)
+    for size in shape:
+        own = []
+        while size > 1:
+            if not rest:
+                return None
+            head = rest.pop(0)
+            if size % head.size == 0:
+                own.append(head)
+                size //= head.size
+            elif head.size % size == 0:
+                inner = head.size // size
+                own.append(_Atom(head.axis, size, head.inner * inner))
+                rest.insert(0, _Atom(head.axis, inner, head.inner))
+                size = 1
+            else:
+                return None
+        found.append(own)
+    return found if not rest else None

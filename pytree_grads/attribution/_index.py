@@ -1,0 +1,351 @@
+"""An index of features on disk, which grows batch by batch, and survives a kill."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _checks
+from ._trak import solve_moment
+
+# What a difference between two fingerprints means, in words for users.
+MEANINGS = {
+    "leaves": "parameters of another structure, order, shape or dtype",
+    "values": "another model: the parameters have other values",
+    "key": "another key",
+    "kind": "another kind of sketch",
+}
+
+
+def fingerprint(params: Any, key: Any = None, *, kind: str = "dense") -> dict[str, Any]:
+    """What features were made of: the parameters, and the key and kind of a sketch.
+
+    Features of different fingerprints must not be compared. An ``Index`` stores one,
+    and refuses features of another.
+
+    Args:
+      params: the parameters of J, a tree of arrays; their values are hashed.
+      key: the PRNG key of the sketch; None for features that have none.
+      kind: the kind of the sketch, a name.
+
+    Returns:
+      A dict of strings and lists, as JSON holds it.
+
+    Raises:
+      TypeError: a leaf of ``params`` is not an array.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from pytree_grads.attribution import fingerprint
+    >>> made_of = fingerprint({"w": jnp.zeros((2, 3))}, jax.random.key(0))
+    >>> made_of["leaves"], made_of["kind"]
+    ([["['w']", [2, 3], 'float32']], 'dense')
+    """
+    digest = hashlib.sha256()
+    leaves = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name = jax.tree_util.keystr(path)
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"params{name} must be an array, got {leaf!r}")
+        value = np.ascontiguousarray(leaf)
+        digest.update(value.tobytes())
+        leaves.append([name, list(value.shape), str(leaf.dtype)])
+    return {
+        "leaves": leaves,
+        "values": digest.hexdigest(),
+        "key": None if key is None else _key_text(key),
+        "kind": kind,
+    }
+
+
+def _key_text(key: Any) -> str:
+    """The numbers of a key, typed or of the old kind, with its algorithm."""
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        numbers, name = jax.random.key_data(key), str(jax.random.key_impl(key))
+    else:
+        numbers, name = key, str(jax.random.key_impl(jax.random.wrap_key_data(key)))
+    return f"{name}:{np.asarray(numbers).tolist()}"
+
+
+def open_index(path: Any, *, size: int, dim: int, made_of: dict[str, Any]) -> "Index":
+    """Make an index of N features of k numbers in float32, or open the one that exists.
+
+    Args:
+      path: a directory, which must not exist or be an index of the same ``size``,
+        ``dim`` and ``made_of``. Processes of one machine may open it at the same time.
+      size: N, the number of training examples, an int ≥ 1.
+      dim: k, the numbers of a feature, an int ≥ 1.
+      made_of: as ``fingerprint(params, key)`` returns it.
+
+    Returns:
+      An ``Index``, with the rows that were written before.
+
+    Raises:
+      TypeError: ``size`` or ``dim`` is not an int.
+      ValueError: one is less than 1; ``path`` is no index, or one of another size, dim,
+        model, order of parameters, key or kind.
+
+    >>> import jax, jax.numpy as jnp, tempfile
+    >>> from pytree_grads.attribution import fingerprint, open_index
+    >>> made_of = fingerprint({"w": jnp.zeros(3)}, jax.random.key(0))
+    >>> path = tempfile.mkdtemp() + "/index"
+    >>> index = open_index(path, size=5, dim=2, made_of=made_of)
+    >>> index.write(0, jnp.ones((3, 2)))
+    >>> open_index(path, size=5, dim=2, made_of=made_of).rows()
+    array([0, 1, 2])
+    """
+    size = _checks.whole("size", size, low=1)
+    dim = _checks.whole("dim", dim, low=1)
+    path = Path(path)
+    header = {"size": size, "dim": dim, "made_of": made_of}
+    if not path.exists():
+        _create(path, header)
+    if not (path / "header.json").is_file():
+        raise ValueError(f"{path} exists and is no index: give a path that is free")
+    found = json.loads((path / "header.json").read_text())
+    for name in ("size", "dim"):
+        if found[name] != header[name]:
+            raise ValueError(
+                f"the index at {path} has {name} {found[name]}, not {header[name]}: "
+                "open it with that, or make another index"
+            )
+    _check_made_of(found["made_of"], made_of, f"the index at {path}")
+    features = np.lib.format.open_memmap(path / "features.npy", mode="r+")
+    written = np.lib.format.open_memmap(path / "written.npy", mode="r+")
+    return Index(path, found["made_of"], features, written)
+
+
+def _create(path: Path, header: dict[str, Any]) -> None:
+    """Make an empty index beside the path, and move it there as a whole.
+
+    If another process was faster, its index stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.draft."))
+    shape = header["size"], header["dim"]
+    np.lib.format.open_memmap(draft / "features.npy", "w+", np.float32, shape)
+    np.lib.format.open_memmap(draft / "written.npy", "w+", np.bool_, shape[:1])
+    (draft / "header.json").write_text(json.dumps(header, indent=1))
+    try:
+        os.rename(draft, path)
+    except OSError:
+        shutil.rmtree(draft)
+
+
+def _check_made_of(found: dict[str, Any], given: dict[str, Any], what: str) -> None:
+    """Raise if two fingerprints differ, and say what that means."""
+    given = json.loads(json.dumps(given))
+    for name, meaning in MEANINGS.items():
+        if found.get(name) != given.get(name):
+            told = "" if name == "values" else f" ({found.get(name)}, not "
+            told += "" if name == "values" else f"{given.get(name)})"
+            raise ValueError(
+                f"{what} was made of {meaning}{told}: features of both must not be "
+                "compared, so make another index"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """Features of training examples on disk, of which any part may be written already.
+
+    ``open_index`` makes it. Rows are written first and marked after, so a run that is
+    killed loses no more than the batch at hand, and never leaves a marked row that is
+    not whole. Other processes of the same machine see rows as soon as they are marked.
+
+    Attributes:
+      path: the directory, which holds ``features.npy``, ``written.npy`` and
+        ``header.json``.
+      made_of: the fingerprint of the features.
+      features: (N, k) in float32, a memory map; zeros where nothing is written.
+      written: (N,) bools, a memory map: which rows are written.
+
+    >>> import jax.numpy as jnp, tempfile
+    >>> from pytree_grads.attribution import fingerprint, open_index
+    >>> path = tempfile.mkdtemp() + "/index"
+    >>> made_of = fingerprint({"w": jnp.zeros(2)})
+    >>> index = open_index(path, size=4, dim=2, made_of=made_of)
+    >>> for start, stop in index.missing(batch_size=3):
+    ...     index.write(start, jnp.ones((stop - start, 2)))
+    >>> scores, rows = index.scores(jnp.array([[1.0, 2.0]]), made_of)
+    >>> print(scores, rows)
+    [[3. 3. 3. 3.]] [0 1 2 3]
+    """
+
+    path: Path
+    made_of: dict[str, Any]
+    features: np.ndarray
+    written: np.ndarray
+
+    def missing(
+        self, batch_size: int, *, part: int = 0, parts: int = 1
+    ) -> Iterator[tuple[int, int]]:
+        """The batches that are still to be written, as ``(start, stop)``.
+
+        What is missing is found once, at the beginning. Several processes divide the
+        examples: ``part=jax.process_index(), parts=jax.process_count()``.
+
+        Args:
+          batch_size: the largest number of examples of a batch, an int ≥ 1.
+          part: which share of the examples, an int from 0 to ``parts`` − 1.
+          parts: the number of shares, an int ≥ 1; each is a run of examples.
+
+        Returns:
+          An iterator over pairs of ints, in order.
+
+        Raises:
+          TypeError: an argument is not an int.
+          ValueError: it is out of range.
+
+        >>> import jax.numpy as jnp, tempfile
+        >>> from pytree_grads.attribution import fingerprint, open_index
+        >>> path = tempfile.mkdtemp() + "/index"
+        >>> made_of = fingerprint({"w": jnp.zeros(2)})
+        >>> index = open_index(path, size=6, dim=2, made_of=made_of)
+        >>> index.write(1, jnp.ones((2, 2)))
+        >>> list(index.missing(2)), list(index.missing(2, part=1, parts=2))
+        ([(0, 1), (3, 5), (5, 6)], [(3, 5), (5, 6)])
+        """
+        batch_size = _checks.whole("batch_size", batch_size, low=1)
+        parts = _checks.whole("parts", parts, low=1)
+        part = _checks.whole("part", part, low=0)
+        if part >= parts:
+            raise ValueError(f"part must be less than parts, {parts}, got {part}")
+        size = len(self.written)
+        first, last = part * size // parts, (part + 1) * size // parts
+        free = np.concatenate([[False], ~self.written[first:last], [False]])
+        (edges,) = np.nonzero(free[1:] != free[:-1])
+        runs = (first + edges).reshape(-1, 2).tolist()
+        return (
+            (start, min(start + batch_size, end))
+            for begin, end in runs
+            for start in range(begin, end, batch_size)
+        )
+
+    def write(self, start: int, features: Any) -> None:
+        """Write the features of a batch, and mark its rows when they are on disk.
+
+        Args:
+          start: the number of the batch's first example, an int.
+          features: (B, k) in float32.
+
+        Raises:
+          TypeError: ``features`` is not in float32, or ``start`` not an int.
+          ValueError: its shape does not fit, a number is not finite, or a row is
+            already written.
+
+        >>> import jax.numpy as jnp, tempfile
+        >>> from pytree_grads.attribution import fingerprint, open_index
+        >>> path = tempfile.mkdtemp() + "/index"
+        >>> made_of = fingerprint({"w": jnp.zeros(2)})
+        >>> index = open_index(path, size=4, dim=2, made_of=made_of)
+        >>> index.write(2, jnp.array([[1.0, 2.0]]))
+        >>> index.features[2]
+        memmap([1., 2.], dtype=float32)
+        """
+        start = _checks.whole("start", start, low=0)
+        block = np.asarray(features)
+        if block.dtype != np.float32:
+            raise TypeError(
+                f"features must be in float32, got {block.dtype}: write "
+                "features.astype('float32')"
+            )
+        size, dim = self.features.shape
+        if block.ndim != 2 or block.shape[1] != dim or start + len(block) > size:
+            raise ValueError(
+                f"features must have shape (B, {dim}) with start + B at most {size}, "
+                f"got {block.shape} from {start} on"
+            )
+        own = slice(start, start + len(block))
+        if self.written[own].any():
+            raise ValueError(
+                f"some of the rows {start} to {own.stop - 1} are already written: "
+                "loop over index.missing(batch_size)"
+            )
+        if not np.isfinite(block).all():
+            bad = start + np.nonzero(~np.isfinite(block).all(axis=1))[0]
+            raise ValueError(f"features of examples {bad[:8].tolist()} are not finite")
+        self.features[own] = block
+        self.features.flush()  # type: ignore[attr-defined]
+        self.written[own] = True
+        self.written.flush()  # type: ignore[attr-defined]
+
+    def rows(self) -> np.ndarray:
+        """The numbers of the examples that are written, in order.
+
+        Returns:
+          An array of ints, (R,).
+
+        >>> import jax.numpy as jnp, tempfile
+        >>> from pytree_grads.attribution import fingerprint, open_index
+        >>> path = tempfile.mkdtemp() + "/index"
+        >>> made_of = fingerprint({"w": jnp.zeros(2)})
+        >>> open_index(path, size=4, dim=2, made_of=made_of).rows()
+        array([], dtype=int64)
+        """
+        return np.nonzero(self.written)[0]
+
+    def scores(
+        self,
+        queries: Any,
+        made_of: dict[str, Any],
+        *,
+        damping: float | None = None,
+        block_size: int = 65536,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of the examples that are written, read block by block.
+
+        Without ``damping`` they are inner products Φ_q Φᵀ, as TracIn has them. With it,
+        they are Φ_q (ΦᵀΦ + λ)⁻¹ Φᵀ, as TRAK has them before residuals multiply them:
+        ``scores * residuals[rows]``.
+
+        Args:
+          queries: (Q, k) in float32, features of the queries.
+          made_of: their fingerprint, which must be that of the index.
+          damping: λ ≥ 0, or None for inner products.
+          block_size: how many rows are in memory at a time, an int ≥ 1.
+
+        Returns:
+          ``(scores, rows)``, (Q, R) and (R,): what is written when it is called.
+
+        Raises:
+          TypeError: an argument is of the wrong kind.
+          ValueError: the fingerprints differ; a shape does not fit; or ΦᵀΦ + λ is
+            singular.
+
+        >>> import jax.numpy as jnp, tempfile
+        >>> from pytree_grads.attribution import fingerprint, open_index
+        >>> path = tempfile.mkdtemp() + "/index"
+        >>> made_of = fingerprint({"w": jnp.zeros(2)})
+        >>> index = open_index(path, size=3, dim=2, made_of=made_of)
+        >>> index.write(0, jnp.array([[1.0, 0.0], [0.0, 2.0]]))
+        >>> print(*index.scores(jnp.array([[1.0, 1.0]]), made_of, damping=0.0))
+        [[1.  0.5]] [0 1]
+        """
+        _check_made_of(self.made_of, made_of, f"the index at {self.path}")
+        block_size = _checks.whole("block_size", block_size, low=1)
+        queries = _checks.floats("queries", queries, "(Q, k)")
+        dim = self.features.shape[1]
+        _checks.same("numbers of a feature", queries=queries.shape[1], index=dim)
+        rows = self.rows()
+        blocks = [rows[i : i + block_size] for i in range(0, len(rows), block_size)]
+        if damping is not None:
+            damping = _checks.number("damping", damping, low=0.0)
+            moment = jnp.zeros((dim, dim), jnp.float32)
+            for block in blocks:
+                phi = jnp.asarray(self.features[block])
+                moment = moment + phi.T @ phi
+            queries = solve_moment(moment, damping, queries)
+        scores = np.empty((len(queries), len(rows)), queries.dtype)
+        for i, block in enumerate(blocks):
+            own = slice(i * block_size, i * block_size + len(block))
+            scores[:, own] = queries @ jnp.asarray(self.features[block]).T
+        return scores, rows
