@@ -11,6 +11,8 @@ from models import MODELS
 from pytree_grads import jacobian
 from pytree_grads._engine.products import factored_sketch
 
+pytestmark = pytest.mark.any_release
+
 KINDS = ["kronecker", "tensor"]
 KEY = jax.random.key(7)
 

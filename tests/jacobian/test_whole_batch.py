@@ -11,6 +11,8 @@ from helpers import TraceCounter, tree_allclose
 from pytree_grads import jacobian, per_example_grad, value_and_jacobian
 from pytree_grads._jax.compat import all_equations
 
+pytestmark = pytest.mark.any_release
+
 N, K = 6, 3
 MODES = [{}, {"recompute": True}]
 each_mode = pytest.mark.parametrize("mode", MODES, ids=str)

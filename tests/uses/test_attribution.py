@@ -9,6 +9,8 @@ from sklearn.datasets import load_digits, load_iris
 
 from pytree_grads import attribution, fisher_product, gauss_newton_product, jacobian
 
+pytestmark = pytest.mark.any_release
+
 L2 = 1e-2
 
 

