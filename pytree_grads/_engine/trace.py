@@ -19,8 +19,9 @@ from .._trees.checks import check_arrays, describe
 from . import evaluate as _evaluate
 from . import graph as _graph
 from . import plan as _plan
+from . import thresholds
 from .leaf import Leaf, Summand
-from .sites import AtScan, AtValue, is_dense
+from .sites import AtScan, AtValue, Site, is_dense
 from .tails.part import Found
 from .tails.search import search
 from .tails.tail import Program, Tail
@@ -278,20 +279,34 @@ def factor(
         aux,
         rows(own),
         for_sum=None if alone is own else lambda: rows(alone),
-        pulls_back=any(_pulls_back(x, varying) for own in alone.terms for x in own),
+        pulls_back=_pulls_back([x for own in alone.terms for x in own], varying),
     )
 
 
-def _pulls_back(cut: _plan.Cut, varying: set[_graph.Atom]) -> bool:
-    """Whether a sum costs less without this cut, as one vector-Jacobian product.
+def _pulls_back(cuts: Sequence[_plan.Cut], varying: set[_graph.Atom]) -> bool:
+    """Whether a sum costs less without these cuts, as one vector-Jacobian product.
 
-    That is so for a matrix that is materialised for each example, and for factors that
-    a scan with rematerialisation stacks, which an ordinary backward pass need not keep.
+    That is so if most of what is kept are matrices that are materialised for each
+    example, or if a scan with rematerialisation stacks factors, which an ordinary
+    backward pass need not keep.
     """
-    if is_dense(cut.site):
-        differs = not isinstance(cut.site, AtValue) or cut.site.value in varying
-        return differs and len([n for n in cut.site.shape if n != 1]) > 1
-    site = cut.site
+    dense = kept = 0
+    for cut in cuts:
+        site = cut.site
+        if isinstance(site, AtValue) and site.value not in varying:
+            continue  # all examples share it
+        is_matrix = len([n for n in site.shape if n != 1]) > 1
+        if is_dense(site) and is_matrix:
+            dense += site.size
+        else:
+            kept += site.size
+        if not is_dense(site) and _rematerializes(site):
+            return True
+    return thresholds.exceeds(dense, kept)
+
+
+def _rematerializes(site: Site) -> bool:
+    """Whether a site is in a scan with rematerialisation."""
     while isinstance(site, AtScan):
         if site.equation.rematerializes:
             return True

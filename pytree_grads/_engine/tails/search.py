@@ -51,7 +51,11 @@ def search(
         return None
     keys = [key for x in plans for site in level.sound(x.terms) for key in site]
     level.set_evaluated(evaluate.needs_of(graph, [*keys, *results]))
-    at = [i for i, x in enumerate(plans) if level.has_tail(x.terms, leaves[i])]
+    at = [
+        i
+        for i, x in enumerate(plans)
+        if level.has_tail(x.terms, leaves[i]) and level.is_worth_it(leaves[i])
+    ]
     if not at:
         return None
     roots = tuple(leaves[i] for i in at)
@@ -126,6 +130,17 @@ class _Level:
         if not stacks and not any(self._materializes(*x) for x in opened):
             return False
         return self.kind(leaf) == "linear"
+
+    def is_worth_it(self, leaf: Atom) -> bool:
+        """Whether the sources of a leaf's tail are smaller than the leaf, or are terms.
+
+        A leaf that is small itself is kept as it is, if no term is materialised for it.
+        """
+        sources = [self.source(*x) for x in self.part([leaf]).all_sources]
+        if not all(is_dense(x.site) for own in sources for x in self.choice(own.plan)):
+            return True
+        size = sum(prod(own.shape) for own in sources)
+        return _is_larger(prod(leaf.aval.shape), size)
 
     def _materializes(self, level: "_Level", site: Site) -> bool:
         match site:
