@@ -18,7 +18,7 @@ QUICK += $(QUICK_MODELS:%=tests/jacobian/test_products.py::test_all_products[%])
 
 # How long it takes is said first: the environment is made before, and pytest is silent for long.
 ifneq ($(filter test,$(MAKECMDGOALS)),)
-$(info make test: all tests take about 10 minutes on two idle cores, a new environment 1 or 2 more. make quick takes about 1.)
+$(info make test: all tests take about 15 minutes on two idle cores, a new environment 1 or 2 more. make quick takes about 1.)
 endif
 ifneq ($(filter quick,$(MAKECMDGOALS)),)
 $(info make quick: some of the tests take about 1 minute on two idle cores, a new environment 1 or 2 more. make test runs all.)

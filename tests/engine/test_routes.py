@@ -20,6 +20,8 @@ from pytree_grads._engine.products.routes import norm_route, sum_flops
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from _flops import _bodies, _count_equation
 
+pytestmark = pytest.mark.any_release
+
 
 def count(jaxpr):
     """Products as the benchmarks count them, and one addition per entry of sums and

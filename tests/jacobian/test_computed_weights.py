@@ -19,6 +19,8 @@ import _computed as models
 from _flops import count
 from _layers import Draw
 
+pytestmark = pytest.mark.any_release
+
 MIB = 2**20
 FLOOR = 2 * MIB  # the memory of smaller programs is not compared
 TILE = 16 * MIB  # what rows may take that are built some at a time
