@@ -222,12 +222,13 @@ def _not_needed(*args: Any, **kwargs: Any) -> Any:
 def _like(values: PyTree, numbers: jax.Array) -> PyTree:
     """Numbers (N,) or (N, K) as a tree of outputs (N, *k), in their dtypes."""
     leaves, treedef = jax.tree.flatten(values)
-    flat = numbers.reshape(len(numbers), prod(numbers.shape[1:]))
+    if numbers.ndim == 1:  # scalar outputs
+        return jax.tree.unflatten(treedef, [numbers.astype(leaves[0].dtype)])
     ends = list(accumulate(prod(x.shape[1:]) for x in leaves))
-    parts = jnp.split(flat, ends[:-1], axis=1)
+    starts = [0, *ends[:-1]]
     shaped = [
-        part.reshape(x.shape).astype(x.dtype)
-        for part, x in zip(parts, leaves, strict=True)
+        numbers[:, start:end].reshape(x.shape).astype(x.dtype)
+        for start, end, x in zip(starts, ends, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, shaped)
 

@@ -65,7 +65,8 @@ ROWS = [
     Row("mul", lambda w: w * jnp.sin(w[0, 0])),
     Row("div", lambda w: w / jnp.asarray(MASK + 1.5, w.dtype)),
     Row("select_n", lambda w: jnp.where(MASK, w, jnp.zeros((), w.dtype))),
-    Row("select_n", lambda w: jnp.where(MASK, w, 2 * w)),
+    # Two pieces, each with zeros of its own.
+    Row("select_n", lambda w: jnp.where(MASK, w, 2 * w), folds=False),
     Row("dot_general", lambda w: MATRIX.astype(w.dtype) @ w),
     Row("dot_general", lambda w: w @ MATRIX[:K, :K].astype(w.dtype)),
     Row("dot_general", lambda w: w[:, :2] @ w[:2]),

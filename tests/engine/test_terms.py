@@ -119,7 +119,8 @@ def check_products(leaf):
     scaled = Matrix((leaf,), (c,))
     s = r * np.asarray(c)[:, None]
     assert_close(scaled.rows()[0].reshape(leaf.size, -1), s)
-    assert_close(scaled.gram(scaled), s @ s.T)
+    (found,) = scaled.gram(scaled, [range(len(scaled.leaves))])
+    assert_close(found, s @ s.T)
     assert_close(scaled.square_sum(None)[0].ravel(), np.sum(s**2, 0))
     assert_close(combined(scaled.leaf_norms()), np.linalg.norm(s, axis=1))
     valid = scaled.only(c > 0)

@@ -16,8 +16,6 @@ from pytree_grads import (
     chain_rule_value_and_grad, jacobian, per_example_grad, value_and_jacobian
 )
 
-pytestmark = pytest.mark.any_release
-
 def f(p, x):
     return jnp.dot(p, x)
 

