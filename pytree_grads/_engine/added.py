@@ -6,7 +6,7 @@ import jax
 
 from .._trees.algebra import carried_dtype
 from .absorbed import absorbed
-from .leaf import Leaf, Summand
+from .leaf import Leaf, Summand, as_arrays
 from .matrix import Matrix
 from .products.sums import rows as rows_of
 from .terms.dense import Dense
@@ -22,30 +22,17 @@ def added(one: Matrix, other: Matrix) -> tuple[Leaf, ...]:
 
 
 def _unweighted(matrix: Matrix) -> list[Leaf]:
-    """The same rows as leaves alone."""
+    """The leaves of a matrix, with weights and diagonal in their terms."""
     rows = matrix.selected()
     found = []
     for i, leaf in enumerate(rows.leaves):
         entries = rows.entries(i)
-        whole = leaf if entries is None else _as_arrays(leaf, entries)
-        found.append(absorbed(whole, rows.weight(i)))
+        if entries is not None:  # a diagonal that no factor can hold
+            stacked = rows_of(leaf, carried=True)
+            stacked *= entries.reshape(*[1] * len(leaf.rows), *entries.shape)
+            leaf = as_arrays(leaf, stacked, "a diagonal of its shape")
+        found.append(absorbed(leaf, rows.weight(i)))
     return found
-
-
-def _as_arrays(leaf: Leaf, entries: jax.Array) -> Leaf:
-    """The rows times a diagonal that no factor can hold, as arrays."""
-    stacked = rows_of(leaf, carried=True)
-    stacked *= entries.reshape(*[1] * len(leaf.rows), *entries.shape)
-    summand = Summand(
-        term=Dense(stacked),
-        shape=leaf.shape,
-        axis=0,
-        view=(),
-        factor=1.0,
-        row_axes=(len(leaf.rows),),
-        reason="a diagonal of its shape",
-    )
-    return replace(leaf, summands=(summand,))
 
 
 def _joined(summands: list[Summand]) -> tuple[Summand, ...]:

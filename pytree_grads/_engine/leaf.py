@@ -15,7 +15,7 @@ from .._trees.algebra import carried_dtype
 from . import thresholds
 from .einsum import times_rows
 from .scaling import inverse, power
-from .terms import pairs
+from .terms import Dense, pairs
 from .terms.protocol import Term
 from .views import Shape, View, apply, disjoint, isometric, transposed
 from .weighing import times
@@ -167,6 +167,20 @@ def at_output(leaf: Leaf, k: jax.Array) -> Leaf:
         return replace(summand, term=term, row_axes=row_axes)
 
     return replace(leaf, summands=tuple(map(of, leaf.summands)), outputs=None)
+
+
+def as_arrays(leaf: Leaf, stacked: jax.Array, reason: str) -> Leaf:
+    """The leaf whose rows are the arrays (*rows, *shape), for a reason."""
+    summand = Summand(
+        term=Dense(stacked),
+        shape=leaf.shape,
+        axis=0,
+        view=(),
+        factor=1.0,
+        row_axes=(len(leaf.rows),),
+        reason=reason,
+    )
+    return replace(leaf, summands=(summand,))
 
 
 def widened(leaf: Leaf, dtype: Any) -> Leaf:

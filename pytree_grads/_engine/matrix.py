@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from .._batches.chosen import Chosen
 from .._trees.algebra import carried_dtype, common_dtype
 from .absorbed import absorbed
-from .leaf import Leaf, Summand, chosen, weighted, widened
+from .leaf import Leaf, Summand, as_arrays, chosen, weighted, widened
 from .products import gram as _gram
 from .products import metric as _metric
 from .products import sums as _sums
@@ -19,7 +19,6 @@ from .products.scaled_norms import Norms
 from .tails.fold import fold
 from .tails.tail import Tail
 from .tails.through import Through, through
-from .terms import Dense
 
 
 @partial(
@@ -53,30 +52,44 @@ class Matrix:
         """All leaves; those with a tail have it folded into their terms."""
         if self.tail is None:
             return self.sources
-        plain, sources = self._plain, self.sources[len(self._plain) :]
-        found = dict(zip(plain, self.sources, strict=False))
-        found |= zip(self.tail.leaves, fold(self.tail, sources), strict=True)
-        return tuple(found[i] for i in range(len(found)))
+        return self._with_tailed(fold(self.tail, self._tail_sources))
 
     @property
     def _unfolded(self) -> tuple[Leaf, ...]:
         """All leaves; the rows of those with a tail go through it, entry by entry."""
-        if self.tail is None:
+        tail = self.tail
+        if tail is None:
             return self.sources
+        count = len(tail.leaves)
+        return self._with_tailed(
+            [through(tail, k, self._tail_sources) for k in range(count)]
+        )
+
+    def _with_tailed(self, leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
+        """All leaves, in order: those without a tail, and these, which have one."""
+        assert self.tail is not None
         found = dict(zip(self._plain, self.sources, strict=False))
-        sources = self.sources[len(self._plain) :]
-        for k, i in enumerate(self.tail.leaves):
-            found[i] = through(self.tail, k, sources)
-        return tuple(found[i] for i in range(len(found)))
+        found |= zip(self.tail.leaves, leaves, strict=True)
+        return tuple(found[i] for i in range(self._count))
+
+    @property
+    def _count(self) -> int:
+        """How many leaves there are."""
+        count = len(self.sources)
+        if self.tail is not None:
+            count += len(self.tail.leaves) - self.tail.program.source_count
+        return count
 
     @property
     def _plain(self) -> list[int]:
         """The positions of the leaves without a tail."""
         tailed = () if self.tail is None else self.tail.leaves
-        count = len(self.sources) + len(tailed)
-        if self.tail is not None:
-            count -= self.tail.program.source_count
-        return [i for i in range(count) if i not in tailed]
+        return [i for i in range(self._count) if i not in tailed]
+
+    @property
+    def _tail_sources(self) -> tuple[Leaf, ...]:
+        """The values where the tail begins."""
+        return self.sources[len(self._plain) :]
 
     @property
     def dtype(self) -> Any:
@@ -112,8 +125,7 @@ class Matrix:
     def _with_zeros(self, valid: jax.Array) -> "Matrix":
         """The rows, with zero factors and weight 0 for those that are not valid."""
         sources = tuple(_select(leaf, valid) for leaf in self.sources)
-        count = len(self._plain) + (0 if self.tail is None else len(self.tail.leaves))
-        ones = (jnp.ones(valid.shape, self.dtype),) * count
+        ones = (jnp.ones(valid.shape, self.dtype),) * self._count
         weights = _for_each(
             lambda w: jnp.where(valid, w, jnp.zeros_like(w)), self.weights or ones
         )
@@ -143,28 +155,22 @@ class Matrix:
         """
         if self.tail is None:
             return self
-        leaves = [
-            _as_rows(leaf) if any(isinstance(x, Through) for x in leaf.terms) else leaf
-            for leaf in self.leaves
-        ]
-        return replace(self, sources=tuple(leaves), tail=None)
+        return replace(self, sources=tuple(map(_as_rows, self.leaves)), tail=None)
 
     def by_leaf(self, number: Callable[[Leaf], int]) -> list[int]:
         """A cost of each leaf; that of a source counts for the first leaf behind it."""
-        plain = self._plain
-        found = dict(zip(plain, map(number, self.sources), strict=False))
+        found = dict(zip(self._plain, map(number, self.sources), strict=False))
         for i, own in [] if self.tail is None else self.tail.first_needed:
-            costs = zip(own, self.sources[len(plain) :], strict=True)
+            costs = zip(own, self._tail_sources, strict=True)
             found[i] = sum(number(leaf) for is_first, leaf in costs if is_first)
         return [found[i] for i in range(len(found))]
 
     def words_by_leaf(self) -> list[list[str]]:
         """What the tail of each leaf does, in words for users."""
         tail = self.tail
-        count = len(self._plain) + (0 if tail is None else len(tail.leaves))
         return [
             tail.program.words(i) if tail and i in tail.leaves else []
-            for i in range(count)
+            for i in range(self._count)
         ]
 
     def leaf_norms(self) -> list[Norms]:
@@ -203,13 +209,12 @@ class Matrix:
         """The weighted sums of leaves with a tail: added up first, then through it."""
         assert self.tail is not None
         tail = self.tail.of(positions)
-        sources = self.sources[len(self._plain) :]
         needed = tail.program.needed
         totals = [
             _sums.weighted_sum(leaf, self._weight(positions[0], weights, leaf))
             if own
             else jnp.zeros(leaf.shape, leaf.carried)
-            for leaf, own in zip(sources, needed, strict=True)
+            for leaf, own in zip(self._tail_sources, needed, strict=True)
         ]
         return dict(zip(positions, tail(totals), strict=True))
 
@@ -236,13 +241,11 @@ class Matrix:
                 self.dtype
             )
 
-        plain = rows._plain
-        for i, leaf in zip(plain, rows.sources, strict=False):
+        for i, leaf in zip(rows._plain, rows.sources, strict=False):
             total = plus(total, i, leaf, vectors[i])
-        sources = rows.sources[len(plain) :]
         for positions in rows._tailed:
             pulled = rows._pulled(positions, vectors)
-            for leaf, v in zip(sources, pulled, strict=True):
+            for leaf, v in zip(rows._tail_sources, pulled, strict=True):
                 total = plus(total, positions[0], leaf, v)
         return total
 
@@ -257,7 +260,7 @@ class Matrix:
             vectors[i].astype(carried_dtype(aval.dtype))
             for i, aval in zip(positions, avals, strict=True)
         ]
-        shapes = [(x.shape, x.dtype) for x in self.sources[len(self._plain) :]]
+        shapes = [(x.shape, x.dtype) for x in self._tail_sources]
         return tail.transposed(own, shapes)
 
     def gram(
@@ -344,7 +347,7 @@ def _weighted_gram(rows: Matrix, others: Matrix, i: int) -> jax.Array:
 
 
 def _traced_gram(rows: Matrix, others: Matrix, i: int) -> jax.Array:
-    """The same, summed over the outputs that both rows have in common."""
+    """The inner products of leaf i, summed over common outputs: (N, N′)."""
     leaf, theirs = rows.leaves[i], others.leaves[i]
     wider = common_dtype(leaf.carried, theirs.carried)
     mine = absorbed(widened(leaf, wider), rows.weight(i))
@@ -382,18 +385,11 @@ def _leading(x: jax.Array, ndim: int) -> jax.Array:
 
 
 def _as_rows(leaf: Leaf) -> Leaf:
-    """The leaf with its rows as arrays."""
+    """The leaf with its rows as arrays, if it goes through a program."""
+    if not any(isinstance(x, Through) for x in leaf.terms):
+        return leaf
     stacked = _sums.rows(leaf, carried=True)
-    summand = Summand(
-        term=Dense(stacked),
-        shape=leaf.shape,
-        axis=0,
-        view=(),
-        factor=1.0,
-        row_axes=(len(leaf.rows),),
-        reason="a tail that does not fold",
-    )
-    return replace(leaf, summands=(summand,))
+    return as_arrays(leaf, stacked, "a tail that does not fold")
 
 
 def _select(leaf: Leaf, valid: jax.Array) -> Leaf:

@@ -234,10 +234,10 @@ def factor(
     varying = trace.graph.downstream(trace.of_one_example)
     route = "auto" if form == "sum" else form
     plans = [_plan.plan_leaf(leaf, varying, route) for leaf in trace.leaves]
-    own = _form(trace, plans, _for_sums if form == "sum" else _for_rows, route)
+    own = _form(trace, varying, plans, _for_sums if form == "sum" else _for_rows, route)
     alone = own
     if with_sum and any(isinstance(x, Tracer) for x in batch.leaves):
-        alone = _form(trace, plans, _for_sums, route)
+        alone = _form(trace, varying, plans, _for_sums, route)
         if alone.is_like(own):
             alone = own
     asked = [own] if alone is own else [own, alone]
@@ -349,7 +349,11 @@ class _Form:
 
 
 def _form(
-    trace: Trace, plans: Sequence[_plan.LeafPlan], choice: Any, route: _plan.Route
+    trace: Trace,
+    varying: set[_graph.Atom],
+    plans: Sequence[_plan.LeafPlan],
+    choice: Any,
+    route: _plan.Route,
 ) -> _Form:
     """The cuts of all leaves in one form."""
     found = None
@@ -358,7 +362,7 @@ def _form(
             trace.graph,
             trace.leaves,
             trace.results,
-            trace.of_one_example,
+            varying,
             plans,
             choice,
         )

@@ -169,7 +169,7 @@ def gram(leaf: Leaf, other: Leaf, diagonal: jax.Array) -> jax.Array:
 
 
 def traced_gram(leaf: Leaf, other: Leaf, diagonal: jax.Array) -> jax.Array:
-    """The same, summed over the outputs that both rows have in common: (N, N′)."""
+    """Inner products times a diagonal, summed over common outputs: (N, N′)."""
     if leaf.outputs is None:
         return gram(leaf, other, diagonal)
 

@@ -82,12 +82,7 @@ def _joined(value: Sum) -> Sum:
         if len(pieces) == 1 or not any(x.weight is not None for x in pieces):
             found |= {piece: value[piece] for piece in pieces}
             continue
-        weights = [
-            value[x]
-            * (jnp.ones(x.sizes, x.right.dtype) if x.weight is None else x.weight)
-            for x in pieces
-        ]
-        total = reduce(jnp.add, weights)
+        total = reduce(jnp.add, [value[x] * _weight(x) for x in pieces])
         flops = max(x.flops for x in pieces)
         found[replace(first, weight=total, flops=flops)] = 1.0
     return found
@@ -108,7 +103,12 @@ def _aligned(pieces: list[Piece]) -> list[Piece]:
     if not full:
         return pieces
     guide = max(full, key=lambda x: min(x.size("M"), x.size("N")))
-    return [x if x is guide else _like(x, guide) for x in pieces]
+    # The axes of pieces are those of one value only if the same steps come after.
+    place = guide.shape, guide.after
+    return [
+        x if x is guide or (x.shape, x.after) != place else _like(x, guide)
+        for x in pieces
+    ]
 
 
 def _like(piece: Piece, guide: Piece) -> Piece:

@@ -104,8 +104,7 @@ def spread(piece: Piece, shape: Sequence[int], places: Sequence[int]) -> Piece |
         return replace(piece, axes=tuple(axes), groups=tuple(groups))
     if piece.is_scatter or piece.left is None or piece.left.shape[-1] != 1:
         return None
-    weight = piece.weight
-    if weight is not None:
+    if piece.weight is not None:
         return None
     return replace(piece, axes=tuple(axes), groups=tuple(groups))
 

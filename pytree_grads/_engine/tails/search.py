@@ -24,7 +24,7 @@ from ..facts import is_zero
 from ..graph import Atom, Equation, Graph, Value
 from ..plan import Cuts, LeafPlan
 from ..rules.scans import stacked
-from ..sites import AtNorm, AtRow, AtScan, AtTerm, AtValue, Site, is_dense
+from ..sites import AtRow, AtScan, AtTerm, AtValue, Site, is_dense
 from .linear import added, is_linear
 from .part import Found, Loop, Part, Source, Totals, number
 
@@ -37,16 +37,16 @@ def search(
     graph: Graph,
     leaves: Sequence[Atom],
     results: Sequence[Atom],
-    seeds: Sequence[Atom],
+    varying: set[Atom],
     plans: Sequence[LeafPlan],
     choice: Choice,
 ) -> Found | None:
     """The tail of the leaves that have one, or None.
 
-    `seeds` are the inputs that differ between examples, `results` what is evaluated in
-    any case, and `plans` the plans of the leaves without a tail.
+    `varying` are the values that differ between examples, `results` what is evaluated
+    in any case, and `plans` the plans of the leaves without a tail.
     """
-    level = _Level(graph, graph.downstream(seeds), choice)
+    level = _Level(graph, varying, choice)
     if not any(level.may_have_tail(x.terms) for x in plans):
         return None
     keys = [key for x in plans for site in level.sound(x.terms) for key in site]
@@ -140,7 +140,7 @@ class _Level:
         if not all(is_dense(x.site) for own in sources for x in self.choice(own.plan)):
             return True
         size = sum(prod(own.shape) for own in sources)
-        return _is_larger(prod(leaf.aval.shape), size)
+        return thresholds.exceeds(prod(leaf.aval.shape), size)
 
     def _materializes(self, level: "_Level", site: Site) -> bool:
         match site:
@@ -155,7 +155,7 @@ class _Level:
     def _inside(self, site: Site) -> tuple["_Level", Site]:
         """A site without the scans around it, and the level where it is."""
         level = self
-        while isinstance(site, AtScan | AtNorm | AtRow):
+        while isinstance(site, AtScan | AtRow):
             if isinstance(site, AtScan):
                 level = level.body(site.equation)
             site = site.site
@@ -236,7 +236,8 @@ class _Level:
         if self._has_terms(atom):
             return "term"
         size = sum(prod(x.aval.shape) for x in own)
-        return "linear" if _is_larger(prod(atom.aval.shape), size) else "array"
+        grows = thresholds.exceeds(prod(atom.aval.shape), size)
+        return "linear" if grows else "array"
 
     def _has_terms(self, atom: Atom) -> bool:
         """Whether terms of a value are smaller than the value itself."""
@@ -284,13 +285,10 @@ class _Level:
         found.remove(carry)
         if not any(level.kind(x) == "linear" for x in found):
             return None
-        part, changing = (
-            level.part(found),
-            body.downstream(body.inputs[equation.splits[0] :]),
-        )
-        is_same = (
-            not part.scans and not part.totals and changing.isdisjoint(part.shared)
-        )
+        part = level.part(found)
+        changing = body.downstream(body.inputs[carry_from:])
+        has_loops = part.scans or part.totals
+        is_same = not has_loops and changing.isdisjoint(part.shared)
         return found if is_same else None
 
     def plan(self, atom: Atom) -> LeafPlan:
@@ -401,7 +399,3 @@ class _Level:
         plan = LeafPlan(outside(inner.plan.for_rows), outside(inner.plan.for_sums))
         steps = (equation.params["length"],) if stacks else ()
         return Source(plan, (*steps, *inner.shape), dtype)
-
-
-def _is_larger(size: int, other: int) -> bool:
-    return thresholds.exceeds(size, other)
