@@ -528,9 +528,7 @@ def test_two_losses_have_closed_forms(seed):
     d = np.asarray(weightings.cagrad(gram_of(rows), c=c), np.float64) @ rows
     assert np.linalg.norm(d - uniform @ rows) <= radius * (1 + 1e-5)
     # The dual: the worst loss improves as much as the best direction can.
-    best = least_on_a_grid(
-        lambda w, norms: uniform @ gram @ w + radius * norms, gram
-    )
+    best = least_on_a_grid(lambda w, norms: uniform @ gram @ w + radius * norms, gram)
     assert np.min(rows @ d) >= best - 1e-4 * size**2
 
 
