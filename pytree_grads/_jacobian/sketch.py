@@ -58,7 +58,8 @@ class FactoredProjection:
         rows = matrix.selected()
         total = jnp.zeros((*rows.leaves[0].rows, self.dim), matrix.dtype)
         for i, leaf in enumerate(rows.leaves):
-            own = project(leaf, jax.random.fold_in(key, i), self.dim, self.kind)
+            own_key, entries = jax.random.fold_in(key, i), rows.entries(i)
+            own = project(leaf, own_key, self.dim, self.kind, entries)
             weight = rows.weight(i)
             if weight is not None:
                 own = own * weight.reshape(*leaf.rows, 1).astype(own.dtype)

@@ -25,8 +25,8 @@ from ..terms.scatter import Scatter
 from ..views import Reshape, Transpose, View, apply
 from ..weighing import times
 
-# How many multiplications take as long as one addition at a place that is looked up.
-_ADDITION = 16
+# How many multiplications take as long as to look up one entry.
+_LOOK_UP = 16
 
 
 class Map(Protocol):
@@ -65,12 +65,12 @@ class Sketch(Protocol):
         """A row as a matrix, (M, N) to (dim,)."""
         ...
 
-    def pair_cost(self, sizes: int) -> int:
-        """Operations for a pair of vectors of so many entries together."""
+    def pair_cost(self, sizes: Shape) -> int:
+        """Operations for a pair of vectors of such sizes."""
         ...
 
-    def matrix_cost(self, entries: int) -> int:
-        """Operations for a row of so many entries."""
+    def matrix_cost(self, sizes: Shape) -> int:
+        """Operations for a row that is a matrix of such a shape."""
         ...
 
 
@@ -108,35 +108,49 @@ def signs(key: jax.Array, size: int, dim: int, dtype: Any) -> Signs:
 
 @dataclass(frozen=True)
 class Count:
-    """A count sketch: each entry is added to one of `dim` numbers, with a sign."""
+    """A count sketch: each entry is added to one of `dim` numbers, with a sign.
+
+    Entries come in runs of `dim`, of which no two go to the same number. So each number
+    looks up one entry of every run, which is many times faster than adding at places.
+    """
 
     bucket: jax.Array  # (size,)
     sign: jax.Array  # (size,)
     dim: int
+    first: Any = 0  # the number of the first entry, an int or traced
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        empty = jnp.zeros((*x.shape[:-1], self.dim), x.dtype)
-        return empty.at[..., self.bucket].add(x * self._like(self.sign, x))
+        size, entry = x.shape[-1], jnp.arange(x.shape[-1])
+        begin = self.first % self.dim
+        runs = -(-size // self.dim)
+        if not isinstance(begin, int) or begin:
+            runs += 1  # where a part begins and ends within a run
+        place = (begin + entry) // self.dim * self.dim + self.bucket
+        # Which entry is looked up; `size` where there is none.
+        source = jnp.full(runs * self.dim, size).at[place].set(entry)
+        sign = self.sign.at[source].get(mode="fill", fill_value=0).astype(x.dtype)
+        found = x.at[..., source].get(mode="fill", fill_value=0) * sign.reshape(
+            *[1] * (x.ndim - 1), -1
+        )
+        return jnp.sum(found.reshape(*x.shape[:-1], runs, self.dim), axis=-2)
 
     def part(self, start: Any, size: int) -> "Count":
         take = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-        return Count(take(self.bucket), take(self.sign), self.dim)
+        first = self.first + start
+        return Count(take(self.bucket), take(self.sign), self.dim, first)
 
     def lines(self, index: jax.Array) -> jax.Array:
         sign = self.sign.at[index].get(mode="fill", fill_value=0)
         bucket = self.bucket.at[index].get(mode="fill", fill_value=0)
         return jax.nn.one_hot(bucket, self.dim, dtype=sign.dtype) * sign[..., None]
 
-    @staticmethod
-    def _like(sign: jax.Array, x: jax.Array) -> jax.Array:
-        sign = sign.astype(x.dtype)
-        return sign.reshape(*[1] * (x.ndim - 1), -1)
-
 
 def count(key: jax.Array, size: int, dim: int, dtype: Any) -> Count:
-    """Buckets and signs, independent of each other."""
+    """A random order of the numbers for each run, and signs independent of it."""
     where, which = jax.random.split(key)
-    bucket = jax.random.randint(where, (size,), 0, dim)
+    runs = jnp.broadcast_to(jnp.arange(dim), (-(-size // dim), dim))
+    orders = jax.random.permutation(where, runs, axis=1, independent=True)
+    bucket = orders.reshape(-1)[:size]
     return Count(bucket, jax.random.rademacher(which, (size,), dtype), dim)
 
 
@@ -146,11 +160,12 @@ def count(key: jax.Array, size: int, dim: int, dtype: Any) -> Count:
 
 @dataclass(frozen=True)
 class Kronecker:
-    """(P_left a) ⊗ (P_right b)."""
+    """(P_left a) ⊗ (P_right b), from some place on: other leaves have others."""
 
     left: Signs
     right: Signs
     dim: int
+    place: jax.Array
 
     def pairs(self, left: jax.Array, right: jax.Array) -> jax.Array:
         return self._flat(dot("tl,tr->lr", left, right))
@@ -158,25 +173,25 @@ class Kronecker:
     def matrix(self, row: jax.Array) -> jax.Array:
         return self._flat(self.right(self.left(row.T).T))
 
-    def pair_cost(self, sizes: int) -> int:
+    def pair_cost(self, sizes: Shape) -> int:
         left, right = self.left.dim, self.right.dim
-        return 2 * (sizes * max(left, right) + left * right)
+        return 2 * (sum(sizes) * max(left, right) + left * right)
 
-    def matrix_cost(self, entries: int) -> int:
-        return 2 * entries * self.left.dim
+    def matrix_cost(self, sizes: Shape) -> int:
+        return 2 * prod(sizes) * self.left.dim
 
     def _flat(self, block: jax.Array) -> jax.Array:
-        """(l, r) numbers in the first places of `dim`."""
+        """(l, r) numbers in consecutive places of `dim`, the last before the first."""
         flat = block.reshape(-1)
-        return jnp.pad(flat, (0, self.dim - flat.size))
+        return jnp.roll(jnp.pad(flat, (0, self.dim - flat.size)), self.place)
 
 
 def kronecker(key: jax.Array, shape: Shape, dim: int, dtype: Any) -> Kronecker:
     """The map of leaves (M, N), with the sides that `sides` gives."""
-    keys = jax.random.split(key)
+    *keys, where = jax.random.split(key, 3)
     both = zip(keys, shape, sides(shape, dim), strict=True)
     left, right = (signs(k, size, own, dtype) for k, size, own in both)
-    return Kronecker(left, right, dim)
+    return Kronecker(left, right, dim, jax.random.randint(where, (), 0, dim))
 
 
 def sides(shape: Shape, dim: int) -> Shape:
@@ -212,17 +227,21 @@ class Tensor:
         return jnp.fft.irfft(jnp.sum(left * right, axis=0), n=self.dim)
 
     def matrix(self, row: jax.Array) -> jax.Array:
-        bucket = (self.left.bucket[:, None] + self.right.bucket[None, :]) % self.dim
-        sign = self.left.sign[:, None] * self.right.sign[None, :]
-        signed = row * sign.astype(row.dtype)
-        return jnp.zeros(self.dim, row.dtype).at[bucket].add(signed)
+        longer, shorter = self.left, self.right
+        if row.shape[0] < row.shape[1]:
+            row, longer, shorter = row.T, shorter, longer
+        signed = row.T * shorter.sign[:, None].astype(row.dtype)
+        images = longer(signed)  # (short, dim), each to be turned by its bucket
+        turned = jnp.arange(self.dim)[None] - shorter.bucket[:, None]
+        return jnp.sum(jnp.take_along_axis(images, turned % self.dim, axis=1), axis=0)
 
-    def pair_cost(self, sizes: int) -> int:
+    def pair_cost(self, sizes: Shape) -> int:
         transforms = 8 * self.dim * max(1, self.dim.bit_length())
-        return _ADDITION * sizes + transforms
+        looked_up = sum(-(-size // self.dim) * self.dim for size in sizes)
+        return _LOOK_UP * looked_up + transforms
 
-    def matrix_cost(self, entries: int) -> int:
-        return _ADDITION * entries
+    def matrix_cost(self, sizes: Shape) -> int:
+        return _LOOK_UP * (prod(sizes) + self.dim * min(sizes))
 
 
 def tensor(key: jax.Array, shape: Shape, dim: int, dtype: Any) -> Tensor:
@@ -241,21 +260,15 @@ KINDS: dict[str, Callable[..., Sketch]] = {"kronecker": kronecker, "tensor": ten
 # Rows of a leaf
 
 
-def project(leaf: Leaf, key: jax.Array, dim: int, kind: str) -> jax.Array:
-    """The sketches of all rows of a leaf: real, (*rows, dim)."""
+def project(
+    leaf: Leaf, key: jax.Array, dim: int, kind: str, entries: jax.Array | None = None
+) -> jax.Array:
+    """The sketches of all rows of a leaf: real, (*rows, dim).
+
+    `entries` multiply those of each row.
+    """
     inner, outer = jax.random.split(key)
-    if len(leaf.shape) < 2 or 0 in leaf.shape:
-        whole = count(inner, prod(leaf.shape), dim, leaf.real)
-        of_term = _vector(whole)
-        materializes = True
-    else:
-        split = split_of(leaf.shape)
-        shape = prod(leaf.shape[:split]), prod(leaf.shape[split:])
-        sketch = KINDS[kind](inner, shape, dim, leaf.real)
-        of_term = partial(_of_term, sketch, shape, leaf.shape, split)
-        materializes = any(
-            _by_factors(sketch, x, leaf.shape, split) is None for x in leaf.summands
-        )
+    of_term, materializes = _way(leaf, inner, dim, kind, entries)
 
     def one(terms: Sequence[Term]) -> jax.Array:
         total = jnp.zeros(dim, leaf.carried)
@@ -273,32 +286,72 @@ def project(leaf: Leaf, key: jax.Array, dim: int, kind: str) -> jax.Array:
     return rows.real * parts[0] + rows.imag * parts[1]
 
 
+def _way(
+    leaf: Leaf, key: jax.Array, dim: int, kind: str, entries: jax.Array | None
+) -> tuple[Callable[[Summand, Term], jax.Array], bool]:
+    """How a term of a row is projected, and whether any row is built for that."""
+
+    def row(summand: Summand, term: Term) -> jax.Array:
+        block = apply(summand.view, term.materialize())
+        return block if entries is None else block * entries.astype(block.dtype)
+
+    if not has_sides(leaf.shape):
+        whole = count(key, prod(leaf.shape), dim, leaf.real)
+        return lambda *x: whole(row(*x).reshape(-1)), True
+    split = split_of(leaf.shape)
+    shape = side_sizes(leaf.shape)
+    sketch = KINDS[kind](key, shape, dim, leaf.real)
+
+    def of_term(summand: Summand, term: Term) -> jax.Array:
+        found = _by_factors(sketch, summand, leaf.shape, split)
+        if found is None or entries is not None:
+            return sketch.matrix(row(summand, term).reshape(shape))
+        return _of_factors(sketch, found, summand, term)
+
+    return of_term, entries is not None or any(
+        _by_factors(sketch, x, leaf.shape, split) is None for x in leaf.summands
+    )
+
+
+def route(leaf: Leaf, dim: int, kind: str, is_whole: bool) -> str:
+    """How a kind projects the rows of a leaf, in words for users.
+
+    `is_whole` says that rows are built anyhow, to multiply them by a diagonal.
+    """
+    if not leaf.summands:
+        return "zero"
+    if not has_sides(leaf.shape):
+        return "its row in full"
+    shape = side_sizes(leaf.shape)
+    sketch = KINDS[kind](jax.random.key(0), shape, dim, leaf.real)
+    split, ways = split_of(leaf.shape), []
+    for x in leaf.summands:
+        by_row = is_whole or _by_factors(sketch, x, leaf.shape, split) is None
+        ways.append("its matrix" if by_row else "factors")
+    return " + ".join(dict.fromkeys(ways))
+
+
+def has_sides(shape: Shape) -> bool:
+    """Whether a leaf is a matrix for the factored kinds; a vector gains nothing."""
+    return len(shape) >= 2 and 0 not in shape
+
+
+def side_sizes(shape: Shape) -> Shape:
+    """How many entries each side of a leaf has."""
+    split = split_of(shape)
+    return prod(shape[:split]), prod(shape[split:])
+
+
 def split_of(shape: Shape) -> int:
     """How many axes of a leaf are the left side: M + N is least; ties take more."""
     sizes = [(prod(shape[:k]) + prod(shape[k:]), -k) for k in range(1, len(shape))]
     return -min(sizes)[1]
 
 
-def _vector(whole: Count) -> Callable[[Summand, Term], jax.Array]:
-    def of_term(summand: Summand, term: Term) -> jax.Array:
-        return whole(apply(summand.view, term.materialize()).reshape(-1))
-
-    return of_term
-
-
-def _of_term(
-    sketch: Sketch,
-    shape: Shape,
-    leaf_shape: Shape,
-    split: int,
-    summand: Summand,
-    term: Term,
+def _of_factors(
+    sketch: Sketch, found: "Orientation", summand: Summand, term: Term
 ) -> jax.Array:
-    """The sketch of one term of one row."""
-    found = _by_factors(sketch, summand, leaf_shape, split)
-    if found is None:
-        block = apply(summand.view, term.materialize())
-        return sketch.matrix(block.reshape(shape))
+    """The sketch of one term of one row, one side of its vectors at a time."""
     of_left, of_right = sketch.left, sketch.right
     if found.is_swapped:
         of_left, of_right = of_right, of_left
@@ -328,8 +381,8 @@ def _by_factors(
     if found is None:
         return None
     one, (blocks, m, n) = summand.of_one_row, summand.shape
-    factors = blocks * one.pair_count * sketch.pair_cost(m + n)
-    rows = one.row_cost + sketch.matrix_cost(blocks * m * n)
+    factors = blocks * one.pair_count * sketch.pair_cost((m, n))
+    rows = one.row_cost + sketch.matrix_cost(side_sizes(shape))
     return found if factors <= rows else None
 
 
