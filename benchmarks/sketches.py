@@ -92,37 +92,24 @@ def rows_of(model: Model, dims: Sequence[int], seconds: float) -> list[list[str]
 
     own_time = times["J"].over(times["gradient"])
     bytes_of_J = alone.temp_bytes + sum(x.nbytes for x in jax.tree.leaves(alone()))
+    own = shown(own_time), "", shown(bytes_of_J / base.temp_bytes), ""
     lines = [
         [model.name, "ordinary gradient", "", "1.00", "", "1.00", ""],
-        [
-            "",
-            "J alone",
-            "",
-            shown(own_time),
-            "",
-            shown(bytes_of_J / base.temp_bytes),
-            "",
-        ],
+        ["", "J alone", "", *own],
     ]
-    for (kind, dim), program in ((x, made[x]) for x in made if isinstance(x, tuple)):
-        time, more = (
-            times[kind, dim].over(times["gradient"]),
-            beyond(times, (kind, dim)),
-        )
+    for case, program in ((x, made[x]) for x in made if isinstance(x, tuple)):
+        kind, dim = case
+        time, more = times[case].over(times["gradient"]), beyond(times, case)
         if kind != "dense":
-            cells = (
-                shown(time),
-                shown(more),
-                memory(program),
-                shown(operations(program)),
-            )
-            lines.append(["", kind, f"{dim:,}", *cells])
+            cells = time, more, program.temp_bytes / base.temp_bytes
+            told = [*map(shown, cells), shown(operations(program))]
+            lines.append(["", kind, f"{dim:,}", *told])
             continue
         for other in dims:
-            times_more = other / dim
-            cells = own_time + times_more * more, times_more * more
+            factor = other / dim
+            cells = own_time + factor * more, factor * more
             told = [f"≈ {shown(x)}" for x in cells]
-            told += [memory(program), f"≈ {shown(times_more * operations(program))}"]
+            told += [memory(program), f"≈ {shown(factor * operations(program))}"]
             lines.append(["", kind, f"{other:,}", *told])
     lines[0][0] += f" ({human_seconds(times['gradient'].median)})"
     return lines

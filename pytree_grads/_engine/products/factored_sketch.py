@@ -6,10 +6,10 @@ own to few numbers; an outer product is projected by its two vectors, and any ot
 as the matrix that it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import isqrt, prod
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -98,14 +98,6 @@ class Signs:
         return self.entries.at[index].get(mode="fill", fill_value=0)
 
 
-def signs(key: jax.Array, size: int, dim: int, dtype: Any) -> Signs:
-    """±1/√dim; a side that is not longer than `dim` is kept whole, with signs."""
-    if size <= dim:
-        return Signs(jnp.diag(jax.random.rademacher(key, (size,), dtype)))
-    entries = jax.random.rademacher(key, (size, dim), dtype)
-    return Signs(entries * jnp.asarray(dim, dtype) ** -0.5)
-
-
 @dataclass(frozen=True)
 class Count:
     """A count sketch: each entry is added to one of `dim` numbers, with a sign.
@@ -145,13 +137,50 @@ class Count:
         return jax.nn.one_hot(bucket, self.dim, dtype=sign.dtype) * sign[..., None]
 
 
-def count(key: jax.Array, size: int, dim: int, dtype: Any) -> Count:
-    """A random order of the numbers for each run, and signs independent of it."""
-    where, which = jax.random.split(key)
-    runs = jnp.broadcast_to(jnp.arange(dim), (-(-size // dim), dim))
-    orders = jax.random.permutation(where, runs, axis=1, independent=True)
-    bucket = orders.reshape(-1)[:size]
-    return Count(bucket, jax.random.rademacher(which, (size,), dtype), dim)
+@dataclass(frozen=True)
+class Side:
+    """What is drawn for the map of one side."""
+
+    size: int
+    dim: int
+    counts: bool  # a count sketch; otherwise signs
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the side is kept whole, with signs."""
+        return not self.counts and self.size <= self.dim
+
+    @property
+    def signs(self) -> int:
+        """How many random signs it takes."""
+        return self.size if self.counts or self.is_kept else self.size * self.dim
+
+    @property
+    def runs(self) -> int:
+        """How many random orders of `dim` numbers it takes."""
+        return -(-self.size // self.dim) if self.counts else 0
+
+    def map(self, signs: jax.Array, orders: jax.Array) -> Any:
+        """The map of these signs and orders."""
+        if self.counts:
+            return Count(orders.reshape(-1)[: self.size], signs, self.dim)
+        if self.is_kept:
+            return Signs(jnp.diag(signs))
+        entries = signs.reshape(self.size, self.dim)
+        return Signs(entries * jnp.asarray(self.dim, signs.dtype) ** -0.5)
+
+
+def drawn(key: jax.Array, sides: Sequence[Side], dim: int, dtype: Any) -> list[Any]:
+    """The maps of all sides, drawn at once: a draw takes long to compile."""
+    one, two = jax.random.split(key)
+    signs = jax.random.rademacher(one, (sum(x.signs for x in sides),), dtype)
+    bits = jax.random.bits(two, (sum(x.runs for x in sides), dim))
+    orders = jnp.argsort(bits, axis=1)
+    found, i, k = [], 0, 0
+    for x in sides:
+        found.append(x.map(signs[i : i + x.signs], orders[k : k + x.runs]))
+        i, k = i + x.signs, k + x.runs
+    return found
 
 
 # ------------------------------------------------------------------------------------
@@ -186,26 +215,18 @@ class Kronecker:
         return jnp.roll(jnp.pad(flat, (0, self.dim - flat.size)), self.place)
 
 
-def kronecker(key: jax.Array, shape: Shape, dim: int, dtype: Any) -> Kronecker:
-    """The map of leaves (M, N), with the sides that `sides` gives."""
-    *keys, where = jax.random.split(key, 3)
-    both = zip(keys, shape, sides(shape, dim), strict=True)
-    left, right = (signs(k, size, own, dtype) for k, size, own in both)
-    return Kronecker(left, right, dim, jax.random.randint(where, (), 0, dim))
-
-
-def sides(shape: Shape, dim: int) -> Shape:
+def side_dims(shape: Shape, dim: int) -> Shape:
     """How many numbers each side of a matrix (M, N) is mapped to.
 
     A side that is at most √dim long is kept whole, and the other gets dim // side.
-    Otherwise they are the two factors of dim that are nearest to each other.
+    Otherwise one is the whole part of √dim, and the other what dim has room for.
     """
     rows, columns = shape
     if rows**2 <= dim:
         return max(rows, 1), min(columns, dim // max(rows, 1))
     if columns**2 <= dim:
         return min(rows, dim // max(columns, 1)), max(columns, 1)
-    small = max(d for d in range(1, int(dim**0.5) + 1) if not dim % d)
+    small = isqrt(dim)
     large = dim // small
     pair = (small, large) if rows <= columns else (large, small)
     return min(rows, pair[0]), min(columns, pair[1])
@@ -244,16 +265,41 @@ class Tensor:
         return _LOOK_UP * (prod(sizes) + self.dim * min(sizes))
 
 
-def tensor(key: jax.Array, shape: Shape, dim: int, dtype: Any) -> Tensor:
-    """The map of leaves (M, N): a count sketch for each side."""
-    keys = jax.random.split(key)
-    left, right = (
-        count(k, size, dim, dtype) for k, size in zip(keys, shape, strict=True)
-    )
-    return Tensor(left, right, dim)
+KINDS = ("kronecker", "tensor")
 
 
-KINDS: dict[str, Callable[..., Sketch]] = {"kronecker": kronecker, "tensor": tensor}
+def maps(
+    key: jax.Array, shapes: Sequence[Shape], dim: int, kind: str, dtype: Any
+) -> list[Count | Sketch]:
+    """The map of each leaf: a count sketch for a vector, whose factors gain nothing."""
+    sides = [_sides(shape, dim, kind) for shape in shapes]
+    inner, outer = jax.random.split(key)
+    places = jax.random.randint(outer, (len(shapes),), 0, dim)
+    rest = iter(drawn(inner, [x for own in sides for x in own], dim, dtype))
+    found: list[Count | Sketch] = []
+    for place, own in zip(places, sides, strict=True):
+        ends = [next(rest) for _ in own]
+        if len(ends) == 1:
+            found += ends
+            continue
+        left, right = ends
+        found.append(
+            Kronecker(left, right, dim, place)
+            if kind == "kronecker"
+            else Tensor(left, right, dim)
+        )
+    return found
+
+
+def _sides(shape: Shape, dim: int, kind: str) -> list[Side]:
+    """The sides of a leaf; a vector, or a leaf without entries, has one."""
+    if len(shape) < 2 or 0 in shape:
+        return [Side(prod(shape), dim, counts=True)]
+    both = side_sizes(shape)
+    if kind == "tensor":
+        return [Side(size, dim, counts=True) for size in both]
+    own = side_dims(both, dim)
+    return [Side(m, d, counts=False) for m, d in zip(both, own, strict=True)]
 
 
 # ------------------------------------------------------------------------------------
@@ -261,79 +307,61 @@ KINDS: dict[str, Callable[..., Sketch]] = {"kronecker": kronecker, "tensor": ten
 
 
 def project(
-    leaf: Leaf, key: jax.Array, dim: int, kind: str, entries: jax.Array | None = None
+    leaf: Leaf, own: Count | Sketch, dim: int, entries: jax.Array | None = None
 ) -> jax.Array:
-    """The sketches of all rows of a leaf: real, (*rows, dim).
+    """The sketches of all rows of a leaf, by its map: (*rows, dim).
 
     `entries` multiply those of each row.
     """
-    inner, outer = jax.random.split(key)
-    of_term, materializes = _way(leaf, inner, dim, kind, entries)
+
+    def of_term(summand: Summand, term: Term) -> jax.Array:
+        if not isinstance(own, Count) and entries is None:
+            found = _by_factors(own, summand, leaf.shape)
+            if found is not None:
+                return _of_factors(own, found, summand, term)
+        block = apply(summand.view, term.materialize())
+        if entries is not None:
+            block = block * entries.astype(block.dtype)
+        if isinstance(own, Count):
+            return own(block.reshape(-1))
+        return own.matrix(block.reshape(side_sizes(leaf.shape)))
 
     def one(terms: Sequence[Term]) -> jax.Array:
         total = jnp.zeros(dim, leaf.carried)
         for summand, term in zip(leaf.summands, terms, strict=True):
-            own = of_term(summand, term).astype(leaf.carried)
-            total += times(own, summand.factor)
+            found = of_term(summand, term).astype(leaf.carried)
+            total += times(found, summand.factor)
         return total
 
-    rows = over_rows(one, leaf, materializes=materializes)
-    if not jnp.iscomplexobj(rows):
-        return rows
-    # Real and imaginary parts get signs of their own, so that their products vanish.
-    parts = jax.random.rademacher(outer, (2, dim), leaf.real)
-    parts = parts.reshape(2, *[1] * (rows.ndim - 1), dim)
-    return rows.real * parts[0] + rows.imag * parts[1]
+    is_whole = entries is not None
+    by_factors = [_takes_factors(own, x, leaf.shape, is_whole) for x in leaf.summands]
+    return over_rows(one, leaf, materializes=not all(by_factors))
 
 
-def _way(
-    leaf: Leaf, key: jax.Array, dim: int, kind: str, entries: jax.Array | None
-) -> tuple[Callable[[Summand, Term], jax.Array], bool]:
-    """How a term of a row is projected, and whether any row is built for that."""
-
-    def row(summand: Summand, term: Term) -> jax.Array:
-        block = apply(summand.view, term.materialize())
-        return block if entries is None else block * entries.astype(block.dtype)
-
-    if not has_sides(leaf.shape):
-        whole = count(key, prod(leaf.shape), dim, leaf.real)
-        return lambda *x: whole(row(*x).reshape(-1)), True
-    split = split_of(leaf.shape)
-    shape = side_sizes(leaf.shape)
-    sketch = KINDS[kind](key, shape, dim, leaf.real)
-
-    def of_term(summand: Summand, term: Term) -> jax.Array:
-        found = _by_factors(sketch, summand, leaf.shape, split)
-        if found is None or entries is not None:
-            return sketch.matrix(row(summand, term).reshape(shape))
-        return _of_factors(sketch, found, summand, term)
-
-    return of_term, entries is not None or any(
-        _by_factors(sketch, x, leaf.shape, split) is None for x in leaf.summands
-    )
-
-
-def route(leaf: Leaf, dim: int, kind: str, is_whole: bool) -> str:
-    """How a kind projects the rows of a leaf, in words for users.
+def in_words(leaf: Leaf, own: Count | Sketch, *, is_whole: bool) -> str:
+    """From what the rows of a leaf are projected, and to what, for users.
 
     `is_whole` says that rows are built anyhow, to multiply them by a diagonal.
     """
-    if not leaf.summands:
+    if not leaf.summands or not prod(leaf.shape):
         return "zero"
-    if not has_sides(leaf.shape):
-        return "its row in full"
-    shape = side_sizes(leaf.shape)
-    sketch = KINDS[kind](jax.random.key(0), shape, dim, leaf.real)
-    split, ways = split_of(leaf.shape), []
-    for x in leaf.summands:
-        by_row = is_whole or _by_factors(sketch, x, leaf.shape, split) is None
-        ways.append("its matrix" if by_row else "factors")
-    return " + ".join(dict.fromkeys(ways))
+    if isinstance(own, Count):
+        return "row in full: a vector"
+    ways = [
+        "factors" if _takes_factors(own, x, leaf.shape, is_whole) else "row in full"
+        for x in leaf.summands
+    ]
+    to = f", {own.left.dim}x{own.right.dim}" if isinstance(own, Kronecker) else ""
+    return " + ".join(dict.fromkeys(ways)) + to
 
 
-def has_sides(shape: Shape) -> bool:
-    """Whether a leaf is a matrix for the factored kinds; a vector gains nothing."""
-    return len(shape) >= 2 and 0 not in shape
+def _takes_factors(
+    own: Count | Sketch, summand: Summand, shape: Shape, is_whole: bool
+) -> bool:
+    """Whether a term is projected by its factors; else its row is built."""
+    if is_whole or isinstance(own, Count):
+        return False
+    return _by_factors(own, summand, shape) is not None
 
 
 def side_sizes(shape: Shape) -> Shape:
@@ -373,11 +401,9 @@ def _of_factors(
     return sketch.pairs(left, right)
 
 
-def _by_factors(
-    sketch: Sketch, summand: Summand, shape: Shape, split: int
-) -> "Orientation | None":
+def _by_factors(sketch: Sketch, summand: Summand, shape: Shape) -> "Orientation | None":
     """Where the term stands, if its factors are cheaper than its row as a matrix."""
-    found = _orientation(summand, shape, split)
+    found = _orientation(summand, shape, split_of(shape))
     if found is None:
         return None
     one, (blocks, m, n) = summand.of_one_row, summand.shape
