@@ -64,8 +64,9 @@ def _count_equation(equation: Any, everything: bool) -> float:
     bodies = [count(body, everything=everything) for body in _bodies(params)]
     if equation.primitive is p.cond_p:
         return max(bodies)
-    scatters = equation.primitive.name.startswith("scatter")  # whose bodies are scalar
-    if bodies and not scatters:
+    # The bodies of these are of two numbers.
+    is_entrywise = equation.primitive.name.startswith(("scatter", "reduce"))
+    if bodies and not is_entrywise:
         return sum(bodies) * (params["length"] if equation.primitive is p.scan_p else 1)
     return _by_entries(equation, shapes) if everything else 0.0
 
