@@ -201,10 +201,12 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     rows = jnp.broadcast_to(everything, (options.models, count))
     models = fit_many("models", rows, keys, train, options.epochs, none(options.models))
     for kind in KINDS:
+        is_dense = kind == "dense"
+        damping = options.trak_damping if is_dense else options.factored_damping
         found = traks(models, query, train, options.dim, kind)
         for size in sorted({n for n in (1, 10, 50) if n <= options.models}):
             arguments = zip(*found[:size], strict=True)
-            one = attribution.trak(*arguments, damping=options.trak_damping)
+            one = attribution.trak(*arguments, damping=damping)
             name = f"TRAK-{size}" if kind == "dense" else f"TRAK-{size}, {kind}"
             figures[name] = judged(one)
 
@@ -246,7 +248,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         type=float,
         help="of influence; 1/(rate · steps) by default, as stopping early has it",
     )
-    parser.add_argument("--trak-damping", type=float, default=1.0, help="(%(default)s)")
+    parser.add_argument("--trak-damping", type=float, default=0.0, help="(%(default)s)")
+    parser.add_argument(
+        "--factored-damping",
+        type=float,
+        default=100.0,
+        help="of TRAK with factored sketches (%(default)s)",
+    )
     add_save_option(parser, "attribution")
     options = parser.parse_args(argv)
     start = time.perf_counter()

@@ -54,7 +54,7 @@ def fingerprint(params: Any, key: Any = None, *, kind: str = "dense") -> dict[st
             raise TypeError(f"params{name} must be an array, got {leaf!r}")
         value = np.ascontiguousarray(leaf)
         digest.update(value.tobytes())
-        leaves.append([name, list(value.shape), str(leaf.dtype)])
+        leaves.append([name, list(np.shape(leaf)), str(leaf.dtype)])
     return {
         "leaves": leaves,
         "values": digest.hexdigest(),
@@ -294,7 +294,8 @@ class Index:
         ``scores * residuals[rows]``.
 
         Args:
-          queries: (Q, k) in float32, features of the queries.
+          queries: (Q, k) of floats, features of the queries; the scores have their
+            dtype, and no less than float32.
           made_of: their fingerprint, which must be that of the index.
           damping: λ ≥ 0, or None for inner products.
           block_size: how many rows are in memory at a time, an int ≥ 1.
@@ -324,15 +325,15 @@ class Index:
         blocks = [rows[i : i + block_size] for i in range(0, len(rows), block_size)]
         if damping is not None:
             damping = _checks.number("damping", damping, low=0.0)
-            moment = jnp.zeros((self.dim, self.dim), jnp.float32)
+            moment = jnp.zeros((self.dim, self.dim), queries.dtype)
             for block in blocks:
-                phi = self._read(block)
+                phi = self._read(block).astype(queries.dtype)
                 moment = moment + phi.T @ phi
             queries = solve_moment(moment, damping, queries)
         scores = np.empty((len(queries), len(rows)), queries.dtype)
         for i, block in enumerate(blocks):
             own = slice(i * block_size, i * block_size + len(block))
-            scores[:, own] = queries @ self._read(block).T
+            scores[:, own] = queries @ self._read(block).T.astype(queries.dtype)
         return scores, rows
 
     def _read(self, rows: np.ndarray) -> jax.Array:
