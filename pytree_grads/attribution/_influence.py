@@ -83,13 +83,13 @@ def influence(
     if not count:
         raise ValueError("J_train must have at least one example")
 
-    def one(chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
-        row = J_query.weighted_sum(chosen)
+    def one(query: jax.Array) -> tuple[jax.Array, jax.Array]:
+        row = J_query[query[None]].sum()
         solution = _solve(product, damping, row, tolerance, max_steps)
         return J_train @ solution.tree / count, solution.residual
 
     at_once = min(batch_size or queries, queries) or None
-    scores, residuals = jax.lax.map(one, jnp.eye(queries), batch_size=at_once)
+    scores, residuals = jax.lax.map(one, jnp.arange(queries), batch_size=at_once)
     limit = _limit(tolerance, residuals.dtype)
     if isinstance(residuals, Tracer):
         return jnp.where((residuals <= limit)[:, None], scores, jnp.nan)
