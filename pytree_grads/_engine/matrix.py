@@ -157,7 +157,7 @@ class Matrix:
             return self
         return replace(self, sources=tuple(map(_as_rows, self.leaves)), tail=None)
 
-    def by_leaf(self, number: Callable[[Leaf], int]) -> list[int]:
+    def by_leaf(self, number: Callable[[Leaf], float]) -> list[float]:
         """A cost of each leaf; that of a source counts for the first leaf behind it."""
         found = dict(zip(self._plain, map(number, self.sources), strict=False))
         for i, own in [] if self.tail is None else self.tail.first_needed:

@@ -16,8 +16,10 @@ from ..terms.protocol import Term
 from ..weighing import times
 from .kernels import (
     gram_of_pairs,
+    gram_of_shared,
     is_of_pairs,
-    shares_left,
+    share_one_side,
+    shares_pairs,
     traced_gram_of_pairs,
 )
 from .routes import gram_prefers_rows
@@ -39,6 +41,8 @@ def gram(leaf: Leaf, other: Leaf) -> jax.Array:
 
     if is_of_pairs(leaf, other):
         return gram_of_pairs(leaf, other)
+    if shares_pairs(leaf, other):
+        return gram_of_shared(leaf, other)
 
     def against(terms: Sequence[Term]) -> jax.Array:
         return over_rows(lambda others: inner(leaf, terms, other, others), other)
@@ -56,8 +60,10 @@ def traced_gram(leaf: Leaf, other: Leaf) -> jax.Array:
     shape = leaf.size, other.size
     if not all(map(prod, (leaf.shape, leaf.rows, other.rows))):
         return jnp.zeros(shape, leaf.carried)
-    if is_of_pairs(leaf, other) and shares_left(leaf) and shares_left(other):
+    if is_of_pairs(leaf, other) and share_one_side(leaf, other):
         return traced_gram_of_pairs(leaf, other)
+    if shares_pairs(leaf, other) and not gram_prefers_rows(leaf, other, trace=True):
+        return gram_of_shared(leaf, other, trace=True)
     if _are_arrays(leaf) and _are_arrays(other):
         mine, theirs = (
             rows(x, carried=True).reshape(x.size, -1) for x in (leaf, other)
