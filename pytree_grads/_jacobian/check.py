@@ -190,6 +190,8 @@ def _rows_of_one(origin: Origin, outputs: Outputs) -> tuple[list[jax.Array], flo
     kinds = {getattr(aval, "dtype", jnp.dtype(int)) for aval in made}
     dtypes = [kind for kind in kinds if jnp.issubdtype(kind, jnp.inexact)]
     stacked = [jnp.stack(leaf) for leaf in zip(*map(row, examples), strict=True)]
+    if source.outputs_at is not None:
+        stacked = [x[:, source.outputs_at] for x in stacked]
     return stacked, max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
 
 

@@ -158,22 +158,23 @@ def test_outputs_grad_and_vmap(mode, x64):
     assert tree_allclose(jax.vmap(ours)(many), jax.vmap(plainly)(many), rtol=1e-11)
 
 
-@pytest.mark.parametrize(
-    ("kind", "route"),
-    {
-        "a number for each leaf": "squares",
-        "a number for each line": "squares",
-        "a number for each column": "squares",
-        "a number for each entry": "rows",
-    }.items(),
-)
-def test_the_table_says_which_norms_build_rows(kind, route):
+def twice(p, x):
+    """T = 2."""
+    return f(p, x) * f(p, x[::-1])
+
+
+@pytest.mark.parametrize("kind", DIAGONALS)
+@pytest.mark.parametrize("fun", [f, twice])
+def test_the_table_says_which_norms_build_rows(fun, kind):
     p, x = problem()
     with factors_kept():
-        J = jacobian(f)(p, x).scale_params(jax.tree.map(DIAGONALS[kind], p))
+        J = jacobian(fun)(p, x).scale_params(jax.tree.map(DIAGONALS[kind], p))
     table = J.explain()
     (line,) = (line for line in table.splitlines() if line.startswith("['w']"))
-    assert line.split("  ")[2:][0:3].count(route) or f" {route} " in line
+    one = {f: "squares", twice: "inner products"}[fun]
+    of_entries = {f: "squares", twice: "rows"}[fun]
+    route = of_entries if kind == "a number for each entry" else one
+    assert f" {route} " in line
     assert "times a diagonal in parameter space" in table
 
 
