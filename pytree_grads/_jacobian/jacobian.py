@@ -618,8 +618,9 @@ class Jacobian(NotAnArray):
         So norms, clips and inner products are those of another metric: with the roots
         of Adam's second moments in place of d, say, or their inverses. A number for a
         whole leaf, or one for each line or column of a matrix, becomes part of the
-        factors. For other leaves, norms and inner products build rows, some at a time;
-        a sum is multiplied once.
+        factors. Otherwise it is a weight of them, and norms of single outer products
+        need no rows; those of sums of several, and of kernels, build rows, some at a
+        time. A sum is multiplied once.
 
         Args:
           diagonal: a tree like the parameters, of real numbers of any sign, traced. A
@@ -627,7 +628,7 @@ class Jacobian(NotAnArray):
             or is one number.
 
         Returns:
-          A ``Jacobian`` of the same shape. ``check`` compares the rows before.
+          A ``Jacobian`` of the same shape.
 
         Raises:
           TypeError: a leaf does not hold real numbers.
@@ -861,7 +862,8 @@ class Jacobian(NotAnArray):
     def check(self, rows: int = 4) -> None:
         """Compare the first rows, and their products, with plain ``jax.grad``.
 
-        It looks at values, so it runs outside ``jit`` only.
+        The rows are those of the metric of ``scale_params``, before they were scaled
+        and clipped. It looks at values, so it runs outside ``jit`` only.
 
         Args:
           rows: how many examples to compare, a positive int, at most N. The losses of

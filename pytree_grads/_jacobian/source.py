@@ -120,12 +120,11 @@ class Source:
         """The source of some of the examples, or of some outputs of all examples."""
         if not rows.of_outputs:
             return replace(self, batch=self.batch.chosen(rows))
-        before = self.outputs_at
-        if before is None and isinstance(rows, At):
+        if self.outputs_at is not None:
+            return replace(self, outputs_at=rows.cut(self.outputs_at))
+        if isinstance(rows, At):
             return replace(self, outputs_at=rows.index)
-        if before is None:
-            return replace(self, outputs_at=rows.start + jnp.arange(rows.size))
-        return replace(self, outputs_at=rows.cut(before))
+        return replace(self, outputs_at=rows.start + jnp.arange(rows.size))
 
     def without_function(self) -> "Source":
         """What a compiled product of kept rows takes: nothing is recomputed."""
@@ -330,7 +329,7 @@ def _unflatten(meta: Any, arrays: Any) -> Source:
     given = iter(arrays)
     leaves = tuple(next(given) if x is None else x.value for x in rest)
     batch = Batch(leaves, axes, treedef, argnums, size, gathered, is_whole)
-    return Source(fun.value, batch, *settings, outputs_at)
+    return Source(fun.value, batch, *settings, outputs_at=outputs_at)
 
 
 jax.tree_util.register_pytree_node(Source, _flatten, _unflatten)

@@ -1,6 +1,7 @@
 """Rows times a diagonal in parameter space, against plain rows."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +161,8 @@ def test_outputs_grad_and_vmap(mode, x64):
 
 def twice(p, x):
     """T = 2."""
-    return f(p, x) * f(p, x[::-1])
+    both = jnp.stack([x, x[::-1]])
+    return jnp.sum(jnp.tanh(both @ p["w"]) ** 2) + jnp.sum(p["b"])
 
 
 @pytest.mark.parametrize("kind", DIAGONALS)
@@ -176,6 +178,48 @@ def test_the_table_says_which_norms_build_rows(fun, kind):
     route = of_entries if kind == "a number for each entry" else one
     assert f" {route} " in line
     assert "times a diagonal in parameter space" in table
+
+
+def test_numbers_that_are_large_where_all_rows_are_zero():
+    """As roots of second moments are, of inputs that are always zero."""
+    p, x = problem()
+    p, x = jax.tree.map(jnp.float32, (p, x))
+    x = x.at[:, 1].set(0.0)
+    d = {"w": jnp.ones((4, 6)).at[1].set(1e30) * jnp.abs(p["w"]), "b": 1.0}
+    d["w"] = d["w"].at[:, 2].multiply(1e-10)
+    with factors_kept():
+        J = jacobian(f)(p, x).scale_params(d)
+    rows = scaled(Rows.of(f, p, (x,)), d)
+    assert tree_allclose(J.norms(), rows.norms(), rtol=1e-5)
+    assert tree_allclose(J.clip(1e-3).norms(), jnp.full(N, 1e-3), rtol=1e-5)
+
+
+@each_mode
+def test_the_check_is_of_rows_in_their_metric(mode):
+    p, x = problem()
+    J = jacobian(f, **mode)(p, x)
+    for d in (
+        {"w": p["w"], "b": 0.0},
+        {"w": jnp.zeros((4, 6)), "b": p["b"]},
+        {"w": 2.0, "b": -1e-9},
+    ):
+        J.scale_params(d).check()
+        J.clip(0.1).scale_params(d)[1:].check()
+
+
+def test_the_check_finds_what_only_a_metric_shows():
+    p, x = problem()
+
+    def faint(p, x):
+        return f(p, x) + 1e-9 * p["faint"] * x[0]
+
+    J = jacobian(faint)({**p, "faint": jnp.ones(())}, x)
+    b, of_faint, w = J._rows.sources
+    wrong = (b, jax.tree.map(lambda x: 2 * x, of_faint), w)
+    J = replace(J, _rows=replace(J._rows, sources=wrong))
+    J.check()
+    with pytest.raises(ValueError, match=re.escape("params['faint']: to_rows")):
+        J.scale_params({"w": 1.0, "b": 1.0, "faint": 1e9}).check()
 
 
 J = jacobian(f)(*problem())
