@@ -64,6 +64,8 @@ def absorbed(leaf: Leaf, diagonal: jax.Array) -> tuple[Leaf, jax.Array | None]:
         return replace(
             leaf, summands=tuple(_times(x, number) for x in leaf.summands)
         ), None
+    if not prod(leaf.shape):
+        return leaf, None
     found = []
     for summand in leaf.summands:
         scaled = _times_entries(summand, leaf, diagonal)
@@ -175,6 +177,7 @@ def _sizes(numbers: jax.Array, axis: int) -> jax.Array:
     largest = jnp.max(own, initial=0)
     share = jnp.where(own > 0, own / largest, 1)
     share = jnp.where(jnp.isfinite(share), share, 1)
+    share = jnp.maximum(share, float(jnp.finfo(share.dtype).tiny))
     return jnp.exp2(jnp.floor(jnp.log2(share)))
 
 
