@@ -13,10 +13,9 @@ import jax
 from .._trees.algebra import carried_dtype
 from .absorbed import absorbed
 from .graph import build
-from .leaf import Leaf, Summand, as_arrays
+from .leaf import Leaf, Summand
 from .matrix import Matrix
 from .products import metric as _metric
-from .products.sums import rows as rows_of
 from .tails.tail import Program, Tail
 from .terms.dense import Dense
 from .weighing import times
@@ -95,10 +94,7 @@ class _Part:
         if diagonal is not None:
             leaf, diagonal = _metric.absorbed(leaf, diagonal)
         if diagonal is not None:  # no term can hold it
-            stacked = rows_of(leaf, carried=True)
-            entries = diagonal.reshape(*[1] * len(leaf.rows), *diagonal.shape)
-            stacked *= entries.astype(stacked.dtype)
-            leaf = as_arrays(leaf, stacked, "a diagonal of its shape")
+            leaf = _metric.as_rows(leaf, diagonal)
         return absorbed(leaf, weight)
 
     def sources(self, tailed: Sequence[int]) -> list[Leaf]:

@@ -10,6 +10,7 @@ from .._engine import thresholds
 from .._engine.leaf import Leaf
 from .._engine.matrix import Matrix
 from .._engine.products.factored_sketch import KINDS, project
+from .._engine.products.metric import as_rows
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class FactoredProjection:
         rows = matrix.selected()
         total = jnp.zeros((*rows.leaves[0].rows, self.dim), matrix.dtype)
         for i, leaf in enumerate(rows.leaves):
+            diagonal = rows.entries(i)
+            if diagonal is not None:
+                leaf = as_rows(leaf, diagonal)
             own = project(leaf, jax.random.fold_in(key, i), self.dim, self.kind)
             weight = rows.weight(i)
             if weight is not None:

@@ -13,6 +13,7 @@ from routes import factors_kept
 from rows import Given, Rows, assert_close
 
 from pytree_grads import jacobian
+from pytree_grads._jax.compat import all_equations
 
 pytestmark = pytest.mark.any_release
 
@@ -178,6 +179,39 @@ def test_the_table_says_which_norms_build_rows(fun, kind):
     route = of_entries if kind == "a number for each entry" else one
     assert f" {route} " in line
     assert "times a diagonal in parameter space" in table
+
+
+@pytest.mark.parametrize("name", ["perceptron", "convolutions_in_scans"])
+@pytest.mark.parametrize("kind", ["dense", "kronecker", "tensor"])
+def test_sketches_in_another_metric(name, kind, x64):
+    """They are those of a linear function with the same rows."""
+    fun, p, batch = MODELS[name]()
+    d = jax.tree.map(DIAGONALS["a number for each entry"], p)
+    rows = scaled(Rows.of(fun, p, batch), d).to_rows()
+
+    def linear(p, rows):
+        return sum(map(jnp.sum, jax.tree.leaves(jax.tree.map(jnp.multiply, p, rows))))
+
+    with factors_kept():
+        J = jax.jit(jacobian(fun))(p, *batch).scale_params(d)
+    found, want = (
+        X.sketch(jax.random.key(0), 9, kind=kind)
+        for X in (J, jacobian(linear)(p, rows))
+    )
+    assert_close(found, want, 1e-11)
+
+
+def test_norms_of_a_dense_layer_build_no_rows():
+    p, x = {"w": numbers((32, 48)), "b": numbers((48,))}, numbers((16, 32))
+    d = jax.tree.map(jnp.sin, p)
+
+    def products(p, d, x):
+        J = jacobian(f)(p, x).scale_params(d)
+        return J.norms(), J.clip(1.0).sum(), J.square_sum()
+
+    equations = all_equations(jax.make_jaxpr(products)(p, d, x))
+    largest = max(v.aval.size for eqn in equations for v in eqn.outvars)
+    assert largest == p["w"].size
 
 
 def test_numbers_that_are_large_where_all_rows_are_zero():

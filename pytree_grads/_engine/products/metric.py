@@ -19,7 +19,7 @@ from jax import lax
 from ..._trees.algebra import carried_dtype
 from .. import thresholds
 from ..einsum import dot
-from ..leaf import Leaf, Summand, at_output, over_rows, row, zeros_of
+from ..leaf import Leaf, Summand, as_arrays, at_output, over_rows, row, zeros_of
 from ..tails.axes import Axis, split
 from ..terms import Dense, Outer, Patches, Scatter, Weighed
 from ..terms.protocol import Term
@@ -42,6 +42,14 @@ def all_absorbed(
     return tuple(x for x, _ in found), left if any(
         d is not None for d in left
     ) else None
+
+
+def as_rows(leaf: Leaf, diagonal: jax.Array) -> Leaf:
+    """The leaf with its rows as arrays, times a diagonal that no term can hold."""
+    stacked = rows(leaf, carried=True)
+    entries = diagonal.reshape(*[1] * len(leaf.rows), *diagonal.shape)
+    stacked *= entries.astype(stacked.dtype)
+    return as_arrays(leaf, stacked, "a diagonal of its shape")
 
 
 def leaf_norms(leaves: Sequence[Leaf], diagonal: Diagonal | None) -> list[Norms]:
