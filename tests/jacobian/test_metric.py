@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import tree_allclose
 from models import MODELS, N
-from routes import factors_kept
+from routes import factors_kept, few_at_once
 from rows import Given, Rows, assert_close
 
 from pytree_grads import jacobian
@@ -212,6 +212,15 @@ def test_norms_of_a_dense_layer_build_no_rows():
     equations = all_equations(jax.make_jaxpr(products)(p, d, x))
     largest = max(v.aval.size for eqn in equations for v in eqn.outvars)
     assert largest == p["w"].size
+
+
+def test_a_gramian_makes_some_products_at_a_time(x64):
+    p, x = problem()
+    d = jax.tree.map(jnp.sin, p)
+    rows = scaled(Rows.of(f, p, (x,)), d)
+    with factors_kept(), few_at_once(2 * N * (4 + 6)):
+        found = jacobian(f)(p, x).scale_params(d).gram()
+    assert_close(found, rows.gram(), 1e-12)
 
 
 def test_numbers_that_are_large_where_all_rows_are_zero():
