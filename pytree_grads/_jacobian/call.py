@@ -22,6 +22,8 @@ from .source import Source
 from .streamed import Streamed
 
 
+# Neither ``argnums`` nor ``batched`` changes a static type: J is a ``Jacobian``, and
+# sums and numbers per row are trees of arrays, Any.
 @overload
 def jacobian(
     fun: Callable[..., Any],
@@ -168,6 +170,51 @@ def jacobian(
         batch_axis_name,
         with_outputs=False,
     )
+
+
+@overload
+def value_and_jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[False] = ...,
+    chunk_size: int | None = ...,
+    recompute: bool = ...,
+    axis_name: AxisName = ...,
+    batched: bool = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[Any, Jacobian]]: ...
+
+
+@overload
+def value_and_jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[True],
+    chunk_size: int | None = ...,
+    recompute: bool = ...,
+    axis_name: AxisName = ...,
+    batched: bool = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[tuple[Any, Any], Jacobian]]: ...
+
+
+@overload
+def value_and_jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: bool,
+    chunk_size: int | None = ...,
+    recompute: bool = ...,
+    axis_name: AxisName = ...,
+    batched: bool = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[Any, Jacobian]]: ...
 
 
 def value_and_jacobian(

@@ -99,7 +99,7 @@ def _line(
     path: Any,
     leaf: Leaf,
     is_built: bool,
-    costs: tuple[int, int],
+    costs: tuple[float, float],
     words: Sequence[str],
 ) -> tuple[str, ...]:
     """The cells of one leaf; routes and costs are those that the products use.
@@ -131,17 +131,17 @@ def _note(leaf: Leaf) -> str:
     return "; ".join(dict.fromkeys(x.reason for x in dense))
 
 
-def _entries(leaf: Leaf) -> int:
-    """Numbers kept per row."""
-    total = 0
+def _entries(leaf: Leaf) -> float:
+    """Numbers kept per row; outputs share those that are kept once for an example."""
+    total, outputs = 0, leaf.outputs or 1
     for summand in leaf.summands:
         arrays = jax.tree.leaves(summand.of_one_row)
-        pairs = zip(arrays, summand.row_axes, strict=True)
-        total += sum(x.size for x, row_axes in pairs if row_axes)
+        for x, row_axes in zip(arrays, summand.row_axes, strict=True):
+            total += x.size / (outputs if row_axes == 1 else 1) if row_axes else 0
     return total
 
 
-def _bytes(leaf: Leaf) -> int:
+def _bytes(leaf: Leaf) -> float:
     return _entries(leaf) * jnp.dtype(leaf.dtype).itemsize
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .._batches.chosen import Span
+from .._batches.chosen import Span, outputs_of
 from .._engine.matrix import Matrix
 from .._trees import algebra
 from .._trees.algebra import carried_reals
@@ -145,7 +145,9 @@ class Jacobian(NotAnArray):
         """The rows of some of the examples, as a ``Jacobian``.
 
         ``J[i]`` has one example, and the shape (1, P). Like J, it keeps its rows or
-        recomputes them. Weights and clips of rows stay with them.
+        recomputes them. Weights and clips of rows stay with them. For an array of
+        losses of a whole batch (``batched=False``), an index chooses losses along the
+        first axis.
 
         Args:
           index: an int; a slice with static bounds; an array (k,) or a list of ints,
@@ -156,7 +158,8 @@ class Jacobian(NotAnArray):
 
         Raises:
           IndexError: an index that is not traced is out of range.
-          TypeError: it is something else, or its number of rows is not known.
+          TypeError: it is something else, or its number of rows is not known; or J has
+            one loss of a whole batch, or a tree of them.
           ValueError: an array has more than one axis, or a mask not one entry for each
             example.
 
@@ -167,13 +170,20 @@ class Jacobian(NotAnArray):
         >>> print(J[1].norms(), J[jnp.array([1, 0, 1])].norms(), J[::-1].norms())
         [10.] [10.  5. 10.] [10.  5.]
         """
-        if not self._outputs.batched:
+        if self._outputs.batched:
+            chosen = read_index(index, self._rows.origin.shape[0], "examples")
+            return replace(self, _rows=self._rows.chosen(chosen))
+        losses = self._outputs.shapes[0] if self._outputs.is_array else ()
+        if not losses:
             raise TypeError(
-                "a Jacobian of losses of a whole batch (batched=False) has no examples "
-                "to choose: J.scale with zeros drops losses, J.to_rows() has all rows"
+                "an index chooses from an array of losses of a whole batch "
+                "(batched=False), and fun returns one loss or a tree: stack losses, or "
+                "J.scale with zeros drops some"
             )
-        chosen = read_index(index, self._rows.origin.shape[0])
-        return replace(self, _rows=self._rows.chosen(chosen))
+        chosen = read_index(index, losses[0], "losses")
+        rows = self._rows.chosen(outputs_of(chosen, losses))
+        outputs = self._outputs.chosen(chosen.size)
+        return replace(self, _rows=rows, _outputs=outputs)
 
     def __mul__(self, number: Any) -> "Jacobian":
         """All rows times one real number, traced, as in ``2 * J`` and ``J * 2.0``."""
@@ -608,8 +618,9 @@ class Jacobian(NotAnArray):
         So norms, clips and inner products are those of another metric: with the roots
         of Adam's second moments in place of d, say, or their inverses. A number for a
         whole leaf, or one for each line or column of a matrix, becomes part of the
-        factors. For other leaves, norms and inner products build rows, some at a time;
-        a sum is multiplied once.
+        factors. Otherwise it is a weight of them, and norms of single outer products
+        need no rows; those of sums of several, and of kernels, build rows, some at a
+        time. A sum is multiplied once.
 
         Args:
           diagonal: a tree like the parameters, of real numbers of any sign, traced. A
@@ -617,7 +628,7 @@ class Jacobian(NotAnArray):
             or is one number.
 
         Returns:
-          A ``Jacobian`` of the same shape. ``check`` compares the rows before.
+          A ``Jacobian`` of the same shape.
 
         Raises:
           TypeError: a leaf does not hold real numbers.
@@ -863,7 +874,8 @@ class Jacobian(NotAnArray):
     def check(self, rows: int = 4) -> None:
         """Compare the first rows, and their products, with plain ``jax.grad``.
 
-        It looks at values, so it runs outside ``jit`` only.
+        The rows are those of the metric of ``scale_params``, before they were scaled
+        and clipped. It looks at values, so it runs outside ``jit`` only.
 
         Args:
           rows: how many examples to compare, a positive int, at most N. The losses of
