@@ -12,7 +12,7 @@ TEST_FLAGS ?= -n 2 --dist worksteal
 # The doctests, the arithmetic of trees, rows and products on the models that differ most, errors.
 QUICK ?= pytree_grads $(addprefix tests/,trees/test_combine.py trees/test_vector.py \
 	batches/test_per_example.py batches/test_errors.py jacobian/test_outputs.py \
-	$(addprefix repo/test_,imports.py packaging.py help.py readme.py))
+	$(addprefix repo/test_,imports.py packaging.py help.py pages.py readme.py))
 QUICK_MODELS ?= perceptron embeddings tied_embedding scan_over_layers complex_parameters \
 	flax_nnx_batch_norm equinox haiku
 QUICK += $(QUICK_MODELS:%=tests/jacobian/test_products.py::test_all_products[%])

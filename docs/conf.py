@@ -51,6 +51,7 @@ intersphinx_mapping = site_links.reachable(
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
+    "backreferences_dir": "made/backreferences",
     "filename_pattern": r"\.py$",
     "within_subsection_order": "site_gallery.place",
     "minigallery_sort_order": "site_gallery.place",

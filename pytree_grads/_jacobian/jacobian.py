@@ -58,8 +58,8 @@ class Jacobian(NotAnArray):
     ``jacobian`` and ``value_and_jacobian`` make it. N is the number of examples, P the
     number of parameters. If the function returns a scalar, "a number per row" is an
     array of shape (N,). Otherwise it is a tree like the function's output, with leaves
-    of shape (N, *k). For losses of a whole batch (``batched=False``) there is no N, and
-    it is a tree like the function's output.
+    of shape ``(N, *k)``. For losses of a whole batch (``batched=False``) there is no N,
+    and it is a tree like the function's output.
 
     Rows are kept as factors, from which every product is computed; or they are
     recomputed for each product, and nothing is kept (``recompute=True``,
@@ -470,8 +470,8 @@ class Jacobian(NotAnArray):
             of rows that belong to each of its leaves, or ``"leaves"``, as in ``norms``.
 
         Returns:
-          Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k
-          and k′; for trees of outputs, a tree like the output of J that holds trees
+          Shape (N, N′) for scalar functions; ``(N, *k, N′, *k′)`` for outputs of shapes
+          k and k′; for trees of outputs, a tree like the output of J that holds trees
           like that of the other. With ``trace``, shape (N, N′) for all of them. In
           float32, or in the wider dtype of the two if that is wider. With ``groups``, a
           tree like the prefix that holds such products for each group; they add up to
@@ -803,7 +803,7 @@ class Jacobian(NotAnArray):
         Returns:
           A tree like the parameters, with leaves of shape (N, *leaf). If outputs are
           not scalar, a tree like the output that holds such trees, with leaves of shape
-          (N, *k, *leaf), as from ``jax.jacrev``. It takes N times the memory of the
+          ``(N, *k, *leaf)``, as from ``jax.jacrev``. It takes N times the memory of the
           parameters.
 
         >>> import jax.numpy as jnp
