@@ -11,6 +11,13 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SAID = re.compile(r"^ *print\(.*\)  +# (.*)$", re.MULTILINE)
 
 
+@contextlib.contextmanager
+def as_for_a_reader():
+    """JAX promotes dtypes and ranks, as it does where nothing is set."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def run(page: Path) -> tuple[dict, list[str], list[str]]:
     """What the blocks of a page define, run in order as a reader would.
 
@@ -22,8 +29,7 @@ def run(page: Path) -> tuple[dict, list[str], list[str]]:
     for block in BLOCK.finditer(text):
         # Errors and warnings show the line of the page.
         code = "\n" * text.count("\n", 0, block.start(1)) + block[1]
-        # optax and equinox promote dtypes, as JAX does for the reader.
-        with contextlib.redirect_stdout(printed), jax.numpy_dtype_promotion("standard"):
+        with contextlib.redirect_stdout(printed), as_for_a_reader():
             exec(compile(code, str(page), "exec"), names)
         said += SAID.findall(block[1])
     return names, printed.getvalue().splitlines(), said
