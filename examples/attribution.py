@@ -233,7 +233,7 @@ def draw(shown, scores, data, is_wrong, curves, seen) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Train, attribute, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=400, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("attribution.png"))
     options = parser.parse_args(argv)

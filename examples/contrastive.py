@@ -289,7 +289,7 @@ def draw(learners: dict[str, Learner], sizes: dict[str, int], count: int) -> Fig
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Learner]:
     """Train both ways, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--steps", type=int, default=60, help="of training (%(default)s)"
     )

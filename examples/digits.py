@@ -432,7 +432,7 @@ def report_costs(count: int, cost: dict[str, Cost]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> float:
     """Train, report, draw; returns the test accuracy."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--steps", type=int, default=1500, help="steps of training (%(default)s)"
     )

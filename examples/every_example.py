@@ -218,7 +218,7 @@ def draw(runs: dict[str, Run], cost: dict[str, float]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
     """Train with both rules, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=400, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("every_example.png"))
     options = parser.parse_args(argv)

@@ -264,7 +264,7 @@ def draw(runs: dict[str, History]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, History]:
     """Train with both optimizers, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=600, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("language_model.png"))
     options = parser.parse_args(argv)

@@ -115,7 +115,7 @@ def draw(params, xs, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the gradient of both models, in five ways."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--lines", type=int, default=500, help="of the larger model")
     parser.add_argument("--output", type=Path, default=Path("sum.png"))
     options = parser.parse_args(argv)

@@ -98,7 +98,7 @@ def draw(seen: list[tuple[float, float]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train on whatever is there."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--steps", type=int, default=300, help="of training (%(default)s)"
     )

@@ -201,7 +201,7 @@ def draw(history: History) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> History:
     """Compare with known numbers, train, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=600, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("noise_scale.png"))
     options = parser.parse_args(argv)

@@ -274,7 +274,7 @@ def load() -> tuple[jax.Array, ...]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
     """Train four times, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=300, help="(%(default)s)")
     parser.add_argument(
         "--multiplier", type=float, default=1.5, help="of the noise (%(default)s)"

@@ -106,7 +106,7 @@ def draw(curved, losses, passes: int, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train both ways and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--steps", type=int, default=10, help="of Gauss-Newton (%(default)s)"
     )

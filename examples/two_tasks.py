@@ -217,7 +217,7 @@ def draw(runs: dict[str, Run], data: tuple) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
     """Train with each rule, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=1000, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("two_tasks.png"))
     options = parser.parse_args(argv)

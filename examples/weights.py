@@ -98,7 +98,7 @@ def draw(table: dict[str, list[float]], groups: Sequence[str], path: Path) -> No
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a few networks, combine them and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--steps", type=int, default=200, help="of a training (%(default)s)"
     )

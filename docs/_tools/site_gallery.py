@@ -65,7 +65,10 @@ def picture(block: tuple, block_vars: dict, gallery_conf: dict) -> str:
     if source.name == "multi_device.py":
         command = f"JAX_NUM_CPU_DEVICES=8 {command}"
     rst = f".. container:: made-by\n\n   Made by ``{command}``\n\n"
+    drawn = MADE / f"{source.stem}.png"
+    if not drawn.exists():  # it has failed, and sphinx-gallery says so
+        return rst
     page = Path(next(block_vars["image_path_iterator"]))
-    shutil.copyfile(MADE / f"{source.stem}.png", page)
+    shutil.copyfile(drawn, page)
     where = "/" + page.relative_to(MADE.parents[1]).as_posix()
     return rst + f".. image:: {where}\n   :alt: what {source.name} draws\n\n"

@@ -801,10 +801,10 @@ class Jacobian(NotAnArray):
         """The rows, stacked, as ``per_example_grad`` gives them.
 
         Returns:
-          A tree like the parameters, with leaves of shape (N, *leaf). If outputs are
-          not scalar, a tree like the output that holds such trees, with leaves of shape
-          ``(N, *k, *leaf)``, as from ``jax.jacrev``. It takes N times the memory of the
-          parameters.
+          A tree like the parameters, with leaves of shape ``(N, *leaf)``. If outputs
+          are not scalar, a tree like the output that holds such trees, with leaves of
+          shape ``(N, *k, *leaf)``, as from ``jax.jacrev``. It takes N times the memory
+          of the parameters.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
