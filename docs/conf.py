@@ -59,6 +59,7 @@ sphinx_gallery_conf = {
     "image_scrapers": ("site_gallery.picture",),
     "reset_modules": (),
     "download_all_examples": False,
+    "parallel": 2,
     "show_signature": False,
     "write_computation_times": False,
 }
@@ -69,6 +70,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
+html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}
 
 site_links.copy_pages()

@@ -14,6 +14,7 @@ from jax.extend.backend import clear_backends
 
 MADE = Path(__file__).resolve().parents[1] / "made" / "gallery"
 IS_FULL = os.environ.get("GALLERY") == "full"
+os.environ["TQDM_DISABLE"] = "1"  # a page is no place for a progress bar
 # The order of the gallery, and the flags of a short run.
 EXAMPLES = {
     "linear_combinations.py": "--lines 50",
