@@ -11,7 +11,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_tools"))
 
-
 import site_links
 import site_plots
 
@@ -33,6 +32,8 @@ default_role = "literal"
 
 myst_heading_anchors = 3
 autosummary_generate = True
+# Jacobian and jacobian are one file where names do not tell small letters from large.
+autosummary_filename_map = {"pytree_grads.Jacobian": "pytree_grads.class.Jacobian"}
 autosummary_ignore_module_all = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
@@ -77,6 +78,13 @@ site_links.copy_pages()
 site_plots.draw_all()
 
 
+def without_private_fields(app, what, name, obj, options, signature, returned):
+    """Nobody makes such an object by its class."""
+    is_private = what == "class" and (signature or "").startswith("(_")
+    return ("", returned) if is_private else None
+
+
 def setup(app):
     """Links that lead into the repository lead to pages of the site."""
     app.connect("source-read", site_links.to_pages)
+    app.connect("autodoc-process-signature", without_private_fields)

@@ -76,8 +76,8 @@ class Jacobian(NotAnArray):
     a row with a NaN or inf      its norm is NaN or infinite; so is every sum, unless
                                  ``clip(..., nan_safe=True)`` has made the row zero
     a norm that overflows        is infinite or NaN; ``clip`` treats the row as infinite
-    a norm more than 9e37 times  the row is zero once clipped, since no normal float32
-    its bound, in float32        scales it so
+    a norm > 9e37 × its bound    the row is zero once clipped, in float32, since no
+                                 normal number scales it so
     complex parameters           rows follow ``jax.grad`` (step along the conjugate);
                                  ``gram`` conjugates the left row, ``J @ v`` is real
     ===========================  =======================================================
@@ -319,12 +319,11 @@ class Jacobian(NotAnArray):
         ====================================  ==========================================
         rows                                  the sum takes
         ====================================  ==========================================
-        unscaled rows, in the trace where J   the factors, no rows; one backward pass if
-        was made                              a leaf has no factors, or a scan is
+        unscaled rows, in J's own trace       the factors, no rows; one backward pass if
+                                              a leaf has no factors, or a scan is
                                               rematerialised
         scaled or clipped rows                what norms use
-        J used elsewhere (outside ``jit``,    what norms use
-        or in a loop body)
+        J outside ``jit``, or inside a loop   what norms use
         J that keeps nothing                  the factors, or with ``recompute`` one
                                               backward pass
         ====================================  ==========================================

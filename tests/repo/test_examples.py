@@ -36,9 +36,7 @@ def test_every_example_tells_a_story_and_is_run_here():
 
 def test_linear_combinations(tmp_path):
     figure = tmp_path / "sum.png"
-    printed = run(
-        "linear_combinations.py", "--lines", "50", "--output", str(figure)
-    )
+    printed = run("linear_combinations.py", "--lines", "50", "--output", str(figure))
     small, large = printed.split("the same with 100 parameter arrays")
     assert re.findall(r"dm = (\S+) +db = (\S+)", small) == [("5.76", "3.2")] * 5
     differences = [float(text) for text in re.findall(r"off by (\S+) of it", large)]
