@@ -21,7 +21,7 @@ from . import graph as _graph
 from . import plan as _plan
 from . import thresholds
 from .leaf import Leaf, Summand
-from .sites import AtScan, AtValue, Site, is_dense
+from .sites import AtScan, AtTerm, AtValue, Site, is_dense
 from .tails.part import Found
 from .tails.search import search
 from .tails.tail import Program, Tail
@@ -279,30 +279,47 @@ def factor(
         aux,
         rows(own),
         for_sum=None if alone is own else lambda: rows(alone),
-        pulls_back=_pulls_back([x for own in alone.terms for x in own], varying),
+        pulls_back=_pulls_back(alone, varying),
     )
 
 
-def _pulls_back(cuts: Sequence[_plan.Cut], varying: set[_graph.Atom]) -> bool:
+def _pulls_back(form: "_Form", varying: set[_graph.Atom]) -> bool:
     """Whether a sum costs less without these cuts, as one vector-Jacobian product.
 
     That is so if most of what is kept are matrices that are materialised for each
     example, or if a scan with rematerialisation stacks factors, which an ordinary
-    backward pass need not keep.
+    backward pass need not keep. So it is, too, if a scan adds up such matrices behind
+    arrays that all examples share, as the covariances of a filter: it would multiply
+    by these arrays once for each example.
     """
     dense = kept = 0
-    for cut in cuts:
-        site = cut.site
-        if isinstance(site, AtValue) and site.value not in varying:
-            continue  # all examples share it
-        is_matrix = len([n for n in site.shape if n != 1]) > 1
-        if is_dense(site) and is_matrix:
-            dense += site.size
-        else:
-            kept += site.size
-        if not is_dense(site) and _rematerializes(site):
-            return True
+    for terms, cuts in zip(form.terms, form.cuts, strict=True):
+        is_row = all(_is_matrix(cut.site) for cut in cuts)
+        for site in [cut.site for cut in terms]:
+            if isinstance(site, AtValue) and site.value not in varying:
+                continue  # all examples share it
+            if not is_dense(site) and _rematerializes(site):
+                return True
+            if _is_matrix(site) or (is_row and _has_shared_factor(site, varying)):
+                dense += site.size
+            else:
+                kept += site.size
     return thresholds.exceeds(dense, kept)
+
+
+def _is_matrix(site: Site) -> bool:
+    """Whether a site makes a matrix for each example, or an array of more axes."""
+    return is_dense(site) and len([n for n in site.shape if n != 1]) > 1
+
+
+def _has_shared_factor(site: Site, varying: set[_graph.Atom]) -> bool:
+    """Whether a term is made in a scan from a factor that all examples share."""
+    if not isinstance(site, AtScan):
+        return False
+    while isinstance(site, AtScan):
+        varying = site.equation.reached_inside(varying)
+        site = site.site
+    return isinstance(site, AtTerm) and not varying.issuperset(site.operands)
 
 
 def _rematerializes(site: Site) -> bool:

@@ -82,7 +82,7 @@ def test_clipped_sums_and_norms(name):
     assert own <= 1.5 * max(memory, FLOOR) + tile
 
 
-@pytest.mark.parametrize("name", [*CASES, "chunked_vocabulary"])
+@pytest.mark.parametrize("name", [*CASES, "chunked_vocabulary", "kalman_filter"])
 def test_sums_alone_take_one_gradient(name):
     shape = CASES[name][1] if name in CASES else (16, 8)
     model = getattr(models, name)(Draw(name), *shape)
