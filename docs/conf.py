@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_tools"))
 
+import site_gallery
 import site_links
 import site_plots
 
@@ -60,7 +61,8 @@ sphinx_gallery_conf = {
     "image_scrapers": ("site_gallery.picture",),
     "reset_modules": (),
     "download_all_examples": False,
-    "parallel": 2,
+    # Whole runs draw their own times, and have the machine to themselves.
+    "parallel": False if site_gallery.IS_FULL else 2,
     "show_signature": False,
     "write_computation_times": False,
 }

@@ -13,7 +13,7 @@ report. It prints the same losses in each of these ways to start it::
     for i in 0 1; do JAX_COORDINATOR_ADDRESS=127.0.0.1:9911 JAX_NUM_PROCESSES=2 \
         JAX_PROCESS_ID=$i python examples/multi_device.py & done; wait
 
-On a cluster that JAX knows (Slurm, GKE, TPU pods) add --cluster, and JAX finds the
+On a cluster that JAX knows (Slurm, GKE, TPU pods) add `--cluster`, and JAX finds the
 other processes.
 """
 

@@ -19,8 +19,8 @@ os.environ["TQDM_DISABLE"] = "1"  # a page is no place for a progress bar
 EXAMPLES = {
     "linear_combinations.py": "--lines 50",
     "digits.py": "--steps 600",
-    "contrastive.py": "--steps 10 --images 512 --chunk 64",
-    "private_digits.py": "--steps 40",
+    "contrastive.py": "--steps 4 --images 256 --chunk 64",
+    "private_digits.py": "--steps 30",
     "noise_scale.py": "--steps 200",
     "language_model.py": "--steps 80",
     "two_tasks.py": "--steps 150",
@@ -54,7 +54,8 @@ def flags(gallery_conf: dict, script_vars: dict) -> list[str]:
     if source.name == "multi_device.py":
         _simulate_devices(8)
     MADE.mkdir(parents=True, exist_ok=True)
-    return [*_steps(source.name), "--output", str(MADE / f"{source.stem}.png")]
+    drawn = os.path.relpath(MADE / f"{source.stem}.png", source.parent)
+    return [*_steps(source.name), "--output", drawn]
 
 
 def picture(block: tuple, block_vars: dict, gallery_conf: dict) -> str:
