@@ -1,4 +1,4 @@
-"""Score-function estimators, as docs/chain_rule.md has them, against the sum over all
+"""Score-function estimators, as docs/howto/policy_gradients.md has them, against the sum over all
 actions.
 """
 
@@ -16,7 +16,7 @@ KEY = jax.random.key(2)
 
 
 class TestScoreFunction:
-    """Policy gradients, as docs/chain_rule.md has them, against the sum over all
+    """Policy gradients, as docs/howto/policy_gradients.md has them, against the sum over all
     actions.
     """
 
