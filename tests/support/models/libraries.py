@@ -138,7 +138,7 @@ class _EquinoxBatchNormed(eqx.Module):
 
 @model(promotes=True)
 def equinox_batch_norm(draw):
-    """In inference mode, which looks at no axis of a batch: see docs/howto/batch_norm.md."""
+    """In inference mode, which looks at no axis of a batch."""
     x = draw(N, 3)
     with jax.enable_x64(False):  # the same random numbers in either precision
         net, state = eqx.nn.make_with_state(_EquinoxBatchNormed)(KEY)
