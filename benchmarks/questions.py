@@ -1,4 +1,4 @@
-"""Time whole batches, groups and kernels beside doing it by hand.
+"""Time whole batches, groups, private gradients and kernels beside doing it by hand.
 
     python benchmarks/questions.py [--seconds 4] [--save [NAME]]
 
@@ -15,6 +15,7 @@ import argparse
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -29,8 +30,9 @@ from _measure import (
     markdown_table,
 )
 from _results import add_save_option, save
+from _ways import installed
 
-from pytree_grads import jacobian
+from pytree_grads import jacobian, privacy
 
 Way = Callable[..., Any]
 Layers = list[dict[str, jax.Array]]
@@ -132,6 +134,44 @@ def ordinary(layers: Layers, x: jax.Array, y: jax.Array) -> Any:
 
 
 # ------------------------------------------------------------------------------------
+# Private gradients: bounded, with jax_privacy's own call
+
+
+def private(clipped_grad: Way, **options: Any) -> Way:
+    """The clipped sum and the norms by one of the two `clipped_grad`."""
+
+    def run(layers: Layers, x: jax.Array, y: jax.Array) -> Any:
+        clipped = clipped_grad(
+            loss,
+            l2_clip_norm=1.0,
+            batch_argnums=(1, 2),
+            keep_batch_dim=False,
+            return_grad_norms=True,
+            **options,
+        )
+        total, aux = clipped(layers, x, y)
+        return total, aux.grad_norms
+
+    return run
+
+
+def private_ways() -> dict[str, Way]:
+    """Without the peer where it is not installed."""
+    ours: dict[str, Way] = {
+        "privacy.clipped_grad": private(privacy.clipped_grad),
+        "an ordinary gradient": ordinary,
+    }
+    if not installed("jax_privacy", "jax_privacy"):
+        return ours
+    peer = import_module("jax_privacy.clipping").clipped_grad
+    return {
+        "jax_privacy": private(peer),
+        "jax_privacy, microbatches of 8": private(peer, microbatch_size=8),
+        **ours,
+    }
+
+
+# ------------------------------------------------------------------------------------
 # Kernels of many outputs
 
 
@@ -192,6 +232,7 @@ def cases() -> list[tuple[str, dict[str, Way], tuple[Any, ...]]]:
     ]
     of_ten = (ten, normal(1, 128, 784), normal(2, 128, 10))
     found.append(("leaves normalised, N = 128", GROUPS, of_ten))
+    found.append(("private, N = 128", private_ways(), of_ten))
     many = network([784, 512, 512, 24])
     for layers, n in ((ten, 64), (many, 48)):
         k, x = layers[-1]["b"].size, normal(1, n, 784)

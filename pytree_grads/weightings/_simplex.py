@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _checks
-from ._solvers import minimum_on_simplex, safe_sqrt, unit_trace
+from ._solvers import minimum_on_simplex, positive_or_one, safe_sqrt, unit_trace
 
 
 def mgda(gram: Any) -> jax.Array:
@@ -76,6 +76,8 @@ def cagrad(gram: Any, c: Any = 0.5) -> jax.Array:
 @jax.jit
 def _mgda(gram: jax.Array) -> jax.Array:
     gram = unit_trace(gram)
+    if len(gram) == 2:
+        return _pair(_shortest_of_two(gram))
 
     def value(w: jax.Array, gram: jax.Array) -> jax.Array:
         return w @ gram @ w / 2
@@ -92,6 +94,9 @@ def _cagrad(gram: jax.Array, c: jax.Array) -> jax.Array:
     uniform = _uniform(gram)
     square = uniform @ gram @ uniform
     radius = c * safe_sqrt(square)
+    if len(gram) == 2:
+        w, norm = _cagrad_of_two(gram, radius)
+        return uniform + radius / norm * w
 
     def value(w: jax.Array, problem: tuple[jax.Array, jax.Array]) -> jax.Array:
         """The dual problem: its minimum leads to the best direction."""
@@ -106,6 +111,44 @@ def _cagrad(gram: jax.Array, c: jax.Array) -> jax.Array:
 
     w = minimum_on_simplex(value, curvature, uniform, (gram, radius))
     return uniform + radius / _norm(gram, w) * w
+
+
+def _pair(x: jax.Array) -> jax.Array:
+    """The weights (x, 1 − x), with x put between 0 and 1."""
+    x = jnp.clip(x, 0, 1)
+    return jnp.stack([x, 1 - x])
+
+
+def _shortest_of_two(gram: jax.Array) -> jax.Array:
+    """The x for which x J₁ + (1 − x) J₂ is shortest; equal rows take halves."""
+    across = gram[0, 0] + gram[1, 1] - 2 * gram[0, 1]  # ‖J₁ − J₂‖²
+    are_equal = across <= 4 * jnp.finfo(gram.dtype).eps
+    x = (gram[1, 1] - gram[0, 1]) / jnp.where(are_equal, 1, across)
+    return jnp.where(are_equal, 0.5, x)
+
+
+def _cagrad_of_two(gram: jax.Array, radius: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The w = (x, 1 − x) for which uᵀGw + radius · √(wᵀGw) is smallest, and √(wᵀGw).
+
+    With D = ‖J₁ − J₂‖² and x₀ the shortest combination, wᵀGw = D (x − x₀)² + h, where h
+    is its square. The linear part has the slope q = (G₁₁ − G₂₂) / 2. The derivative is
+    zero where (x − x₀)² = q² h / (D (radius² D − q²)), on the side where the linear
+    part falls. Where radius² D ≤ q², the linear part decides.
+    """
+    across = gram[0, 0] + gram[1, 1] - 2 * gram[0, 1]  # D
+    slope = (gram[0, 0] - gram[1, 1]) / 2  # q
+    determinant = gram[0, 0] * gram[1, 1] - gram[0, 1] ** 2
+    lowest = jnp.maximum(determinant, 0) / positive_or_one(across)  # h
+    excess = radius**2 * across - slope**2
+    far = safe_sqrt(lowest / positive_or_one(across * excess))
+    middle = _shortest_of_two(gram)  # x₀
+    inside = middle - slope * far
+    at_an_end = jnp.where(slope > 0, 0.0, 1.0).astype(gram.dtype)
+    w = _pair(jnp.where((excess > 0) | (slope == 0), inside, at_an_end))
+    # Each form adds up numbers that are not negative, so nothing cancels.
+    conflicting = across * (w[0] - middle) ** 2 + lowest
+    square = jnp.where(gram[0, 1] < 0, conflicting, w @ gram @ w)
+    return w, jnp.sqrt(square + jnp.finfo(gram.dtype).eps ** 2)
 
 
 def _norm(gram: jax.Array, w: jax.Array) -> jax.Array:

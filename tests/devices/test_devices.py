@@ -30,27 +30,29 @@ def expected(call):
 # A layout of each kind.
 TYPICAL = ("auto, sharded", "explicit, split", "shard_map, checked")
 
-# Calls of which others, in chunks, take the same steps.
+# Calls that take the steps of others: the layout of each kind is enough for them.
 OTHERS = (
     "recomputed",
     "in uneven chunks",
+    "questions",
+    "questions in chunks",
     "chain rule",
     "chain rule in uneven chunks",
     "curvature",
 )
+PAIRS = [
+    pytest.param(
+        layout,
+        call,
+        marks=[pytest.mark.any_release] * (layout not in TYPICAL or call in OTHERS),
+    )
+    for layout in LAYOUTS
+    for call in CALLS
+    if layout in TYPICAL or call not in OTHERS
+]
 
 
-@pytest.mark.parametrize(
-    "call",
-    [pytest.param(x, marks=[pytest.mark.any_release] * (x in OTHERS)) for x in CALLS],
-)
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(x, marks=[pytest.mark.any_release] * (x not in TYPICAL))
-        for x in LAYOUTS
-    ],
-)
+@pytest.mark.parametrize(("layout", "call"), PAIRS)
 def test_many_devices_give_what_one_gives(layout, call):
     with jax.enable_x64(True):
         numbers, sums = LAYOUTS[layout].run(CALLS[call])

@@ -132,14 +132,16 @@ MODES = {"kept": {}, "recomputed": {"recompute": True}, "chunks": {"chunk_size":
 
 
 @pytest.mark.any_release
-@pytest.mark.parametrize("positions", [None, 2], ids=["T=1", "T=2"])
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize(
+    ("mode", "positions"),
+    [("kept", None), ("kept", 2), ("recomputed", 2), ("chunks", None)],
+)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_products_are_those_of_rows(row, mode, positions, x64):
     fun, w, x = loss(row, positions)
     v, c = jnp.cos(jnp.arange(w.size)).reshape(w.shape), jnp.linspace(-1, 2, N)
     with factors_kept():
-        J = jacobian(fun, **mode)(w, x)
+        J = jacobian(fun, **MODES[mode])(w, x)
         got = products(J, v, c)
     rows = jax.vmap(jax.grad(fun), (None, 0))(w, x)
     flat = rows.reshape(N, -1)
@@ -213,3 +215,95 @@ def test_look_ups_that_are_sorted(x64):
         norms, squares = J.norms(), J.square_sum()
     assert tree_allclose(norms, jnp.linalg.norm(rows.reshape(N, -1), axis=1))
     assert tree_allclose(squares, jnp.sum(rows**2, 0))
+
+
+def products_as_arrays(J):
+    return J.norms(), J.gram(), J.to_rows(), J.sum(), J.clip(1.0).sum()
+
+
+def exact(fun, p, x):
+    """The same products from plain rows."""
+    rows = jax.vmap(jax.grad(fun), (None, 0))(p, x)
+    flat = jnp.concatenate([r.reshape(len(x), -1) for r in jax.tree.leaves(rows)], 1)
+    norms = jnp.linalg.norm(flat, axis=1)
+    scale = jnp.minimum(1, 1 / norms)
+
+    def weighted(c):
+        return jax.tree.map(lambda r: jnp.tensordot(c, r, 1), rows)
+
+    return norms, flat @ flat.T, rows, weighted(jnp.ones(len(x))), weighted(scale)
+
+
+def test_a_nan_behind_a_mask_stays_behind_it(x64):
+    """Zero times NaN is NaN, and what `where` selects is not."""
+    kept = jnp.ones((D, K), bool).at[0].set(False)  # the first input is not used
+
+    def fun(w, x):
+        y = x @ jnp.where(kept, w, 0.0)
+        return jnp.sum(jnp.sin(jnp.where(jnp.isfinite(y), y, 0.0)))
+
+    w, x = jnp.cos(jnp.arange(D * K)).reshape(D, K), jnp.sin(jnp.arange(3 * D))
+    x = x.reshape(3, D).at[0, 0].set(jnp.nan)
+    with factors_kept():
+        got = products_as_arrays(jacobian(fun)(w, x))
+    want = exact(fun, w, x)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("gain", ["heads", "blocks", "lines"])
+def test_gains_of_parts_of_a_weight(gain, x64):
+    """A gain for each head, for each block of the columns, and for each line."""
+    shape, x_shape = {
+        "heads": ((4, 5, 3), (4, 5)),
+        "blocks": ((5, 12), (5,)),
+        "lines": ((5, 12), (5,)),
+    }[gain]
+    gains = {"heads": (4, 1, 3), "blocks": (1, 4, 1), "lines": (5, 1)}[gain]
+
+    def weight(p):
+        if gain == "blocks":
+            return (p["w"].reshape(5, 4, 3) * p["g"]).reshape(5, 12)
+        return p["w"] * p["g"]
+
+    def fun(p, x):
+        how = "hi,hio->ho" if gain == "heads" else "i,io->o"
+        return jnp.sum(jnp.sin(jnp.einsum(how, x, weight(p))))
+
+    def draw(*sizes):
+        return jnp.cos(jnp.arange(np.prod(sizes), dtype=float)).reshape(sizes)
+
+    p, x = {"w": draw(*shape), "g": draw(*gains)}, draw(3, *x_shape)
+    with factors_kept():
+        got = products_as_arrays(jacobian(fun)(p, x))
+    assert tree_allclose(got, exact(fun, p, x), 1e-10)
+
+
+@pytest.mark.parametrize("fun", [masked_loss, solved_loss])
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_an_empty_batch(fun, mode, x64):
+    _, w, x = loss(ROWS[0])
+    with factors_kept():
+        norms, gram, rows, total, clipped = products_as_arrays(
+            jacobian(fun, **mode)(w, x[:0])
+        )
+    assert (norms.shape, gram.shape, rows.shape) == ((0,), (0, 0), (0, D, K))
+    assert tree_allclose((total, clipped), (jnp.zeros((D, K)),) * 2)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_no_tracer_is_left_behind(mode, x64):
+    _, w, x = loss(ROWS[0])
+    with jax.checking_leaks():
+        jax.jit(lambda w, x: jacobian(masked_loss, **mode)(w, x).norms())(w, x)
+
+
+def test_examples_over_explicit_axes(x64):
+    _, w, x = loss(ROWS[0])
+    mesh = jax.make_mesh((N,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    want = exact(masked_loss, w, x)
+    with jax.set_mesh(mesh), factors_kept():
+        over = jax.device_put(x, jax.P("d"))
+        J = jax.jit(jacobian(masked_loss))(w, over)
+        got = jax.device_get((J.norms(), J.sum(), J.clip(1.0).sum()))
+    assert tree_allclose(got, (want[0], want[3], want[4]), 1e-10)

@@ -502,6 +502,36 @@ def test_two_batches_by_hand(pull):
         np.testing.assert_allclose(weights, expected, rtol=1e-5)
 
 
+def least_on_a_grid(value, gram):
+    """The smallest of a function of (w, ‖Jᵀw‖) over 100,001 convex combinations."""
+    x = np.linspace(0, 1, 100001)
+    w = np.stack([x, 1 - x])
+    norms = np.sqrt(np.maximum(np.einsum("ik,ij,jk->k", w, gram, w), 0))
+    values = value(w, norms)
+    return values.min()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_losses_have_closed_forms(seed):
+    """MGDA and CAGrad of two losses are no worse than the best of a fine grid."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(2, 3)) * 10.0 ** rng.uniform(-1, 1, size=(2, 1))
+    rows[1] -= seed % 2 * 3 * rows[0]  # half of them conflict
+    gram = rows @ rows.T
+    size = np.sqrt(np.trace(gram))
+    w = np.asarray(weightings.mgda(gram_of(rows)), np.float64)
+    best = least_on_a_grid(lambda w, norms: norms, gram)
+    assert np.linalg.norm(w @ rows) <= best + 1e-6 * size
+
+    c, uniform = 0.7, np.full(2, 0.5)
+    radius = c * np.sqrt(uniform @ gram @ uniform)
+    d = np.asarray(weightings.cagrad(gram_of(rows), c=c), np.float64) @ rows
+    assert np.linalg.norm(d - uniform @ rows) <= radius * (1 + 1e-5)
+    # The dual: the worst loss improves as much as the best direction can.
+    best = least_on_a_grid(lambda w, norms: uniform @ gram @ w + radius * norms, gram)
+    assert np.min(rows @ d) >= best - 1e-4 * size**2
+
+
 def test_modo_tends_to_mgda():
     gram = gram_of(random_rows(21, 3, 4))
     rule = weightings.modo(step_size=0.05)

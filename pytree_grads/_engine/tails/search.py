@@ -132,15 +132,17 @@ class _Level:
         return self.kind(leaf) == "linear"
 
     def is_worth_it(self, leaf: Atom) -> bool:
-        """Whether the sources of a leaf's tail are smaller than the leaf, or are terms.
+        """Whether the arrays at which a leaf's tail begins are smaller than the leaf.
 
-        A leaf that is small itself is kept as it is, if no term is materialised for it.
+        A smaller leaf is kept as it is: the arrays are evaluated in any case, and an
+        ordinary backward pass also adds the terms to them.
         """
-        sources = [self.source(*x) for x in self.part([leaf]).all_sources]
-        if not all(is_dense(x.site) for own in sources for x in self.choice(own.plan)):
-            return True
-        size = sum(prod(own.shape) for own in sources)
-        return thresholds.exceeds(prod(leaf.aval.shape), size)
+        size = 0
+        for source in [self.source(*x) for x in self.part([leaf]).all_sources]:
+            sites = [cut.site for cut in self.choice(source.plan)]
+            if any(is_dense(x) and self._differs(x) for x in sites):
+                size += prod(source.shape)
+        return not size or thresholds.exceeds(prod(leaf.aval.shape), size)
 
     def _materializes(self, level: "_Level", site: Site) -> bool:
         match site:
