@@ -26,6 +26,7 @@ EXAMPLES = {
     "two_tasks.py": "--steps 150",
     "every_example.py": "--steps 60",
     "attribution.py": "--steps 100",
+    "kernels.py": "--steps 100 --seeds 12 --labels 50 400",
     "second_order.py": "--steps 4",
     "weights.py": "--steps 150",
     "multi_device.py": "--steps 100",

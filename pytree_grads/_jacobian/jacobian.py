@@ -753,7 +753,7 @@ class Jacobian(NotAnArray):
         ``"kronecker"``   signs for each side of a      in one leaf, at most
                           matrix, l and r numbers with  (1 + 2/l)(1 + 2/r) − 1, with 0
                           l·r ≤ dim                     for 2/l if a side is kept whole
-        ``"tensor"``      count sketches of both sides  at most 8/dim
+        ``"tensor"``      count sketches of both sides  at most 8/(dim − 1)
                           of a matrix, convolved
         ================  ============================  ================================
 
@@ -762,9 +762,11 @@ class Jacobian(NotAnArray):
         dim·log dim). Other kinds of rows are projected as the matrices that they are.
         The axes of a leaf are split in two where the sum of both sizes is least. For
         ``"kronecker"``, a side of at most √dim entries is kept whole, and the other
-        gets dim // side numbers; otherwise l and r are the factors of ``dim`` that are
-        nearest to each other, so take a square. Vectors and scalars get count sketches
-        in both kinds.
+        gets dim // side numbers; otherwise the shorter side gets l = ⌊√dim⌋ numbers and
+        the other ⌊dim/l⌋. A vector has one side: in both kinds, its row is sketched in
+        full, by a count sketch of variance at most 2/dim. Different leaves are added
+        into the same ``dim`` numbers, with signs and places of their own, which adds at
+        most 2/dim. ``J.explain(sketch_dim=dim)`` says what each leaf takes.
 
         Args:
           key: one PRNG key.
@@ -823,7 +825,7 @@ class Jacobian(NotAnArray):
             outer, [self._rows.origin.like_params(list(x)) for x in columns]
         )
 
-    def explain(self) -> str:
+    def explain(self, *, sketch_dim: int | None = None) -> str:
         """A table of the leaves: how their rows are kept, what that costs, and why.
 
         Print it. Each leaf has a line with its key path, its terms, the way its norm is
@@ -831,11 +833,17 @@ class Jacobian(NotAnArray):
         example, and, for a leaf that is materialised, the primitive at which the search
         for factors ended.
 
+        Args:
+          sketch_dim: a positive int asks for a second table: how sketches to so many
+            numbers take each leaf, by each kind.
+
         Returns:
           The table, as a string of several lines.
 
         Raises:
-          TypeError: J is a stack of Jacobians, as ``jax.vmap`` returns it.
+          TypeError: J is a stack of Jacobians, as ``jax.vmap`` returns it, or
+            ``sketch_dim`` is not an int.
+          ValueError: ``sketch_dim`` is not positive.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -845,7 +853,11 @@ class Jacobian(NotAnArray):
         True
         """
         self._rows.origin.require_one()
-        return _explain.explain(self._rows, repr(self))
+        table = _explain.explain(self._rows, repr(self))
+        if sketch_dim is None:
+            return table
+        dim = positive_int("sketch_dim", sketch_dim)
+        return f"{table}\n\n{_explain.explain_sketches(self._rows, dim)}"
 
     def check(self, rows: int = 4) -> None:
         """Compare the first rows, and their products, with plain ``jax.grad``.

@@ -212,6 +212,23 @@ def test_attribution(tmp_path):
     assert figure.read_bytes().startswith(b"\x89PNG\r\n")
 
 
+def test_kernels(tmp_path):
+    figure = tmp_path / "kernels.png"
+    flags = ["--steps", "100", "--seeds", "12", "--labels", "50", "400"]
+    printed = run("kernels.py", *flags, "--output", str(figure))
+    told = {
+        name: [float(x) for x in re.findall(r"([\d.]+)%", values)]
+        for name, values in re.findall(r"^(\D+?)  +(\d.*%)$", printed, re.MULTILINE)
+    }
+    assert len(told) == 5
+    assert min(told["before training"][-1], told["infinite width"][-1]) > 95
+    assert told["pixels"][-1] < told["infinite width"][-1]
+    slope = re.search(r"slope (\S+) in log width", printed)
+    assert slope is not None
+    assert -0.6 < float(slope[1]) < -0.4
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n")
+
+
 def test_private_digits(tmp_path):
     pytest.importorskip("jax_privacy", reason="the extra `privacy` is not installed")
     figure = tmp_path / "private.png"
