@@ -1,4 +1,5 @@
-"""A network as a kernel: regression with inner products of gradients, and its limit.
+"""A network as a kernel, and its limit
+====================================
 
 The tangent kernel of a network is Θ(x, x′) = Σₖ ⟨∇fₖ(x), ∇fₖ(x′)⟩, the inner products
 of the gradients of its outputs, and that is `jacobian(f)(params, x).gram(trace=True)`.
@@ -12,7 +13,7 @@ and a network of m units at random comes near it like m^(−1/2): the distance i
 for growing widths, with the slope of a line through the logarithms.
 
 The figure shows the kernels before and after training, images sorted by their digit;
-test accuracy by the number of labels; and the distance by width.
+test accuracy by the number of labels; and the distance by width. ::
 
     python examples/kernels.py [--steps 300] [--seeds 24] [--output kernels.png]
 """
@@ -219,7 +220,7 @@ def draw(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Regress, widen, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=300, help="(%(default)s)")
     parser.add_argument(
         "--labels", type=int, nargs="+", default=LABELS, help="how many to learn from"

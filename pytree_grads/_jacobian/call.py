@@ -121,8 +121,8 @@ def jacobian(
         per row always are.
       batched: whether ``fun`` is a function of one example. If not, it takes all
         arguments whole, as under ``jax.jacrev``: K losses of one batch have K rows. J
-        then has the shape (*k, P) for outputs of shape k, ``norms()`` (*k),
-        ``gram()`` (*k, *k), and ``mean()`` of one loss is its gradient. The options
+        then has the shape ``(*k, P)`` for outputs of shape k, ``norms()`` ``(*k)``,
+        ``gram()`` ``(*k, *k)``, and ``mean()`` of one loss is its gradient. The options
         ``in_axes`` and ``chunk_size`` are about examples, and are refused.
       batch_axis_name: refused, with an error that names two exact ways out: with
         statistics of the batch, no example has a gradient of its own.

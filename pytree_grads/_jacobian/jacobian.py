@@ -58,8 +58,8 @@ class Jacobian(NotAnArray):
     ``jacobian`` and ``value_and_jacobian`` make it. N is the number of examples, P the
     number of parameters. If the function returns a scalar, "a number per row" is an
     array of shape (N,). Otherwise it is a tree like the function's output, with leaves
-    of shape (N, *k). For losses of a whole batch (``batched=False``) there is no N, and
-    it is a tree like the function's output.
+    of shape ``(N, *k)``. For losses of a whole batch (``batched=False``) there is no N,
+    and it is a tree like the function's output.
 
     Rows are kept as factors, from which every product is computed; or they are
     recomputed for each product, and nothing is kept (``recompute=True``,
@@ -76,8 +76,8 @@ class Jacobian(NotAnArray):
     a row with a NaN or inf      its norm is NaN or infinite; so is every sum, unless
                                  ``clip(..., nan_safe=True)`` has made the row zero
     a norm that overflows        is infinite or NaN; ``clip`` treats the row as infinite
-    a norm more than 9e37 times  the row is zero once clipped, since no normal float32
-    its bound, in float32        scales it so
+    a norm > 9e37 × its bound    the row is zero once clipped, in float32, since no
+                                 normal number scales it so
     complex parameters           rows follow ``jax.grad`` (step along the conjugate);
                                  ``gram`` conjugates the left row, ``J @ v`` is real
     ===========================  =======================================================
@@ -329,12 +329,11 @@ class Jacobian(NotAnArray):
         ====================================  ==========================================
         rows                                  the sum takes
         ====================================  ==========================================
-        unscaled rows, in the trace where J   the factors, no rows; one backward pass if
-        was made                              a leaf has no factors, or a scan is
+        unscaled rows, in J's own trace       the factors, no rows; one backward pass if
+                                              a leaf has no factors, or a scan is
                                               rematerialised
         scaled or clipped rows                what norms use
-        J used elsewhere (outside ``jit``,    what norms use
-        or in a loop body)
+        J outside ``jit``, or inside a loop   what norms use
         J that keeps nothing                  the factors, or with ``recompute`` one
                                               backward pass
         ====================================  ==========================================
@@ -480,8 +479,8 @@ class Jacobian(NotAnArray):
             of rows that belong to each of its leaves, or ``"leaves"``, as in ``norms``.
 
         Returns:
-          Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k
-          and k′; for trees of outputs, a tree like the output of J that holds trees
+          Shape (N, N′) for scalar functions; ``(N, *k, N′, *k′)`` for outputs of shapes
+          k and k′; for trees of outputs, a tree like the output of J that holds trees
           like that of the other. With ``trace``, shape (N, N′) for all of them. In
           float32, or in the wider dtype of the two if that is wider. With ``groups``, a
           tree like the prefix that holds such products for each group; they add up to
@@ -814,10 +813,10 @@ class Jacobian(NotAnArray):
         """The rows, stacked, as ``per_example_grad`` gives them.
 
         Returns:
-          A tree like the parameters, with leaves of shape (N, *leaf). If outputs are
-          not scalar, a tree like the output that holds such trees, with leaves of shape
-          (N, *k, *leaf), as from ``jax.jacrev``. It takes N times the memory of the
-          parameters.
+          A tree like the parameters, with leaves of shape ``(N, *leaf)``. If outputs
+          are not scalar, a tree like the output that holds such trees, with leaves of
+          shape ``(N, *k, *leaf)``, as from ``jax.jacrev``. It takes N times the memory
+          of the parameters.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian

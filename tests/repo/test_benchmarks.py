@@ -184,8 +184,7 @@ def test_a_result_file_begins_with_what_it_ran_on_and_its_command(path):
 
 
 def test_every_result_file_is_linked():
-    page = (BENCHMARKS / "README.md").read_text()
+    page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
     assert {path.stem for path in RESULTS} == set(
-        re.findall(r"\(results/(\w+)\.md\)", page)
+        re.findall(r"/results/(\w+)\.md\)", page)
     )
-    assert page.count("\n") <= 150
