@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _checks
-from ._solvers import positive_or_one, safe_sqrt
+from ._solvers import positive_or_one, safe_sqrt, unit_trace
 
 SCALES = ("min", "median", "rmse")
 
@@ -118,7 +118,7 @@ def aligned_mtl(
 def _imtl_g(gram: jax.Array) -> jax.Array:
     norms = safe_sqrt(jnp.diagonal(gram))
     unit = positive_or_one(norms)
-    cosines = gram / (unit[:, None] * unit[None, :])
+    cosines = gram / unit[:, None] / unit[None, :]
     raw = jnp.linalg.pinv(cosines, hermitian=True) @ (norms > 0).astype(gram.dtype)
     raw = raw / unit
     total, rounding = jnp.sum(raw), 1e3 * jnp.finfo(gram.dtype).eps
@@ -130,7 +130,7 @@ def _imtl_g(gram: jax.Array) -> jax.Array:
 def _config(gram: jax.Array, preferred: jax.Array) -> jax.Array:
     norms = safe_sqrt(jnp.diagonal(gram))
     unit = positive_or_one(norms)
-    cosines = gram / (unit[:, None] * unit[None, :])
+    cosines = gram / unit[:, None] / unit[None, :]
     raw = jnp.linalg.pinv(cosines, hermitian=True) @ preferred
     raw = jnp.where(norms == 0, 0, raw / unit)
     # The square of the direction's length, and its products with all gradients.
@@ -139,7 +139,7 @@ def _config(gram: jax.Array, preferred: jax.Array) -> jax.Array:
 
 
 def _aligned(gram: jax.Array, preferred: jax.Array, scale_of: Any) -> jax.Array:
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = jnp.linalg.eigh(unit_trace(gram))
     cutoff = len(gram) * jnp.finfo(gram.dtype).eps * values[-1]
     counts = values > cutoff
     safe = jnp.where(counts, values, 1)

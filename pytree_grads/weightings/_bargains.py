@@ -91,7 +91,8 @@ def fairgrad(gram: Any, alpha: Any) -> jax.Array:
 def _bargain(gram: jax.Array, alpha: jax.Array) -> jax.Array:
     """The w > 0 with G w = w^(-1/α); 0 for a row of zeros."""
     power = 1 / alpha
-    size = positive_or_one(jnp.trace(gram) / len(gram))
+    # Any size scales the weights likewise, so it needs no derivative.
+    size = lax.stop_gradient(positive_or_one(jnp.trace(gram) / len(gram)))
     is_zero = jnp.diagonal(gram) == 0
     # A row of zeros has the equation w = w^(-1/α), and changes no other.
     squares = jnp.diagonal(gram) / size

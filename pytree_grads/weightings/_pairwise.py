@@ -112,8 +112,8 @@ Correction = Callable[..., tuple[jax.Array, jax.Array]]
 @jax.jit
 def _pcgrad(gram: jax.Array, key: jax.Array) -> jax.Array:
     def correct(product, _, other, average):
-        against = jnp.minimum(product, 0)
-        return -against / positive_or_one(other**2), average
+        against, length = jnp.minimum(product, 0), positive_or_one(other)
+        return -against / length / length, average
 
     return _corrected(gram, key, jnp.zeros_like(gram), correct)[0]
 
@@ -123,7 +123,7 @@ def _gradvac(
     gram: jax.Array, key: jax.Array, cosines: jax.Array, kept: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     def correct(product, norm, other, average):
-        cosine = product / positive_or_one(norm * other)
+        cosine = product / positive_or_one(norm) / positive_or_one(other)
         sine = safe_sqrt(1 - cosine**2)
         goal = positive_or_one(safe_sqrt(1 - average**2))
         added = norm * (average * sine / goal - cosine) / positive_or_one(other)

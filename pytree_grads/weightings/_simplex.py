@@ -4,9 +4,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from . import _checks
-from ._solvers import minimum_on_simplex, positive_or_one, safe_sqrt, unit_trace
+from ._solvers import (
+    minimum_above,
+    minimum_on_simplex,
+    positive_or_one,
+    safe_sqrt,
+    unit_trace,
+)
 
 
 def mgda(gram: Any) -> jax.Array:
@@ -44,9 +51,9 @@ def cagrad(gram: Any, c: Any = 0.5) -> jax.Array:
     With g₀ the mean of the gradients, it is the d with ‖d − g₀‖ ≤ c‖g₀‖ for which the
     smallest Jᵢ·d is largest. With c = 0 it is the mean; with c ≥ 1 it conflicts with no
     loss; as c grows, the direction tends to that of ``mgda``. Where the losses are
-    Pareto stationary, or g₀ is zero, the result stays within this ball, and is finite.
-    There, with c ≥ 1 and norms that differ by some hundreds, the direction is not
-    exact, and may leave a conflict.
+    Pareto stationary or nearly so, or g₀ is zero, the result stays within this ball,
+    and is finite. There, or with norms that differ by some hundreds, the direction for
+    c ≥ 1 is not exact, and may leave a conflict.
 
     Args:
       gram: (K, K), the inner products of K gradients, as ``J.gram()``.
@@ -76,16 +83,7 @@ def cagrad(gram: Any, c: Any = 0.5) -> jax.Array:
 @jax.jit
 def _mgda(gram: jax.Array) -> jax.Array:
     gram = unit_trace(gram)
-    if len(gram) == 2:
-        return _pair(_shortest_of_two(gram))
-
-    def value(w: jax.Array, gram: jax.Array) -> jax.Array:
-        return w @ gram @ w / 2
-
-    def curvature(_: jax.Array, gram: jax.Array) -> jax.Array:
-        return _largest_eigenvalue(gram)
-
-    return minimum_on_simplex(value, curvature, _uniform(gram), gram)
+    return _shortest_of_two(gram) if len(gram) == 2 else _shortest_of_many(gram)
 
 
 @jax.jit
@@ -113,18 +111,40 @@ def _cagrad(gram: jax.Array, c: jax.Array) -> jax.Array:
     return uniform + radius / _norm(gram, w) * w
 
 
-def _pair(x: jax.Array) -> jax.Array:
-    """The weights (x, 1 − x), with x put between 0 and 1."""
-    x = jnp.clip(x, 0, 1)
-    return jnp.stack([x, 1 - x])
+def _products(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """‖J₁‖², ‖J₂‖², J₁·J₂ and ‖J₁ − J₂‖² of two gradients."""
+    first, second = jnp.diagonal(gram)
+    across = (gram[0, 1] + gram[1, 0]) / 2
+    return first, second, across, first + second - 2 * across
+
+
+def _shortest_of_many(gram: jax.Array) -> jax.Array:
+    """The weights of the shortest convex combination.
+
+    The gradients get one more entry, s, and are joined by one that has −s there and
+    zeros elsewhere. Of the combinations with weights ≥ 0, and ≥ 1 for the last, the
+    shortest has weights in proportion to the solution, for any s. As a problem with
+    lower bounds it is solved for any sizes of the gradients.
+    """
+    squares = jnp.diagonal(gram)
+    smallest = jnp.min(jnp.where(squares > 0, squares, jnp.inf))
+    entry = lax.stop_gradient(jnp.where(smallest < jnp.inf, smallest, 1))  # s²
+    signs = jnp.append(jnp.ones_like(squares), -1)
+    larger = jnp.pad(gram, (0, 1)) + entry * jnp.outer(signs, signs)  # (K + 1, K + 1)
+    weights = minimum_above(larger, jnp.maximum(-signs, 0))[:-1]
+    return weights / jnp.sum(weights)
 
 
 def _shortest_of_two(gram: jax.Array) -> jax.Array:
-    """The x for which x J₁ + (1 − x) J₂ is shortest; equal rows take halves."""
-    across = gram[0, 0] + gram[1, 1] - 2 * gram[0, 1]  # ‖J₁ − J₂‖²
-    are_equal = across <= 4 * jnp.finfo(gram.dtype).eps
-    x = (gram[1, 1] - gram[0, 1]) / jnp.where(are_equal, 1, across)
-    return jnp.where(are_equal, 0.5, x)
+    """The weights of the shortest convex combination; equal rows take halves.
+
+    Each weight has a quotient of its own: 1 − x would lose the digits of a small one.
+    """
+    first, second, across, apart = _products(gram)
+    are_equal = apart <= 4 * jnp.finfo(gram.dtype).eps
+    weights = jnp.stack([second - across, first - across])
+    weights = jnp.clip(weights / jnp.where(are_equal, 1, apart), 0, 1)
+    return jnp.where(are_equal, 0.5, weights)
 
 
 def _cagrad_of_two(gram: jax.Array, radius: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -135,20 +155,24 @@ def _cagrad_of_two(gram: jax.Array, radius: jax.Array) -> tuple[jax.Array, jax.A
     zero where (x − x₀)² = q² h / (D (radius² D − q²)), on the side where the linear
     part falls. Where radius² D ≤ q², the linear part decides.
     """
-    across = gram[0, 0] + gram[1, 1] - 2 * gram[0, 1]  # D
-    slope = (gram[0, 0] - gram[1, 1]) / 2  # q
-    determinant = gram[0, 0] * gram[1, 1] - gram[0, 1] ** 2
-    lowest = jnp.maximum(determinant, 0) / positive_or_one(across)  # h
-    excess = radius**2 * across - slope**2
-    far = safe_sqrt(lowest / positive_or_one(across * excess))
-    middle = _shortest_of_two(gram)  # x₀
-    inside = middle - slope * far
-    at_an_end = jnp.where(slope > 0, 0.0, 1.0).astype(gram.dtype)
-    w = _pair(jnp.where((excess > 0) | (slope == 0), inside, at_an_end))
-    # Each form adds up numbers that are not negative, so nothing cancels.
-    conflicting = across * (w[0] - middle) ** 2 + lowest
-    square = jnp.where(gram[0, 1] < 0, conflicting, w @ gram @ w)
-    return w, jnp.sqrt(square + jnp.finfo(gram.dtype).eps ** 2)
+    first, second, across, apart = _products(gram)
+    slope = (first - second) / 2  # q
+    scale = first * second / positive_or_one(apart)  # h, if both are orthogonal
+    lowest = jnp.maximum(scale - across**2 / positive_or_one(apart), 0)  # h
+    excess = radius**2 * apart - slope**2
+    far = safe_sqrt(lowest / positive_or_one(apart * excess))
+    middle = _shortest_of_two(gram)  # (x₀, 1 − x₀)
+    sides = jnp.asarray([1, -1], gram.dtype)
+    inside = jnp.clip(middle - sides * slope * far, 0, 1)
+    at_an_end = jnp.where(sides * slope > 0, 0, 1).astype(gram.dtype)
+    w = jnp.where((excess > 0) | (slope == 0), inside, at_an_end)
+    # Each form adds up numbers that are not negative. What cancels is h, which is
+    # known up to roundings of its terms: the norm is no smaller than these.
+    eps = jnp.finfo(gram.dtype).eps
+    moved = (w - middle)[jnp.argmin(middle)]  # the smaller weight has more digits
+    conflicting = apart * moved**2 + lowest + 4 * eps * scale
+    square = jnp.where(across < 0, conflicting, w @ gram @ w)
+    return w, jnp.sqrt(square + eps**2)
 
 
 def _norm(gram: jax.Array, w: jax.Array) -> jax.Array:

@@ -21,8 +21,12 @@ Value = Callable[[jax.Array, Any], jax.Array]
 
 
 def unit_trace(gram: jax.Array) -> jax.Array:
-    """The Gramian divided by its trace, unless that is zero."""
-    return gram / positive_or_one(jnp.trace(gram))
+    """The Gramian divided by its trace, unless that is zero.
+
+    It is for what no common factor changes: so the trace needs no derivative, whose
+    square would underflow.
+    """
+    return gram / lax.stop_gradient(positive_or_one(jnp.trace(gram)))
 
 
 def unit_diagonal(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -31,7 +35,7 @@ def unit_diagonal(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     A row of zeros has cosines of zero, and the norm 1.
     """
     norms = jnp.sqrt(positive_or_one(jnp.diagonal(gram)))
-    return gram / (norms[:, None] * norms[None, :]), norms
+    return gram / norms[:, None] / norms[None, :], norms
 
 
 def positive_or_one(x: jax.Array) -> jax.Array:

@@ -119,7 +119,7 @@ HARD = {
     "one": np.array([[3.0, 4.0]]),
     "one zero": np.zeros((1, 2)),
     "of far sizes": random_rows(8, 4, 6) * np.array([[1e-3], [1.0], [30.0], [1e-1]]),
-    "tiny": 1e-12 * random_rows(9, 3, 5),
+    "tiny": 1e-10 * random_rows(9, 3, 5),
     "huge": 1e12 * random_rows(10, 3, 5),
 }
 
@@ -147,10 +147,35 @@ def test_weights_are_finite(name, case):
 
 
 @each(WEIGHTINGS)
-def test_a_nan_is_not_hidden(name):
-    gram = jnp.eye(3).at[0, 0].set(jnp.nan)
-    weights = WEIGHTINGS[name](gram)
-    assert name in ("mean", "sum") or bool(jnp.isnan(weights).any())
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_nan_is_not_hidden(name, count):
+    for place in ((0, 0), (1, 0)):
+        weights = WEIGHTINGS[name](jnp.eye(count).at[place].set(jnp.nan))
+        assert name in ("mean", "sum") or bool(jnp.isnan(weights).any())
+
+
+@each(["upgrad", "dualproj", "mgda"])
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("order", [1, -1])
+def test_norms_that_differ_by_a_million(name, count, order):
+    """Not in units of the largest gradient, but in those of the result."""
+    rows = random_rows(24, count, 12)[::order]
+    rows *= 10.0 ** np.linspace(0, 6, count)[:, None]
+    rows[-1] -= 1e6 * rows[0]  # the last one conflicts with the first
+    _, direction = combined(name, rows[::order])
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    assert (units @ direction).min() > -1e-5 * np.linalg.norm(direction)
+
+
+def test_nearly_opposite_gradients_stay_within_the_ball():
+    """The inner products no longer tell how short their shortest combination is."""
+    for c in (0.5, 1.0, 2.0):
+        for angle in 10.0 ** np.arange(-7.0, -1.0):
+            rows = np.array([[1.0, 0.0], [-np.cos(angle), np.sin(angle)]])
+            rows *= np.array([[1.0], [0.3]])
+            weights = np.asarray(weightings.cagrad(gram_of(rows), c=c), np.float64)
+            away = np.linalg.norm(weights @ rows - rows.mean(axis=0))
+            assert away <= 1.01 * c * np.linalg.norm(rows.mean(axis=0))
 
 
 @each(["upgrad", "dualproj", "mgda", "cagrad_12", "nash_mtl", "fairgrad_2"])
@@ -399,8 +424,12 @@ def test_derivatives(name, case, x64):
 # The eigenvectors of Aligned-MTL have no derivative where eigenvalues coincide.
 @each([name for name in WEIGHTINGS if not name.startswith("aligned")])
 @pytest.mark.parametrize(
-    "case", ["a row of zeros", "equal rows", "opposite rows", "stationary", "zeros"]
-)
+    "case",
+    [
+        "a row of zeros", "equal rows", "opposite rows", "stationary", "zeros",
+        "tiny", "huge",
+    ],
+)  # fmt: skip
 def test_derivatives_are_finite(name, case):
     gram = gram_of(HARD[case])
     slope = jax.grad(lambda gram: jnp.sum(WEIGHTINGS[name](gram)))(gram)
