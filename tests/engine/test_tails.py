@@ -307,3 +307,30 @@ def test_examples_over_explicit_axes(x64):
         J = jax.jit(jacobian(masked_loss))(w, over)
         got = jax.device_get((J.norms(), J.sum(), J.clip(1.0).sum()))
     assert tree_allclose(got, (want[0], want[3], want[4]), 1e-10)
+
+
+@pytest.mark.parametrize("scheme", ["rounded", "learned step", "clipped"])
+def test_quantised_weights(scheme, x64):
+    """Rounding passes gradients straight through; a learned step has a gradient."""
+
+    def rounded(w):
+        return w + lax.stop_gradient(jnp.round(w) - w)
+
+    def weight(p):
+        if scheme == "rounded":
+            return rounded(p["w"] * 8) / 8
+        w = p["w"] / p["step"]
+        return rounded(jnp.clip(w, -3, 3) if scheme == "clipped" else w) * p["step"]
+
+    def fun(p, x):
+        return jnp.sum(jnp.sin(x @ weight(p)))
+
+    p = {"w": jnp.cos(jnp.arange(float(D * K))).reshape(D, K), "step": jnp.array(0.2)}
+    x = jnp.sin(jnp.arange(4.0 * D)).reshape(4, D)
+    with factors_kept():
+        J = jacobian(fun)(p, x)
+        got = products_as_arrays(J)
+    assert tree_allclose(got, exact(fun, p, x), 1e-10)
+    terms = [s.term for leaf in leaves_of(J) for s in leaf.summands]
+    assert not any(isinstance(x, Through) for x in terms)
+    assert len(terms) <= 2  # both gradients of a step are one number
