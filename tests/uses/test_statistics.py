@@ -231,6 +231,13 @@ def test_sampling_at_the_edges():
     np.testing.assert_allclose([p, w], [[0, 1], [0, 0.5]])
 
 
+def test_sampling_from_narrow_norms():
+    """Their sum is beyond float16."""
+    p, w = statistics.sampling_weights(jnp.linspace(1, 300, 2000).astype(jnp.float16))
+    assert p.dtype == w.dtype == jnp.float32
+    np.testing.assert_allclose([p.sum(), (p * w).sum()], 1, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------- errors
 
 
@@ -269,7 +276,7 @@ def one_example():
         (
             lambda: statistics.sampled_fisher_diagonal(logits, 0),
             TypeError,
-            "must be a PRNG key",
+            "must be one PRNG key",
         ),
         (
             lambda: statistics.sampled_fisher_diagonal(
@@ -285,7 +292,26 @@ def one_example():
             ValueError,
             "array (C,)",
         ),
+        (
+            lambda: statistics.sampled_fisher_diagonal(
+                logits, jax.random.split(jax.random.key(0))
+            ),
+            TypeError,
+            "must be one PRNG key",
+        ),
+        (
+            lambda: statistics.sampled_fisher_diagonal(logits, jax.random.key(0))(
+                PARAMS
+            ),
+            ValueError,
+            "pass a batch",
+        ),
         (lambda: statistics.sampling_weights(jnp.arange(3)), TypeError, "J.norms()"),
+        (
+            lambda: statistics.sampling_weights(jnp.ones(2), uniform="a"),
+            TypeError,
+            "uniform must be a real scalar",
+        ),
         (lambda: statistics.sampling_weights(jnp.ones((2, 2))), ValueError, "(N,)"),
         (lambda: statistics.sampling_weights(-jnp.ones(2)), ValueError, "negative"),
         (

@@ -262,6 +262,13 @@ def test_the_norm_of_a_bargain(x64):
     np.testing.assert_allclose(jnp.sqrt(cut @ gram @ cut), 0.5, rtol=1e-9)
 
 
+def test_rows_of_zeros_are_the_shortest():
+    rows = np.append(random_rows(6, 15, 20), np.zeros((1, 20)), axis=0)
+    for count in (2, 16):
+        weights = weightings.mgda(gram_of(rows[-count:]))
+        np.testing.assert_array_equal(weights, np.eye(count)[-1])
+
+
 def test_a_zero_gradient_changes_no_bargain():
     rows = random_rows(12, 3, 5)
     with_zero = weightings.nash_mtl(gram_of(np.append(rows, np.zeros((1, 5)), 0)))
