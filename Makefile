@@ -5,13 +5,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 DIST ?= dist
+SITE := $(addprefix docs/,_build api gallery made)
 # worksteal: neighbours run in one process, which has compiled much of what they need.
 TEST_FLAGS ?= -n 2 --dist worksteal
 
 # The doctests, the arithmetic of trees, rows and products on the models that differ most, errors.
 QUICK ?= pytree_grads $(addprefix tests/,trees/test_combine.py trees/test_vector.py \
 	batches/test_per_example.py batches/test_errors.py jacobian/test_outputs.py \
-	$(addprefix repo/test_,imports.py packaging.py help.py readme.py))
+	$(addprefix repo/test_,imports.py packaging.py help.py pages.py readme.py))
 QUICK_MODELS ?= perceptron embeddings tied_embedding scan_over_layers complex_parameters \
 	flax_nnx_batch_norm equinox haiku
 QUICK += $(QUICK_MODELS:%=tests/jacobian/test_products.py::test_all_products[%])
@@ -24,7 +25,7 @@ ifneq ($(filter quick,$(MAKECMDGOALS)),)
 $(info make quick: some of the tests take about 1 minute on two idle cores, a new environment 1 or 2 more. make test runs all.)
 endif
 
-.PHONY: demo test quick lint types wheel clean
+.PHONY: demo test quick lint types docs release-check clean
 
 demo: $(VENV)/.examples
 	$(VENV)/bin/python examples/digits.py
@@ -42,14 +43,24 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-# The wheel, installed where there is nothing else, imports and passes its doctests.
-wheel: $(VENV)/.dev
-	rm -rf $(DIST) $(VENV)-wheel
-	$(VENV)/bin/python -m build --wheel --outdir $(DIST)
-	$(PYTHON) -m venv --without-pip $(VENV)-wheel
-	$(PYTHON) -m pip --python $(VENV)-wheel/bin/python install $(DIST)/*.whl
-	$(VENV)-wheel/bin/python -I .ci/doctests.py
-	rm -rf $(VENV)-wheel
+# The site, in docs/_build, from nothing. GALLERY=full runs the examples as long as their
+# readers would; without it they are short.
+docs: $(VENV)/.docs
+	rm -rf $(SITE)
+	$(VENV)/bin/python -m sphinx -W --keep-going --quiet docs docs/_build
+
+# What is uploaded: sdist and wheel, each installed where there is nothing else, pass their
+# doctests and run the code of the README.
+release-check: $(VENV)/.dev
+	rm -rf $(DIST)
+	$(VENV)/bin/python -m build --outdir $(DIST)
+	for package in $(DIST)/*.tar.gz $(DIST)/*.whl; do \
+		rm -rf $(VENV)-empty && \
+		$(PYTHON) -m venv --without-pip $(VENV)-empty && \
+		$(PYTHON) -m pip --python $(VENV)-empty/bin/python install $$package && \
+		$(VENV)-empty/bin/python -I .ci/installed.py || exit 1; \
+	done
+	rm -rf $(VENV)-empty
 
 # pip of the Python at hand fills the environment, so that venv needs no pip of its own to copy:
 # some systems ship one without the other.
@@ -59,4 +70,4 @@ $(VENV)/.%: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel $(DIST)
+	rm -rf $(VENV) $(VENV)-empty $(DIST) $(SITE)

@@ -7,7 +7,7 @@ else computes a number if it is asked for, of equations whose result is used.
 
 from __future__ import annotations
 
-from math import prod
+from math import log2, prod
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -61,21 +61,30 @@ def _count_equation(equation: Any, everything: bool) -> float:
     if equation.primitive is p.conv_general_dilated_p:
         kernel = prod(shapes[1]) // shapes[1][params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * prod(equation.outvars[0].aval.shape) * kernel
-    name = equation.primitive.name
-    if name.startswith("scatter"):
-        return everything * float(prod(shapes[2]))
-    if name.startswith(("reduce", "arg", "cum", "sort")):
-        return everything * float(prod(shapes[0]))
     bodies = [count(body, everything=everything) for body in _bodies(params)]
     if equation.primitive is p.cond_p:
         return max(bodies)
-    if bodies:
+    # The bodies of these are of two numbers.
+    is_entrywise = equation.primitive.name.startswith(("scatter", "reduce"))
+    if bodies and not is_entrywise:
         return sum(bodies) * (params["length"] if equation.primitive is p.scan_p else 1)
-    if not everything or equation.primitive in MOVES or name in MOVES_BY_NAME:
-        return 0.0
-    return float(
-        sum(prod(x.aval.shape) for x in equation.outvars if hasattr(x.aval, "shape"))
-    )
+    return _by_entries(equation, shapes) if everything else 0.0
+
+
+def _by_entries(equation: Any, shapes: list[tuple[int, ...]]) -> float:
+    """The operations of what is no product and has no body."""
+    name = equation.primitive.name
+    made = sum(prod(x.aval.shape) for x in equation.outvars if hasattr(x.aval, "shape"))
+    if name == "fft":
+        length = equation.params["fft_lengths"][-1]
+        of_real = equation.params["fft_type"].name in ("RFFT", "IRFFT")
+        return (2.5 if of_real else 5.0) * max(made, prod(shapes[0])) * log2(length)
+    if name.startswith("scatter"):
+        return float(prod(shapes[2]))
+    if name.startswith(("reduce", "arg", "cum", "sort")):
+        return float(prod(shapes[0]))
+    is_move = equation.primitive in MOVES or name in MOVES_BY_NAME
+    return 0.0 if is_move else float(made)
 
 
 def _bodies(params: dict[str, Any]) -> list[Jaxpr]:

@@ -1,10 +1,11 @@
 """Compare the programs that two states of the package compile to: old beside new.
 
-    python benchmarks/programs.py --save OLD.json [--resume] --package
-    CHECKOUT_OF_THE_OLD python benchmarks/programs.py --against OLD.json [--save
-    NEW.json] [--package CHECKOUT] python benchmarks/programs.py --time
-    CHECKOUT_OF_THE_OLD [--package CHECKOUT]
-        each with [--models NAME ...] [--products clipped gram ...] [--modes kept ...]
+    python benchmarks/programs.py --save OLD.json [--resume] --package OLD_CHECKOUT
+    python benchmarks/programs.py --against OLD.json [--save NEW.json]
+    python benchmarks/programs.py --time OLD_CHECKOUT
+
+each with [--package NEW_CHECKOUT] [--models NAME ...] [--products clipped gram ...]
+[--modes kept ...].
 
 The programs are those of `per_example.py`: the clipped sum and norms of all models in
 all modes, and the other products of nine models. Each is compiled for a J of its own.

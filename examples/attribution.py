@@ -1,19 +1,20 @@
-"""Who taught the model that? Images that helped and hurt, and wrong labels found.
+"""Images that helped and hurt, and wrong labels found
+===================================================
 
 A tenth of the labels of scanned digits is wrong, on purpose. Softmax regression with a
-penalty learns them all by heart as well as it can. `attribution.influence` says what
-leaving one training image out would do to the loss of others, by conjugate gradients
-and without a retraining. Four ways rank the suspects: how much an image needs itself,
-how much it hurts a hundred validation images by influence or by TracIn over
-checkpoints, and its own loss. How many of the first suspects are the planted ones? In a
-model this simple the plain loss finds them too; only influence says whom they hurt.
+penalty fits them all as well as it can. `attribution.influence` says what leaving one
+training image out would do to the loss of others. It uses conjugate gradients, and no
+retraining. Four scores rank the suspects: how much an image needs itself; how much it
+hurts a hundred validation images, by influence or by TracIn over checkpoints; and its
+own loss. How many of the first suspects are the planted ones? In a model this simple,
+the loss finds them too. Only influence says whom they hurt.
 
-Then a network learns from the same labels. Of every 128 images, it takes the 32 whose
-gradients lower the loss of validation images most, which is one product, `J @ v`.
+Then a network learns from the same labels. Of every 128 images it takes the 32 whose
+gradients lower the loss of validation images most, by one product, `J @ v`.
 
 The figure shows two test images with those that helped and hurt them most, the share of
 planted labels among the suspects, and the accuracy of the network with and without a
-choice.
+choice. ::
 
     python examples/attribution.py [--steps 400] [--output attribution.png]
 """
@@ -232,7 +233,7 @@ def draw(shown, scores, data, is_wrong, curves, seen) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Train, attribute, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=400, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("attribution.png"))
     options = parser.parse_args(argv)

@@ -1,29 +1,27 @@
-"""Learn which handwritten digits are alike, with a loss that couples 4,096 of them.
+"""A contrastive loss of 4,096 images in the memory of 128
+=======================================================
 
-Nobody tells the network which digit is which. It sees every image twice, stretched,
-slanted and moved a little, and must pick out the second view of an image among those of
-all the others: a contrastive loss. The more others there are, the harder the question,
-so the loss of a batch is no sum over its images, and to cut the batch into microbatches
-and average their gradients is to ask an easier question.
+Nobody tells the network which digit is which. It sees every image twice, and each view
+is stretched, slanted and moved a little. It must find the second view of an image among
+the second views of all others. The more others there are, the harder the question. So
+the loss of a batch is not a sum over its images: the mean over microbatches is the loss
+of an easier question.
 
 `chain_rule_value_and_grad(..., chunk_size=128)` takes the gradient of the whole
-question, 4,096 images at once, in the memory of 128: embeddings first, chunk by chunk;
-then the loss's derivative by the embeddings, once; then a backward pass per chunk, in
-which each image's random key distorts it just as before. The example trains the same
-network both ways, on the same images in the same number of steps, and draws what became
-of it: how well held-out images are told apart, whether the nearest neighbour of a
-held-out image is the same digit, and what memory each way took.
+question, 4,096 images at once, in the memory of 128. First it computes the embeddings,
+chunk by chunk; then the derivative of the loss by the embeddings, once; then a backward
+pass for each chunk. Each image has a random key, so both passes distort it alike.
 
-What came of it in a run of 60 steps: the network that was asked the harder question
-answers it better at every check, at the end by 0.05 nats (3.53 against 3.58 for 904
-held-out images; with two other seeds, by 0.06). That is what the large batch is for:
-with 128 images few of the others are hard to tell from the right one, and with 4,096
-many are. Nothing else differs between the two, and what is in between comes out in
-between: microbatches of 512 end at 3.54, of 2,048 at 3.53. It is a small gain here, for
-there are only ten kinds of digits. The nearest neighbour is the same digit in 90.8 % of
-cases against 89.7 %, and that difference is within its standard error of 1.4 %: of
-neighbours these runs prove nothing. The price is a second evaluation of the network and
-a loss of 4,096 rows: a step took twice the time.
+The script trains the same network in both ways, on the same images and for as many
+steps. It draws how well held-out images are told apart, whether the nearest neighbour
+of a held-out image is the same digit, and how much memory each way took.
+
+In a run of 60 steps, the harder question gave the better network at every check, at the
+end by 0.05 nats (3.53 against 3.58 for 904 held-out images; with two other seeds, by
+0.06). Microbatches of 512 end at 3.54, of 2,048 at 3.53. The gain is small here, since
+there are only ten kinds of digits. The nearest neighbour is right in 90.8 % of cases
+against 89.7 %, a difference within the standard error of 1.4 %. The price is a second
+evaluation of the network, and a loss of 4,096 rows: a step took twice the time. ::
 
     python examples/contrastive.py [--steps 60] [--output contrastive.png]
 """
@@ -291,7 +289,7 @@ def draw(learners: dict[str, Learner], sizes: dict[str, int], count: int) -> Fig
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Learner]:
     """Train both ways, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--steps", type=int, default=60, help="of training (%(default)s)"
     )

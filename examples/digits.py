@@ -1,16 +1,16 @@
-"""Learn to read handwritten digits, and watch the gradient of every single image.
+"""The gradient of every handwritten digit
+=======================================
 
-A small network is trained on the 1,797 scanned digits of scikit-learn with optax. One
-jit-compiled step does all the work: `value_and_jacobian` runs the network once, and the
-same J gives the norm of each image's own gradient and the mean of the gradients, each
-clipped to a norm of 20. The norm says how hard an image pulls at the network. Early on
-every image pulls; later most have nothing left to say, and the few that still pull are
-the ones that a person hesitates over as well.
+A small network learns the 1,797 scanned digits of scikit-learn. One jit-compiled step
+does all the work. `value_and_jacobian` runs the network once. The same J gives the norm
+of each image's own gradient, and the mean of the gradients, each clipped to a norm of
+20. The norm says how strongly an image pulls at the network. Early in the training
+every image pulls. Later few images do, and these are hard to read for a person too.
 
-No gradient of an image is ever built. What that saves is measured before the training,
-on the same network and images: time and memory of loss, norms and clipped mean beside
-`vmap(grad)`, which builds every gradient, and beside the ordinary gradient of the
-batch, which knows no norms. The figure shows all of it.
+No gradient of a single image is ever built. Before the training, the script measures
+what that saves on the same network and images: the time and memory of the loss, the
+norms and the clipped mean. It compares them with `vmap(grad)`, which builds every
+gradient, and with the ordinary gradient of the batch, which gives no norms. ::
 
     python examples/digits.py [--steps 1500] [--output digits.png]
 """
@@ -432,7 +432,7 @@ def report_costs(count: int, cost: dict[str, Cost]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> float:
     """Train, report, draw; returns the test accuracy."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--steps", type=int, default=1500, help="steps of training (%(default)s)"
     )

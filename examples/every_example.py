@@ -1,14 +1,17 @@
-"""A step that no image of the batch loses by: every example is a loss of its own.
+"""A step that makes no image of the batch worse
+=============================================
 
-The mean of a batch's gradients makes single images worse, often a third of them. UPGrad
-over all examples of the batch (instance-wise risk minimisation, arXiv 2406.16232) gives
-a direction along which no loss of the batch rises. It needs the inner products of all
-gradients. Here these come from factors, `J.gram()`, and no gradient is built. Both
-rules train the same network on the same batches of scanned digits.
+A step along the mean gradient of a batch makes some of its images worse, often a third
+of them. UPGrad, with every example as a loss of its own (instance-wise risk
+minimisation, arXiv 2406.16232), gives a direction along which no loss of the batch
+rises. It needs the inner products of all gradients. `J.gram()` computes these from
+factors, and no gradient is built. Both rules train the same network on the same batches
+of scanned digits.
 
-The figure shows losses, how many images of each batch lose by the step, the cosines of
-all gradients with the steps, and what the parts of a step cost. UPGrad lowers the loss
-faster at first, and needs a small learning rate: at 0.3 it falls behind the mean.
+The figure shows the losses, how many images of each batch become worse by the step, the
+cosines of all gradients with the steps, and what the parts of a step cost. UPGrad
+lowers the loss faster at first, and needs a small learning rate: at 0.3 it falls behind
+the mean. ::
 
     python examples/every_example.py [--steps 400] [--output every_example.png]
 """
@@ -215,7 +218,7 @@ def draw(runs: dict[str, Run], cost: dict[str, float]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
     """Train with both rules, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=400, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("every_example.png"))
     options = parser.parse_args(argv)

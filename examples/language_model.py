@@ -1,17 +1,18 @@
-"""What the gradients of single texts tell about a small language model.
+"""What single texts tell about a language model
+=============================================
 
 A transformer of two layers learns Python's own help pages, letter by letter. Every row
-of J is the gradient of one piece of text, and two ideas are tried on it.
+of J is the gradient of one piece of text. The script tries two ideas on these rows.
 
-First: do the normalisation layers, which hold few parameters, predict the gradient
-noise scale of the whole network (arXiv 2411.00999)? At every step the script takes
-both, and fits a line through their moving averages.
+**Noise scale.** Do the normalisation layers, which hold few parameters, predict the
+gradient noise scale of the whole network (arXiv 2411.00999)? At every step the script
+takes both, and fits a line through their moving averages.
 
-Second: per-example Adam (arXiv 2510.00236). Adam divides by the root of the square of
-the mean gradient; here it divides by the root of the mean of the squares of all
-gradients, `J.square_sum() / N`. Both are run from the same weights on the same texts,
-each at the best of a few learning rates. Adam wins here: it is better to divide by the
-mean of the gradients than by their spread, as the paper finds too.
+**Per-example Adam** (arXiv 2510.00236). Adam divides by the root of the squared mean
+gradient. Here it divides by the root of the mean of all squared gradients,
+`J.square_sum() / N`. Both variants start from the same weights, on the same texts, each
+at the best of a few learning rates. Adam wins here, as in the paper: it is better to
+divide by the mean of the gradients than by their spread. ::
 
     python examples/language_model.py [--steps 600] [--output language_model.png]
 """
@@ -263,7 +264,7 @@ def draw(runs: dict[str, History]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, History]:
     """Train with both optimizers, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=600, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("language_model.png"))
     options = parser.parse_args(argv)

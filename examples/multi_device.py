@@ -1,20 +1,20 @@
-r"""One training script for one device, for many, and for several processes.
+r"""One script for one device, for many, and for several processes
+==============================================================
 
 A network learns to read handwritten digits, some of which carry a wrong label. The
 gradient of every image is clipped, so that no label, however wrong, pulls harder than
-the bound. The images of a batch are shared out to all devices that the script finds;
-that is all it does about them. The rows of the Jacobian are then where their images
-are, norms are taken there, and the mean of the clipped rows is all that devices send to
-each other, beside a number or two to report. It prints the same losses in each of these
-ways to start it:
+the bound. The script shards each batch over all devices that it finds, and does nothing
+else about them. The rows of the Jacobian are where their images are, and so are their
+norms. Devices send the mean of the clipped rows to each other, and a number or two to
+report. It prints the same losses in each of these ways to start it::
 
-    python examples/multi_device.py JAX_NUM_CPU_DEVICES=8 python
-    examples/multi_device.py for i in 0 1; do JAX_COORDINATOR_ADDRESS=127.0.0.1:9911
-    JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=$i \
-        python examples/multi_device.py & done; wait
+    python examples/multi_device.py
+    JAX_NUM_CPU_DEVICES=8 python examples/multi_device.py
+    for i in 0 1; do JAX_COORDINATOR_ADDRESS=127.0.0.1:9911 JAX_NUM_PROCESSES=2 \
+        JAX_PROCESS_ID=$i python examples/multi_device.py & done; wait
 
-On a cluster that JAX knows (Slurm, GKE, TPU pods) add --cluster, and JAX finds the
-others.
+On a cluster that JAX knows (Slurm, GKE, TPU pods) add `--cluster`, and JAX finds the
+other processes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -78,15 +80,32 @@ def accuracy(params, images, labels):
     return (jax.vmap(logits, (None, 0))(params, images).argmax(axis=1) == labels).mean()
 
 
+def draw(seen: list[tuple[float, float]], path: Path) -> None:
+    """Draw the loss of every step, and the share of clipped gradients."""
+    losses, clipped = np.array(seen).T
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    above, below = figure.subplots(1, 2)
+    above.plot(losses, color="#22223b")
+    above.set(xlabel="step", ylabel="loss of the batch")
+    below.plot(100 * clipped, color="#c8553d")
+    below.set(xlabel="step", ylabel="clipped gradients, %", ylim=(0, 100))
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    places = f"{jax.device_count()} devices, {jax.process_count()} processes"
+    figure.suptitle(places, x=0.01, ha="left")
+    figure.savefig(path, dpi=150)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train on whatever is there."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--steps", type=int, default=300, help="of training (%(default)s)"
     )
     parser.add_argument(
         "--cluster", action="store_true", help="let JAX find other processes"
     )
+    parser.add_argument("--output", type=Path, default=Path("multi_device.png"))
     options = parser.parse_args(argv)
 
     find_other_processes(options.cluster)
@@ -140,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"test accuracy {read:.1%}, with {WRONG:.0%} of the training labels drawn at "
         "random"
     )
+    if jax.process_index() == 0:
+        draw(seen, options.output)
 
 
 if __name__ == "__main__":

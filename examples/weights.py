@@ -1,31 +1,35 @@
-"""Add and subtract trained networks: a soup, a task, and a moving average.
+"""Soups, task vectors and moving averages of weights
+==================================================
 
-Weights are trees like gradients, and much is done with them that is a linear
-combination. The average of several trained networks (a soup) is a network that reads as
-well as they do. What training on a task has added is a difference (a task vector), and
-can be added to a network or taken away: two networks go on from one start with half of
-the ten digits each, and each forgets the other half; half of what the one has learned
-and half of what the other has, added to the start, read more of all ten than the start
-did. And the exponential moving average of a training run is a combination of two trees
-at every step. In bfloat16 that last one stalls, if written by hand: an update of a
-hundredth of the difference is less than the spacing of the numbers. A `Vector` carries
-its sums in float32 and rounds where the tree is read, so it does not. (Where it crosses
-`jax.jit` it is rounded, like any tree: an average inside a compiled step is kept in
-float32.) All on small networks that learn scikit-learn's handwritten digits, in some
-seconds.
+Weights are trees, as gradients are, and linear combinations of them are useful.
 
-    python examples/weights.py [--steps 200]
+- **A soup** is the average of several trained networks, and reads as well as they do.
+- **A task vector** is what training on a task has added to the weights. It can be added
+  to a network or subtracted from it. Here two networks start from the same weights and
+  learn half of the ten digits each; each forgets the other half. Add half of both task
+  vectors to the start, and the network reads more of all ten digits than before.
+- **A moving average** combines two trees at every step. In bfloat16 it stalls if you
+  write it by hand: a hundredth of the difference is less than the spacing of the
+  numbers. A `Vector` carries its sums in float32, and rounds when you read the tree, so
+  it does not stall. (It is rounded where it crosses `jax.jit`, like any tree. Inside a
+  compiled step, keep the average in float32.)
+
+All networks are small, and learn the digits of scikit-learn in some seconds. ::
+
+    python examples/weights.py [--steps 200] [--output weights.png]
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
@@ -77,13 +81,30 @@ def accuracy(params, images, labels) -> float:
     )
 
 
+def draw(table: dict[str, list[float]], groups: Sequence[str], path: Path) -> None:
+    """Draw how much each network reads of each group of digits."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    colors = ("#c8553d", "#3d6fc8", "#22223b")
+    for i, (group, color) in enumerate(zip(groups, colors, strict=True)):
+        places = np.arange(len(table))[::-1] + 0.25 * (1 - i)
+        shares = [100 * shares[i] for shares in table.values()]
+        axes.barh(places, shares, 0.22, color=color, label=f"of {group}")
+    axes.set_yticks(range(len(table))[::-1], list(table))
+    axes.set(xlim=(0, 100), xlabel="digits read, %")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    figure.savefig(path, dpi=150)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a few networks, combine them and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--steps", type=int, default=200, help="of a training (%(default)s)"
     )
-    steps = parser.parse_args(argv).steps
+    parser.add_argument("--output", type=Path, default=Path("weights.png"))
+    options = parser.parse_args(argv)
+    steps = options.steps
 
     images, labels = load_digits(return_X_y=True)
     images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
@@ -110,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         - Vector(base)
         for part, seed in ((low, 4), (high, 5))
     )
+    groups = {"0 to 4": test_y < 5, "5 to 9": test_y >= 5, "all": ...}
+    table = {}
     for name, vector in (
         ("the start", Vector(base)),
         ("with the task of 0 to 4", Vector(base) + task),
@@ -117,15 +140,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("with half of both", Vector(base) + 0.5 * (task + other)),
         ("without the task of 0 to 4", Vector(base) - task),
     ):
+        table[name] = [
+            accuracy(vector.tree, test_x[part], test_y[part])
+            for part in groups.values()
+        ]
         parts = [
-            f"{accuracy(vector.tree, test_x[part], test_y[part]):.1%} of {which}"
-            for part, which in (
-                (test_y < 5, "0 to 4"),
-                (test_y >= 5, "5 to 9"),
-                (..., "all"),
-            )
+            f"{share:.1%} of {group}"
+            for share, group in zip(table[name], groups, strict=True)
         ]
         print(f"{name:27} reads {', '.join(parts)}")
+    draw(table, list(groups), options.output)
 
     rounded = optax.tree.cast(base, jnp.bfloat16)
     average, by_hand = Vector(rounded), rounded

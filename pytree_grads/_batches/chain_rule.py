@@ -25,6 +25,54 @@ from .unbound import check_name
 from .vjp import pull_chunks, vjp
 
 
+@overload
+def chain_rule_value_and_grad(
+    outer: Callable[..., Any],
+    fun: Callable[..., Any],
+    argnums: int = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[False] = ...,
+    chunk_size: int | None = ...,
+    outer_has_params: bool = ...,
+    outer_has_aux: Literal[False] = ...,
+    axis_name: AxisName = ...,
+    batch_axis_name: str | None = ...,
+) -> Callable[..., tuple[jax.Array, Any]]: ...
+
+
+@overload
+def chain_rule_value_and_grad(
+    outer: Callable[..., Any],
+    fun: Callable[..., Any],
+    argnums: Sequence[int],
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[False] = ...,
+    chunk_size: int | None = ...,
+    outer_has_params: bool = ...,
+    outer_has_aux: Literal[False] = ...,
+    axis_name: AxisName = ...,
+    batch_axis_name: str | None = ...,
+) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]: ...
+
+
+@overload
+def chain_rule_value_and_grad(
+    outer: Callable[..., Any],
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: bool = ...,
+    chunk_size: int | None = ...,
+    outer_has_params: bool = ...,
+    outer_has_aux: bool = ...,
+    axis_name: AxisName = ...,
+    batch_axis_name: str | None = ...,
+) -> Callable[..., tuple[Any, Any]]: ...
+
+
 def chain_rule_value_and_grad(
     outer: Callable[..., Any],
     fun: Callable[..., Any],
@@ -174,6 +222,38 @@ def chain_rule_value_and_grad(
 def chain_rule_grad(
     outer: Callable[..., Any],
     fun: Callable[..., Any],
+    argnums: int = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[False] = ...,
+    chunk_size: int | None = ...,
+    outer_has_params: bool = ...,
+    outer_has_aux: Literal[False] = ...,
+    axis_name: AxisName = ...,
+    batch_axis_name: str | None = ...,
+) -> Callable[..., Any]: ...
+
+
+@overload
+def chain_rule_grad(
+    outer: Callable[..., Any],
+    fun: Callable[..., Any],
+    argnums: Sequence[int],
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[False] = ...,
+    chunk_size: int | None = ...,
+    outer_has_params: bool = ...,
+    outer_has_aux: Literal[False] = ...,
+    axis_name: AxisName = ...,
+    batch_axis_name: str | None = ...,
+) -> Callable[..., tuple[Any, ...]]: ...
+
+
+@overload
+def chain_rule_grad(
+    outer: Callable[..., Any],
+    fun: Callable[..., Any],
     argnums: int | Sequence[int] = ...,
     *,
     in_axes: Any = ...,
@@ -181,6 +261,22 @@ def chain_rule_grad(
     chunk_size: int | None = ...,
     outer_has_params: bool = ...,
     outer_has_aux: bool = ...,
+    axis_name: AxisName = ...,
+    batch_axis_name: str | None = ...,
+) -> Callable[..., tuple[Any, Any]]: ...
+
+
+@overload
+def chain_rule_grad(
+    outer: Callable[..., Any],
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: bool = ...,
+    chunk_size: int | None = ...,
+    outer_has_params: bool = ...,
+    outer_has_aux: Literal[True],
     axis_name: AxisName = ...,
     batch_axis_name: str | None = ...,
 ) -> Callable[..., tuple[Any, Any]]: ...

@@ -31,7 +31,7 @@ _ALSO_TRAINED = (
     "argnums"
 )
 _BY_ITSELF = (
-    "in training mode each example is normalised by itself (docs/batch_norm.md)"
+    "in training mode each example is normalised by itself (docs/howto/batch_norm.md)"
 )
 _ONE_KEY = (
     "a PRNG key that all examples share gives them the same random numbers, and "

@@ -14,6 +14,68 @@ from .notes import note_of_fun
 from .unbound import refuse_name
 
 
+# Static types tell one argument from several, and a value from a value with auxiliary
+# data. Trees of arrays are Any.
+@overload
+def per_example_value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[False] = ...,
+    chunk_size: int | None = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[jax.Array, Any]]: ...
+
+
+@overload
+def per_example_value_and_grad(
+    fun: Callable[..., Any],
+    argnums: Sequence[int],
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[False] = ...,
+    chunk_size: int | None = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]: ...
+
+
+@overload
+def per_example_value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[True],
+    chunk_size: int | None = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[tuple[jax.Array, Any], Any]]: ...
+
+
+@overload
+def per_example_value_and_grad(
+    fun: Callable[..., Any],
+    argnums: Sequence[int],
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[True],
+    chunk_size: int | None = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[tuple[jax.Array, Any], tuple[Any, ...]]]: ...
+
+
+@overload
+def per_example_value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: bool = ...,
+    chunk_size: int | None = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[Any, Any]]: ...
+
+
 def per_example_value_and_grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
@@ -111,13 +173,49 @@ _NOT_SCALAR = (
 @overload
 def per_example_grad(
     fun: Callable[..., Any],
-    argnums: int | Sequence[int] = ...,
+    argnums: int = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[False] = ...,
+    chunk_size: int | None = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., Any]: ...
+
+
+@overload
+def per_example_grad(
+    fun: Callable[..., Any],
+    argnums: Sequence[int],
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[False] = ...,
+    chunk_size: int | None = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[Any, ...]]: ...
+
+
+@overload
+def per_example_grad(
+    fun: Callable[..., Any],
+    argnums: int = ...,
     *,
     in_axes: Any = ...,
     has_aux: Literal[True],
     chunk_size: int | None = ...,
     batch_axis_name: None = ...,
 ) -> Callable[..., tuple[Any, Any]]: ...
+
+
+@overload
+def per_example_grad(
+    fun: Callable[..., Any],
+    argnums: Sequence[int],
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[True],
+    chunk_size: int | None = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[tuple[Any, ...], Any]]: ...
 
 
 @overload

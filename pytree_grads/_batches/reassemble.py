@@ -34,10 +34,10 @@ def reassemble(outer: Callable[[PyTree], Any], outputs: PyTree, rows: PyTree) ->
     Args:
       outer: a function of ``outputs`` that returns a real scalar.
       outputs: the outputs of the inner function, an array of shape (N,), or any pytree
-        of real floating-point arrays of shape (N, *k).
+        of real floating-point arrays of shape ``(N, *k)``.
       rows: their gradients. For one array of outputs, a tree like the parameters with
-        leaves of shape (N, *k, *p); for a tree of outputs, such a tree in the place of
-        each output, as ``jax.vmap(jax.jacrev(f))`` gives it.
+        leaves of shape ``(N, *k, *p)``; for a tree of outputs, such a tree in the place
+        of each output, as ``jax.vmap(jax.jacrev(f))`` gives it.
 
     Returns:
       A tree like the parameters: leaves of shape p, in the dtype of the rows, the sum

@@ -310,7 +310,11 @@ def _shape_dtype(key: Key) -> tuple[tuple[int, ...], Any]:
 
 def depends(keys: Sequence[Key], graph: Graph, seeds: Iterable[Atom]) -> list[bool]:
     """For each key, whether its array may depend on one of the seeds."""
-    reached = graph.downstream(seeds)
+    return depends_on(keys, graph.downstream(seeds))
+
+
+def depends_on(keys: Sequence[Key], reached: set[Atom]) -> list[bool]:
+    """For each key, whether its array may depend on atoms that were reached."""
     return [_depends(key, reached) for key in keys]
 
 

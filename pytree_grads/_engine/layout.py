@@ -60,8 +60,8 @@ class Layout(Protocol):
         ...
 
     @property
-    def size(self) -> int:
-        """How many entries the factors of one row have."""
+    def sizes(self) -> tuple[int, ...]:
+        """How many entries each array of the term has for one row."""
         ...
 
 

@@ -137,17 +137,21 @@ def take(leaf: Leaf, start: Any, size: int) -> Leaf:
 
 
 def chosen(leaf: Leaf, rows: Chosen) -> Leaf:
-    """The rows of some of the examples."""
+    """The rows of some of the examples, or of some outputs of all examples."""
+    behind = int(rows.of_outputs)  # the axis of rows that is cut
 
     def of(summand: Summand) -> Summand:
         arrays, treedef = jax.tree.flatten(summand.term)
         cut = [
-            rows.cut(x, summand.axis) if count else x
+            rows.cut(x, summand.axis + behind) if count > behind else x
             for x, count in zip(arrays, summand.row_axes, strict=True)
         ]
         return replace(summand, term=jax.tree.unflatten(treedef, cut))
 
-    return replace(leaf, summands=tuple(map(of, leaf.summands)), size=rows.size)
+    summands = tuple(map(of, leaf.summands))
+    if rows.of_outputs:
+        return replace(leaf, summands=summands, outputs=rows.size)
+    return replace(leaf, summands=summands, size=rows.size)
 
 
 def at_output(leaf: Leaf, k: jax.Array) -> Leaf:

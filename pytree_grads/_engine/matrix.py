@@ -157,7 +157,7 @@ class Matrix:
             return self
         return replace(self, sources=tuple(map(_as_rows, self.leaves)), tail=None)
 
-    def by_leaf(self, number: Callable[[Leaf], int]) -> list[int]:
+    def by_leaf(self, number: Callable[[Leaf], float]) -> list[float]:
         """A cost of each leaf; that of a source counts for the first leaf behind it."""
         found = dict(zip(self._plain, map(number, self.sources), strict=False))
         for i, own in [] if self.tail is None else self.tail.first_needed:
@@ -281,23 +281,24 @@ class Matrix:
 
     def rows(self) -> list[jax.Array]:
         """The stacked rows: one array per leaf, in the leaf's dtype."""
-        stacks, rows = [], self.selected()
+        stacks, rows = [], replace(self, diagonal=None).selected()
         for i, leaf in enumerate(rows._unfolded):
-            weight, entries = rows.weight(i), rows.entries(i)
+            weight, entries = rows._weight(i, None, leaf), self._entries(i)
             carried = weight is not None or entries is not None
             stacked = _sums.rows(leaf, carried=carried)
             if weight is not None:
                 factors = weight.reshape(*leaf.rows, *[1] * len(leaf.shape))
                 stacked = stacked * factors.astype(stacked.dtype)
             if entries is not None:
-                stacked = stacked * _leading(entries, stacked.ndim)
+                stacked *= _leading(entries, stacked.ndim).astype(stacked.dtype)
             stacks.append(stacked.astype(leaf.dtype))
         return stacks
 
     def chosen(self, rows: Chosen) -> "Matrix":
-        """The rows of some of the examples."""
-        weights = None if self.weights is None else _for_each(rows.cut, self.weights)
-        valid = None if self.valid is None else rows.cut(self.valid)
+        """The rows of some of the examples, or of some outputs of all examples."""
+        cut = partial(rows.cut, axis=int(rows.of_outputs))
+        weights = None if self.weights is None else _for_each(cut, self.weights)
+        valid = None if self.valid is None else cut(self.valid)
         sources = tuple(chosen(x, rows) for x in self.sources)
         return replace(self, sources=sources, weights=weights, valid=valid)
 

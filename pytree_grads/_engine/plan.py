@@ -4,7 +4,7 @@
 of the leaf.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import prod
@@ -25,11 +25,23 @@ from .sites import (
     innermost,
     is_dense,
     origin,
+    size,
 )
 from .views import Pad, Reshape, Shape, disjoint, isometric
 
 Route: TypeAlias = Literal["auto", "factored", "rows", "norms"]
 Cuts: TypeAlias = tuple[Cut, ...]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The outputs of an example: how many, and which arrays of a site differ by them.
+
+    Outputs share the inputs of a layer, say.
+    """
+
+    count: int
+    differ: Callable[[Site], Sequence[bool]]
 
 
 @dataclass(frozen=True)
@@ -45,19 +57,24 @@ class LeafPlan:
     terms: Cuts = ()
 
 
-def plan_leaf(leaf: Atom, varying: Container[Atom], route: Route) -> LeafPlan:
+def plan_leaf(
+    leaf: Atom,
+    varying: Container[Atom],
+    route: Route,
+    outputs: Outputs | None = None,
+) -> LeafPlan:
     """The cuts of a leaf: its terms, or the leaf itself if the terms are no smaller.
 
     A single sum takes the terms in either case, unless one of them is made in a scan.
     The sum over the steps then takes less memory. `varying` holds the atoms that differ
-    between examples.
+    between examples. `outputs` is None for a scalar function.
     """
     if route == "rows":
         rows = (Cut(AtValue(leaf), reason="asked for"),)
         return LeafPlan(rows, rows)
     terms = tuple(map(_with_reason, decompose(leaf)))
     kept = terms
-    if route != "factored" and _are_larger(terms, leaf, varying):
+    if route != "factored" and _are_larger(terms, leaf, varying, outputs):
         kept = _as_rows(terms, leaf, varying)
     sums_terms = all(isinstance(cut.site, AtTerm) for cut in terms)
     return LeafPlan(
@@ -80,18 +97,35 @@ def _differs(cut: Cut, varying: Container[Atom]) -> bool:
     return not isinstance(site, AtValue) or site.value in varying
 
 
-def _are_larger(terms: Cuts, leaf: Atom, varying: Container[Atom]) -> bool:
-    """Whether the terms take at least as much memory as the leaf.
+def _are_larger(
+    terms: Cuts, leaf: Atom, varying: Container[Atom], outputs: Outputs | None
+) -> bool:
+    """Whether the terms of an example take at least as much memory as its rows.
 
-    A term that all examples share is kept once, so its size does not count.
+    A term that all examples share is kept once, so its size does not count. An array
+    that the outputs of an example share counts once.
     """
     kept = 0
     for cut in terms:
         if _differs(cut, varying):
             is_dearer = _is_convolution(cut.site)
             times = thresholds.current().dearer if is_dearer else 1
-            kept += cut.site.size * times
-    return thresholds.exceeds(kept, max(1, prod(leaf.aval.shape)) - 1)
+            kept += _size(cut.site, outputs) * times
+    count = 1 if outputs is None else outputs.count
+    return thresholds.exceeds(kept, count * max(1, prod(leaf.aval.shape)) - 1)
+
+
+def _size(site: Site, outputs: Outputs | None) -> int:
+    """How many entries are kept for all outputs of an example."""
+    if outputs is None:
+        return size(site)
+    differ = outputs.differ(site)
+    inner = innermost(site)
+    if isinstance(inner, AtTerm):
+        # By arrays of the term, which may be made of several operands.
+        differ = [n > 1 for n in inner.layout.row_axes(*(1 + x for x in differ))]
+    pairs = zip(site.sizes, differ, strict=True)
+    return sum(n * outputs.count if own else n for n, own in pairs)
 
 
 def _as_rows(terms: Cuts, leaf: Atom, varying: Container[Atom]) -> Cuts:
@@ -138,13 +172,13 @@ def _norms_of(cuts: Cuts) -> Cuts:
     if not are_apart or not all(map(isometric, views)):
         return cuts
     sites = [_norm_at(cut.site) for cut in cuts]
-    total = sum(site.size for site in sites)
+    total = sum(map(size, sites))
     start, found = 0, []
     for site, cut in zip(sites, cuts, strict=True):
-        padded = Pad((start,), (start + site.size,), (total,), (1,))
-        view = (Reshape((site.size,)), padded)
+        padded = Pad((start,), (start + size(site),), (total,), (1,))
+        view = (Reshape((size(site),)), padded)
         found.append(Cut(site, view, cut.factor))
-        start += site.size
+        start += size(site)
     return tuple(found)
 
 

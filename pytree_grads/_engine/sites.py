@@ -2,7 +2,8 @@
 
 A site is a place in the backward pass of one example where a term is made. A cut is a
 site with the view from there to the leaf. Evaluated for all examples, a cut becomes a
-`Summand` of a `Leaf`.
+`Summand` of a `Leaf`. `sizes` says how many entries each array of a term has for one
+row.
 """
 
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ class AtValue:
         return tuple(self.value.aval.shape)
 
     @property
-    def size(self) -> int:
-        return prod(self.shape)
+    def sizes(self) -> tuple[int, ...]:
+        return (prod(self.shape),)
 
     @property
     def operands(self) -> tuple[Atom, ...]:
@@ -50,8 +51,8 @@ class AtTerm:
         return self.layout.shape
 
     @property
-    def size(self) -> int:
-        return self.layout.size
+    def sizes(self) -> tuple[int, ...]:
+        return self.layout.sizes
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ class AtScan:
         return (self.length * blocks, *rest)
 
     @property
-    def size(self) -> int:
+    def sizes(self) -> tuple[int, ...]:
         added_up = self.is_dense and not self.stacked
-        return self.site.size * (1 if added_up else self.length)
+        return tuple(n * (1 if added_up else self.length) for n in self.site.sizes)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class AtNorm:
 
     site: "Site"
     shape: Shape = ()
-    size: int = 1
+    sizes: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class AtRow:
         return self.site.shape
 
     @property
-    def size(self) -> int:
-        return prod(self.shape)
+    def sizes(self) -> tuple[int, ...]:
+        return (prod(self.shape),)
 
 
 Site: TypeAlias = AtValue | AtTerm | AtScan | AtNorm | AtRow
@@ -126,6 +127,11 @@ class Cut:
 def is_dense(site: Site) -> bool:
     """Whether the term of a site is dense."""
     return isinstance(innermost(site), AtValue | AtNorm | AtRow)
+
+
+def size(site: Site) -> int:
+    """How many entries are kept for one row."""
+    return sum(site.sizes)
 
 
 def innermost(site: Site) -> Site:

@@ -21,7 +21,7 @@ from . import graph as _graph
 from . import plan as _plan
 from . import thresholds
 from .leaf import Leaf, Summand
-from .sites import AtScan, AtTerm, AtValue, Site, is_dense
+from .sites import AtScan, AtTerm, AtValue, Site, is_dense, size
 from .tails.part import Found
 from .tails.search import search
 from .tails.tail import Program, Tail
@@ -233,7 +233,9 @@ def factor(
     """
     varying = trace.graph.downstream(trace.of_one_example)
     route = "auto" if form == "sum" else form
-    plans = [_plan.plan_leaf(leaf, varying, route) for leaf in trace.leaves]
+    count = _count(trace.output_avals)
+    of_outputs = _outputs(trace, count)
+    plans = [_plan.plan_leaf(x, varying, route, of_outputs) for x in trace.leaves]
     own = _form(trace, varying, plans, _for_sums if form == "sum" else _for_rows, route)
     alone = own
     if with_sum and any(isinstance(x, Tracer) for x in batch.leaves):
@@ -248,7 +250,6 @@ def factor(
     places = _places(trace, sites, shared)
     arrays, results = _run(trace, batch, places)
     outputs, aux = jax.tree.unflatten(trace.result_tree, results)
-    count = _count(trace.output_avals)
 
     @cache
     def term(site: _plan.Site) -> tuple[Term, tuple[int, ...]]:
@@ -283,6 +284,18 @@ def factor(
     )
 
 
+def _outputs(trace: Trace, count: int | None) -> _plan.Outputs | None:
+    """What the plan has to know of the outputs of an example, if there are several."""
+    if count is None:
+        return None
+
+    def differ(site: _plan.Site) -> list[bool]:
+        return _evaluate.depends_on(_evaluate.keys_of(site), reached)
+
+    reached = trace.graph.downstream(trace.cotangents)
+    return _plan.Outputs(count, differ)
+
+
 def _pulls_back(form: "_Form", varying: set[_graph.Atom]) -> bool:
     """Whether a sum costs less without these cuts, as one vector-Jacobian product.
 
@@ -301,9 +314,9 @@ def _pulls_back(form: "_Form", varying: set[_graph.Atom]) -> bool:
             if not is_dense(site) and _rematerializes(site):
                 return True
             if _is_matrix(site) or (is_row and _has_shared_factor(site, varying)):
-                dense += site.size
+                dense += size(site)
             else:
-                kept += site.size
+                kept += size(site)
     return thresholds.exceeds(dense, kept)
 
 

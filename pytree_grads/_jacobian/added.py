@@ -71,8 +71,8 @@ class Sum(Source):
             )
         total, *others = matrices
         for other in others:
-            total = Matrix(added(total, other))
-        return Factors(total.sources)
+            total = added(total, other)
+        return Factors(total.sources, total.tail)
 
     def chosen(self, rows: Chosen) -> "Sum":
         """The rows of some of the examples."""
@@ -107,7 +107,8 @@ def add(one: Rows, other: Rows) -> Rows:
             for x in (one, other)
         ]
         origin = replace(one.origin, source=Sum.from_parts(parts))
-        return Kept(origin, added(one.matrix, other.matrix))
+        total = added(one.matrix, other.matrix)
+        return Kept(origin, total.sources, tail=total.tail)
     assert isinstance(one, Streamed)
     assert isinstance(other, Streamed)
     parts = [one.settled(), other.settled()]

@@ -22,6 +22,8 @@ from .source import Source
 from .streamed import Streamed
 
 
+# Neither ``argnums`` nor ``batched`` changes a static type: J is a ``Jacobian``, and
+# sums and numbers per row are trees of arrays, Any.
 @overload
 def jacobian(
     fun: Callable[..., Any],
@@ -119,8 +121,8 @@ def jacobian(
         per row always are.
       batched: whether ``fun`` is a function of one example. If not, it takes all
         arguments whole, as under ``jax.jacrev``: K losses of one batch have K rows. J
-        then has the shape (*k, P) for outputs of shape k, ``norms()`` (*k),
-        ``gram()`` (*k, *k), and ``mean()`` of one loss is its gradient. The options
+        then has the shape ``(*k, P)`` for outputs of shape k, ``norms()`` ``(*k)``,
+        ``gram()`` ``(*k, *k)``, and ``mean()`` of one loss is its gradient. The options
         ``in_axes`` and ``chunk_size`` are about examples, and are refused.
       batch_axis_name: refused, with an error that names two exact ways out: with
         statistics of the batch, no example has a gradient of its own.
@@ -168,6 +170,51 @@ def jacobian(
         batch_axis_name,
         with_outputs=False,
     )
+
+
+@overload
+def value_and_jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[False] = ...,
+    chunk_size: int | None = ...,
+    recompute: bool = ...,
+    axis_name: AxisName = ...,
+    batched: bool = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[Any, Jacobian]]: ...
+
+
+@overload
+def value_and_jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: Literal[True],
+    chunk_size: int | None = ...,
+    recompute: bool = ...,
+    axis_name: AxisName = ...,
+    batched: bool = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[tuple[Any, Any], Jacobian]]: ...
+
+
+@overload
+def value_and_jacobian(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = ...,
+    *,
+    in_axes: Any = ...,
+    has_aux: bool,
+    chunk_size: int | None = ...,
+    recompute: bool = ...,
+    axis_name: AxisName = ...,
+    batched: bool = ...,
+    batch_axis_name: None = ...,
+) -> Callable[..., tuple[Any, Jacobian]]: ...
 
 
 def value_and_jacobian(

@@ -26,13 +26,15 @@ from .streamed import Streamed
 
 
 def check(rows: Rows, outputs: Outputs) -> None:
-    """The comparison of `Jacobian.check`, for rows without weights."""
+    """The comparison of `Jacobian.check`, for rows without weights, in their metric."""
     shape = rows.origin.shape
     weights = np.linspace(-1, 1, prod(shape)).reshape(shape)
     c = jnp.asarray(weights, jnp.zeros(()).dtype)
     got, (norms, excess), *sums, squares = _products(rows, c)
     # The rows, and the sum of the absolute values of what they add up.
     plain, mass, rounding = _plain_rows(rows.origin, outputs)
+    plain = [_in_metric(rows, i, x) for i, x in enumerate(plain)]
+    mass = [np.abs(_in_metric(rows, i, x)) for i, x in enumerate(mass)]
     axes = tuple(range(len(shape)))
 
     def lengths_of(rows: list[np.ndarray]) -> list[np.ndarray]:
@@ -82,7 +84,8 @@ def _products(rows: Rows, c: jax.Array) -> tuple[Any, ...]:
 
     sums = summed(rows, c)
     # The same sum from rows that are recomputed only for it.
-    alone = summed(Streamed(rows.origin), c) if isinstance(rows, Kept) else sums
+    again = Streamed(rows.origin, diagonal=rows.diagonal)
+    alone = summed(again, c) if isinstance(rows, Kept) else sums
     # A custom rule that clips cotangents shows if weights are large. A power of two
     # changes no digit of a backward pass that is linear.
     large = tuple(x / _LARGE for x in summed(rows, _LARGE * c))
@@ -167,12 +170,16 @@ def _weighted(part: Streamed, i: int, rows: np.ndarray) -> np.ndarray:
     ones = (1,) * (rows.ndim - len(shape))
     if part.weights is not None:
         rows = rows * np.reshape(_wide(part.weights[i]), (*shape, *ones))
-    diagonal = None if part.diagonal is None else part.diagonal[i]
-    if diagonal is not None:
-        rows = rows * _wide(diagonal)
+    rows = _in_metric(part, i, rows)
     if part.valid is not None:
         rows = np.where(np.reshape(part.valid, (*shape, *ones)), rows, 0)
     return rows
+
+
+def _in_metric(rows: Rows, i: int, plain: np.ndarray) -> np.ndarray:
+    """The rows of leaf i times the diagonal in parameter space."""
+    diagonal = None if rows.diagonal is None else rows.diagonal[i]
+    return plain if diagonal is None else plain * _wide(diagonal)
 
 
 def _rows_of_one(origin: Origin, outputs: Outputs) -> tuple[list[jax.Array], float]:
@@ -190,6 +197,8 @@ def _rows_of_one(origin: Origin, outputs: Outputs) -> tuple[list[jax.Array], flo
     kinds = {getattr(aval, "dtype", jnp.dtype(int)) for aval in made}
     dtypes = [kind for kind in kinds if jnp.issubdtype(kind, jnp.inexact)]
     stacked = [jnp.stack(leaf) for leaf in zip(*map(row, examples), strict=True)]
+    if source.outputs_at is not None:
+        stacked = [x[:, source.outputs_at] for x in stacked]
     return stacked, max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
 
 

@@ -12,32 +12,37 @@ from .._trees.checks import describe, describe_node
 
 _KINDS = (
     "a Jacobian takes an int, a slice, an array (k,) of ints, or a mask (N,) of bools, "
-    "and chooses examples, got "
+    "and chooses {}, got "
 )
+_TOGETHER = {
+    "examples": "the outputs of an example stay together",
+    "losses": "what is behind the first axis of losses stays together",
+}
 
 
-def read(index: Any, size: Any) -> Chosen:
-    """The rows that an index chooses from those of `size` examples."""
+def read(index: Any, size: Any, what: str) -> Chosen:
+    """The rows that an index chooses from those of `size` examples or losses."""
     if isinstance(index, slice):
         return _of_slice(index, size)
+    kinds = _KINDS.format(what)
     if isinstance(index, tuple):
         raise TypeError(
-            f"{_KINDS}{describe_node(index)}: the outputs of an example stay together; "
-            "J.scale with zeros drops some of them"
+            f"{kinds}{describe_node(index)}: {_TOGETHER[what]}; J.scale with zeros "
+            "drops some of them"
         )
-    array = _as_array(index)
+    array = _as_array(index, kinds)
     _check_size(size, "index")
     if array.dtype == bool:
-        return At(_of_mask(array, size))
+        return At(_of_mask(array, size, what))
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{_KINDS}{describe_node(index)}")
+        raise TypeError(f"{kinds}{describe_node(index)}")
     if array.ndim > 1:
         raise ValueError(
             f"an array of indices has one axis, got {describe(array)}: J[index.ravel()]"
         )
     if not _is_known(array):
         return At(jnp.atleast_1d(_clamped(array, size)))
-    indices = np.atleast_1d(_in_range(np.asarray(array), size))
+    indices = np.atleast_1d(_in_range(np.asarray(array), size, what))
     if array.ndim:
         return At(jnp.asarray(indices, jnp.int32))
     return Span(int(indices[0]), 1)
@@ -65,7 +70,7 @@ def _check_size(size: Any, written: str) -> None:
         )
 
 
-def _as_array(index: Any) -> Any:
+def _as_array(index: Any, kinds: str) -> Any:
     if isinstance(index, jax.Array):
         return index
     if isinstance(index, list) and not index:
@@ -73,7 +78,7 @@ def _as_array(index: Any) -> Any:
     try:
         return np.asarray(index)
     except (ValueError, jax.errors.TracerArrayConversionError):
-        raise TypeError(f"{_KINDS}{describe_node(index)}: jnp.asarray(index)") from None
+        raise TypeError(f"{kinds}{describe_node(index)}: jnp.asarray(index)") from None
 
 
 def _is_known(array: Any) -> bool:
@@ -83,10 +88,10 @@ def _is_known(array: Any) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
-def _of_mask(mask: Any, size: int) -> jax.Array:
+def _of_mask(mask: Any, size: int, what: str) -> jax.Array:
     if mask.shape != (size,):
         raise ValueError(
-            f"a mask has one entry for each of {size} examples, got {describe(mask)}"
+            f"a mask has one entry for each of {size} {what}, got {describe(mask)}"
         )
     if not _is_known(mask):
         raise TypeError(
@@ -97,12 +102,12 @@ def _of_mask(mask: Any, size: int) -> jax.Array:
     return jnp.asarray(np.flatnonzero(np.asarray(mask)), jnp.int32)
 
 
-def _in_range(indices: np.ndarray, size: int) -> np.ndarray:
+def _in_range(indices: np.ndarray, size: int, what: str) -> np.ndarray:
     """Static indices, counted from the start."""
     wrong = indices[(indices < -size) | (indices >= size)]
     if wrong.size:
         raise IndexError(
-            f"index {wrong.flat[0]} is out of range: J has the rows of {size} examples"
+            f"index {wrong.flat[0]} is out of range: J has the rows of {size} {what}"
         )
     return np.where(indices < 0, indices.astype(np.int64) + size, indices)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .._batches.chosen import Span
+from .._batches.chosen import Span, outputs_of
 from .._engine.matrix import Matrix
 from .._trees import algebra
 from .._trees.algebra import carried_reals
@@ -58,8 +58,8 @@ class Jacobian(NotAnArray):
     ``jacobian`` and ``value_and_jacobian`` make it. N is the number of examples, P the
     number of parameters. If the function returns a scalar, "a number per row" is an
     array of shape (N,). Otherwise it is a tree like the function's output, with leaves
-    of shape (N, *k). For losses of a whole batch (``batched=False``) there is no N, and
-    it is a tree like the function's output.
+    of shape ``(N, *k)``. For losses of a whole batch (``batched=False``) there is no N,
+    and it is a tree like the function's output.
 
     Rows are kept as factors, from which every product is computed; or they are
     recomputed for each product, and nothing is kept (``recompute=True``,
@@ -76,8 +76,8 @@ class Jacobian(NotAnArray):
     a row with a NaN or inf      its norm is NaN or infinite; so is every sum, unless
                                  ``clip(..., nan_safe=True)`` has made the row zero
     a norm that overflows        is infinite or NaN; ``clip`` treats the row as infinite
-    a norm more than 9e37 times  the row is zero once clipped, since no normal float32
-    its bound, in float32        scales it so
+    a norm > 9e37 × its bound    the row is zero once clipped, in float32, since no
+                                 normal number scales it so
     complex parameters           rows follow ``jax.grad`` (step along the conjugate);
                                  ``gram`` conjugates the left row, ``J @ v`` is real
     ===========================  =======================================================
@@ -145,7 +145,9 @@ class Jacobian(NotAnArray):
         """The rows of some of the examples, as a ``Jacobian``.
 
         ``J[i]`` has one example, and the shape (1, P). Like J, it keeps its rows or
-        recomputes them. Weights and clips of rows stay with them.
+        recomputes them. Weights and clips of rows stay with them. For an array of
+        losses of a whole batch (``batched=False``), an index chooses losses along the
+        first axis.
 
         Args:
           index: an int; a slice with static bounds; an array (k,) or a list of ints,
@@ -156,7 +158,8 @@ class Jacobian(NotAnArray):
 
         Raises:
           IndexError: an index that is not traced is out of range.
-          TypeError: it is something else, or its number of rows is not known.
+          TypeError: it is something else, or its number of rows is not known; or J has
+            one loss of a whole batch, or a tree of them.
           ValueError: an array has more than one axis, or a mask not one entry for each
             example.
 
@@ -167,13 +170,20 @@ class Jacobian(NotAnArray):
         >>> print(J[1].norms(), J[jnp.array([1, 0, 1])].norms(), J[::-1].norms())
         [10.] [10.  5. 10.] [10.  5.]
         """
-        if not self._outputs.batched:
+        if self._outputs.batched:
+            chosen = read_index(index, self._rows.origin.shape[0], "examples")
+            return replace(self, _rows=self._rows.chosen(chosen))
+        losses = self._outputs.shapes[0] if self._outputs.is_array else ()
+        if not losses:
             raise TypeError(
-                "a Jacobian of losses of a whole batch (batched=False) has no examples "
-                "to choose: J.scale with zeros drops losses, J.to_rows() has all rows"
+                "an index chooses from an array of losses of a whole batch "
+                "(batched=False), and fun returns one loss or a tree: stack losses, or "
+                "J.scale with zeros drops some"
             )
-        chosen = read_index(index, self._rows.origin.shape[0])
-        return replace(self, _rows=self._rows.chosen(chosen))
+        chosen = read_index(index, losses[0], "losses")
+        rows = self._rows.chosen(outputs_of(chosen, losses))
+        outputs = self._outputs.chosen(chosen.size)
+        return replace(self, _rows=rows, _outputs=outputs)
 
     def __mul__(self, number: Any) -> "Jacobian":
         """All rows times one real number, traced, as in ``2 * J`` and ``J * 2.0``."""
@@ -319,12 +329,11 @@ class Jacobian(NotAnArray):
         ====================================  ==========================================
         rows                                  the sum takes
         ====================================  ==========================================
-        unscaled rows, in the trace where J   the factors, no rows; one backward pass if
-        was made                              a leaf has no factors, or a scan is
+        unscaled rows, in J's own trace       the factors, no rows; one backward pass if
+                                              a leaf has no factors, or a scan is
                                               rematerialised
         scaled or clipped rows                what norms use
-        J used elsewhere (outside ``jit``,    what norms use
-        or in a loop body)
+        J outside ``jit``, or inside a loop   what norms use
         J that keeps nothing                  the factors, or with ``recompute`` one
                                               backward pass
         ====================================  ==========================================
@@ -470,8 +479,8 @@ class Jacobian(NotAnArray):
             of rows that belong to each of its leaves, or ``"leaves"``, as in ``norms``.
 
         Returns:
-          Shape (N, N′) for scalar functions; (N, *k, N′, *k′) for outputs of shape k
-          and k′; for trees of outputs, a tree like the output of J that holds trees
+          Shape (N, N′) for scalar functions; ``(N, *k, N′, *k′)`` for outputs of shapes
+          k and k′; for trees of outputs, a tree like the output of J that holds trees
           like that of the other. With ``trace``, shape (N, N′) for all of them. In
           float32, or in the wider dtype of the two if that is wider. With ``groups``, a
           tree like the prefix that holds such products for each group; they add up to
@@ -608,8 +617,9 @@ class Jacobian(NotAnArray):
         So norms, clips and inner products are those of another metric: with the roots
         of Adam's second moments in place of d, say, or their inverses. A number for a
         whole leaf, or one for each line or column of a matrix, becomes part of the
-        factors. For other leaves, norms and inner products build rows, some at a time;
-        a sum is multiplied once.
+        factors. Otherwise it is a weight of them, and norms of single outer products
+        need no rows; those of sums of several, and of kernels, build rows, some at a
+        time. A sum is multiplied once.
 
         Args:
           diagonal: a tree like the parameters, of real numbers of any sign, traced. A
@@ -617,7 +627,7 @@ class Jacobian(NotAnArray):
             or is one number.
 
         Returns:
-          A ``Jacobian`` of the same shape. ``check`` compares the rows before.
+          A ``Jacobian`` of the same shape.
 
         Raises:
           TypeError: a leaf does not hold real numbers.
@@ -754,7 +764,7 @@ class Jacobian(NotAnArray):
         ``"kronecker"``   signs for each side of a      in one leaf, at most
                           matrix, l and r numbers with  (1 + 2/l)(1 + 2/r) − 1, with 0
                           l·r ≤ dim                     for 2/l if a side is kept whole
-        ``"tensor"``      count sketches of both sides  at most 8/dim
+        ``"tensor"``      count sketches of both sides  at most 8/(dim − 1)
                           of a matrix, convolved
         ================  ============================  ================================
 
@@ -763,9 +773,11 @@ class Jacobian(NotAnArray):
         dim·log dim). Other kinds of rows are projected as the matrices that they are.
         The axes of a leaf are split in two where the sum of both sizes is least. For
         ``"kronecker"``, a side of at most √dim entries is kept whole, and the other
-        gets dim // side numbers; otherwise l and r are the factors of ``dim`` that are
-        nearest to each other, so take a square. Vectors and scalars get count sketches
-        in both kinds.
+        gets dim // side numbers; otherwise the shorter side gets l = ⌊√dim⌋ numbers and
+        the other ⌊dim/l⌋. A vector has one side: in both kinds, its row is sketched in
+        full, by a count sketch of variance at most 2/dim. Different leaves are added
+        into the same ``dim`` numbers, with signs and places of their own, which adds at
+        most 2/dim. ``J.explain(sketch_dim=dim)`` says what each leaf takes.
 
         Args:
           key: one PRNG key.
@@ -801,10 +813,10 @@ class Jacobian(NotAnArray):
         """The rows, stacked, as ``per_example_grad`` gives them.
 
         Returns:
-          A tree like the parameters, with leaves of shape (N, *leaf). If outputs are
-          not scalar, a tree like the output that holds such trees, with leaves of shape
-          (N, *k, *leaf), as from ``jax.jacrev``. It takes N times the memory of the
-          parameters.
+          A tree like the parameters, with leaves of shape ``(N, *leaf)``. If outputs
+          are not scalar, a tree like the output that holds such trees, with leaves of
+          shape ``(N, *k, *leaf)``, as from ``jax.jacrev``. It takes N times the memory
+          of the parameters.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -824,7 +836,7 @@ class Jacobian(NotAnArray):
             outer, [self._rows.origin.like_params(list(x)) for x in columns]
         )
 
-    def explain(self) -> str:
+    def explain(self, *, sketch_dim: int | None = None) -> str:
         """A table of the leaves: how their rows are kept, what that costs, and why.
 
         Print it. Each leaf has a line with its key path, its terms, the way its norm is
@@ -832,11 +844,17 @@ class Jacobian(NotAnArray):
         example, and, for a leaf that is materialised, the primitive at which the search
         for factors ended.
 
+        Args:
+          sketch_dim: a positive int asks for a second table: how sketches to so many
+            numbers take each leaf, by each kind.
+
         Returns:
           The table, as a string of several lines.
 
         Raises:
-          TypeError: J is a stack of Jacobians, as ``jax.vmap`` returns it.
+          TypeError: J is a stack of Jacobians, as ``jax.vmap`` returns it, or
+            ``sketch_dim`` is not an int.
+          ValueError: ``sketch_dim`` is not positive.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -846,12 +864,17 @@ class Jacobian(NotAnArray):
         True
         """
         self._rows.origin.require_one()
-        return _explain.explain(self._rows, repr(self))
+        table = _explain.explain(self._rows, repr(self))
+        if sketch_dim is None:
+            return table
+        dim = positive_int("sketch_dim", sketch_dim)
+        return f"{table}\n\n{_explain.explain_sketches(self._rows, dim)}"
 
     def check(self, rows: int = 4) -> None:
         """Compare the first rows, and their products, with plain ``jax.grad``.
 
-        It looks at values, so it runs outside ``jit`` only.
+        The rows are those of the metric of ``scale_params``, before they were scaled
+        and clipped. It looks at values, so it runs outside ``jit`` only.
 
         Args:
           rows: how many examples to compare, a positive int, at most N. The losses of

@@ -97,8 +97,8 @@ class Kept:
         return replace(self, origin=self.origin.without_function())
 
     def bare(self) -> "Kept":
-        """The rows before they were scaled and clipped."""
-        return replace(self, weights=None, valid=None, weight_of=(), diagonal=None)
+        """The rows before they were scaled and clipped, in their metric."""
+        return replace(self, weights=None, valid=None, weight_of=())
 
     def chosen(self, rows: Chosen) -> "Kept":
         """The rows of some of the examples."""

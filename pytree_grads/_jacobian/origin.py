@@ -99,10 +99,11 @@ class Origin:
         return PartitionSpec(self.source.batch.mesh_axes)
 
     def chosen(self, rows: Chosen) -> "Origin":
-        """The origin of the rows of some of the examples."""
+        """The origin of the rows of some of the examples, or outputs."""
         self.require_one()
-        shape = (rows.size, *self.shape[1:])
-        return replace(self, source=self.source.chosen(rows), shape=shape)
+        shape = list(self.shape)
+        shape[rows.of_outputs] = rows.size
+        return replace(self, source=self.source.chosen(rows), shape=tuple(shape))
 
     def without_function(self) -> "Origin":
         """What a compiled product of kept rows takes: nothing is recomputed."""

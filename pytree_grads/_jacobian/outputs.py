@@ -1,6 +1,6 @@
 """What a function returns for one example, and trees of a number per row."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -66,6 +66,11 @@ class Outputs:
     def count(self) -> int:
         """K."""
         return sum(map(prod, self.shapes))
+
+    def chosen(self, size: int) -> "Outputs":
+        """The outputs of which some are chosen along the first axis of the array."""
+        (shape,) = self.shapes
+        return replace(self, shapes=((size, *shape[1:]),))
 
     def rows(self, size: int) -> tuple[int, ...]:
         """The shape of one number per row, for N = size."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from .._engine import thresholds
 from .._engine.leaf import Leaf
 from .._engine.matrix import Matrix
-from .._engine.products.factored_sketch import KINDS, project
+from .._engine.products.factored_sketch import KINDS, in_words, maps, project
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,39 @@ class FactoredProjection:
 
     def __call__(self, matrix: Matrix, key: jax.Array) -> jax.Array:
         rows = matrix.selected()
+        inner, outer = jax.random.split(key)
+        own = self._maps(rows, inner)
+        # Real and imaginary parts get signs of their own: their products vanish.
+        parts = jax.random.rademacher(outer, (2, self.dim), matrix.dtype)
         total = jnp.zeros((*rows.leaves[0].rows, self.dim), matrix.dtype)
         for i, leaf in enumerate(rows.leaves):
-            own = project(leaf, jax.random.fold_in(key, i), self.dim, self.kind)
+            found = project(leaf, own[i], self.dim, rows.entries(i))
+            if jnp.iscomplexobj(found):
+                found = _of_parts(found, parts)
             weight = rows.weight(i)
             if weight is not None:
-                own = own * weight.reshape(*leaf.rows, 1).astype(own.dtype)
-            total += own.astype(matrix.dtype)
+                found = found * weight.reshape(*leaf.rows, 1).astype(found.dtype)
+            total += found.astype(matrix.dtype)
         return total
+
+    def _maps(self, rows: Matrix, key: jax.Array) -> list[Any]:
+        """The map of each leaf."""
+        shapes = [leaf.shape for leaf in rows.leaves]
+        return maps(key, shapes, self.dim, self.kind, rows.dtype)
+
+    def words(self, rows: Matrix) -> list[str]:
+        """How each leaf is taken, for users."""
+        own = self._maps(rows, jax.random.key(0))
+        return [
+            in_words(leaf, own[i], is_whole=rows.entries(i) is not None)
+            for i, leaf in enumerate(rows.leaves)
+        ]
+
+
+def _of_parts(found: jax.Array, signs: jax.Array) -> jax.Array:
+    """Complex sketches (*rows, dim) as real ones, with signs (2, dim) of both parts."""
+    signs = signs.reshape(2, *[1] * (found.ndim - 1), -1).astype(found.real.dtype)
+    return found.real * signs[0] + found.imag * signs[1]
 
 
 def projection(dim: int, kind: str) -> Projection | FactoredProjection:

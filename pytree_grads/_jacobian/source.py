@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from .._batches.batch import Batch
-from .._batches.chosen import Chosen
+from .._batches.chosen import At, Chosen
 from .._batches.chunks import Place
 from .._batches.functions import Fun
 from .._batches.loops import fold_chunks, map_chunks
 from .._batches.notes import Note, note_of_fun
 from .._engine import trace as _trace
+from .._engine.leaf import chosen
 from .._engine.matrix import Matrix
 from .._engine.trace import Factored, Factors, Form, Trace
 from .._jax import compat
@@ -68,6 +69,8 @@ class Source:
     traced: tuple[
         bool, ...
     ]  # which leaves of the batch are children of the pytree, the arrays
+    # The outputs that have rows, by their numbers (k,); None for all of them.
+    outputs_at: jax.Array | None = None
 
     @classmethod
     def of(
@@ -107,11 +110,21 @@ class Source:
 
     def factors(self, trace: Trace, chunk: Batch, form: Form = "auto") -> Factors:
         """The rows of a chunk of the joint batch."""
-        return self.factor(trace, chunk, form).rows
+        made = self.factor(trace, chunk, form).rows
+        if self.outputs_at is None:
+            return made
+        rows = At(self.outputs_at, of_outputs=True)
+        return Factors(tuple(chosen(x, rows) for x in made.sources), made.tail)
 
     def chosen(self, rows: Chosen) -> "Source":
-        """The source of some of the examples."""
-        return replace(self, batch=self.batch.chosen(rows))
+        """The source of some of the examples, or of some outputs of all examples."""
+        if not rows.of_outputs:
+            return replace(self, batch=self.batch.chosen(rows))
+        if self.outputs_at is not None:
+            return replace(self, outputs_at=rows.cut(self.outputs_at))
+        if isinstance(rows, At):
+            return replace(self, outputs_at=rows.index)
+        return replace(self, outputs_at=rows.start + jnp.arange(rows.size))
 
     def without_function(self) -> "Source":
         """What a compiled product of kept rows takes: nothing is recomputed."""
@@ -189,6 +202,10 @@ class Source:
             values, vjp, *_ = jax.vjp(
                 lambda primals: values_of(chunk.with_primals(primals)), chunk.primals
             )
+            if self.outputs_at is not None:
+                count = sum(prod(x.shape[1:]) for x in jax.tree.leaves(values))
+                zeros_of_all = jnp.zeros((*own.shape[:1], count), own.dtype)
+                own = zeros_of_all.at[:, self.outputs_at].add(own)
             (sums,) = vjp(placed_like(_like(values, own), values))
             sums = placed_like(jax.tree.leaves(sums), primals)
             return jax.tree.map(jnp.add, carry, sums), None
@@ -282,6 +299,7 @@ def _examine(
 def _flatten(source: Source) -> tuple[list[Any], Any]:
     batch, traced = source.batch, source.traced
     arrays = [x for x, yes in zip(batch.leaves, traced, strict=True) if yes]
+    arrays = [source.outputs_at, *arrays]
     rest = tuple(
         None if yes else _Static(x) for x, yes in zip(batch.leaves, traced, strict=True)
     )
@@ -307,10 +325,11 @@ def _flatten(source: Source) -> tuple[list[Any], Any]:
 def _unflatten(meta: Any, arrays: Any) -> Source:
     fun, settings, (*static, rest) = meta
     axes, treedef, argnums, size, gathered, is_whole = static
+    outputs_at, *arrays = arrays
     given = iter(arrays)
     leaves = tuple(next(given) if x is None else x.value for x in rest)
     batch = Batch(leaves, axes, treedef, argnums, size, gathered, is_whole)
-    return Source(fun.value, batch, *settings)
+    return Source(fun.value, batch, *settings, outputs_at=outputs_at)
 
 
 jax.tree_util.register_pytree_node(Source, _flatten, _unflatten)

@@ -64,9 +64,8 @@ class Streamed:
         return self
 
     def bare(self) -> "Streamed":
-        """The rows before they were scaled and clipped."""
-        bare = replace(self, weights=None, valid=None, uniform=True, clip=None)
-        return replace(bare, diagonal=None)
+        """The rows before they were scaled and clipped, in their metric."""
+        return replace(self, weights=None, valid=None, uniform=True, clip=None)
 
     def in_metric(self, diagonal: Diagonal) -> "Streamed":
         """The rows times a diagonal in parameter space."""

@@ -2,12 +2,8 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _checks
+from ._stores import STORES, Store
 from ._trak import solve_moment
 
 # What a difference between two fingerprints means, in words for users.
@@ -57,7 +54,7 @@ def fingerprint(params: Any, key: Any = None, *, kind: str = "dense") -> dict[st
             raise TypeError(f"params{name} must be an array, got {leaf!r}")
         value = np.ascontiguousarray(leaf)
         digest.update(value.tobytes())
-        leaves.append([name, list(value.shape), str(leaf.dtype)])
+        leaves.append([name, list(np.shape(leaf)), str(leaf.dtype)])
     return {
         "leaves": leaves,
         "values": digest.hexdigest(),
@@ -75,23 +72,30 @@ def _key_text(key: Any) -> str:
     return f"{name}:{np.asarray(numbers).tolist()}"
 
 
-def open_index(path: Any, *, size: int, dim: int, made_of: dict[str, Any]) -> "Index":
+def open_index(
+    path: Any, *, size: int, dim: int, made_of: dict[str, Any], store: str = "numpy"
+) -> "Index":
     """Make an index of N features of k numbers in float32, or open the one that exists.
 
     Args:
       path: a directory, which must not exist or be an index of the same ``size``,
-        ``dim`` and ``made_of``. Processes of one machine may open it at the same time.
+        ``dim``, ``made_of`` and ``store``. Several processes may open it at the same
+        time. For tensorstore also a URL, such as ``gs://bucket/index``.
       size: N, the number of training examples, an int ≥ 1.
       dim: k, the numbers of a feature, an int ≥ 1.
       made_of: as ``fingerprint(params, key)`` returns it.
+      store: ``"numpy"`` keeps memory maps, for the processes of one machine.
+        ``"tensorstore"`` keeps Zarr arrays in blocks of 1,024 rows, for many machines
+        that share a file system or a cloud store; it needs the extra ``store``.
 
     Returns:
       An ``Index``, with the rows that were written before.
 
     Raises:
       TypeError: ``size`` or ``dim`` is not an int.
-      ValueError: one is less than 1; ``path`` is no index, or one of another size, dim,
-        model, order of parameters, key or kind.
+      ValueError: one is less than 1; ``store`` is another word; ``path`` is no index,
+        or one of another size, dim, store, model, order of parameters, key or kind.
+      ImportError: tensorstore is asked for and not installed.
 
     >>> import jax, jax.numpy as jnp, tempfile
     >>> from pytree_grads.attribution import fingerprint, open_index
@@ -104,40 +108,19 @@ def open_index(path: Any, *, size: int, dim: int, made_of: dict[str, Any]) -> "I
     """
     size = _checks.whole("size", size, low=1)
     dim = _checks.whole("dim", dim, low=1)
-    path = Path(path)
-    header = {"size": size, "dim": dim, "made_of": made_of}
-    if not path.exists():
-        _create(path, header)
-    if not (path / "header.json").is_file():
-        raise ValueError(f"{path} exists and is no index: give a path that is free")
-    found = json.loads((path / "header.json").read_text())
-    for name in ("size", "dim"):
+    if store not in STORES:
+        raise ValueError(f"store must be one of {[*STORES]}, got {store!r}")
+    path = str(path)
+    header = {"size": size, "dim": dim, "store": store, "made_of": made_of}
+    found, kept = STORES[store](path, header)
+    for name in ("size", "dim", "store"):
         if found[name] != header[name]:
             raise ValueError(
                 f"the index at {path} has {name} {found[name]}, not {header[name]}: "
                 "open it with that, or make another index"
             )
     _check_made_of(found["made_of"], made_of, f"the index at {path}")
-    features = np.lib.format.open_memmap(path / "features.npy", mode="r+")
-    written = np.lib.format.open_memmap(path / "written.npy", mode="r+")
-    return Index(path, found["made_of"], features, written)
-
-
-def _create(path: Path, header: dict[str, Any]) -> None:
-    """Make an empty index beside the path, and move it there as a whole.
-
-    If another process was faster, its index stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.draft."))
-    shape = header["size"], header["dim"]
-    np.lib.format.open_memmap(draft / "features.npy", "w+", np.float32, shape)
-    np.lib.format.open_memmap(draft / "written.npy", "w+", np.bool_, shape[:1])
-    (draft / "header.json").write_text(json.dumps(header, indent=1))
-    try:
-        os.rename(draft, path)
-    except OSError:
-        shutil.rmtree(draft)
+    return Index(path, size, dim, found["made_of"], kept)
 
 
 def _check_made_of(found: dict[str, Any], given: dict[str, Any], what: str) -> None:
@@ -159,14 +142,17 @@ class Index:
 
     ``open_index`` makes it. Rows are written first and marked after, so a run that is
     killed loses no more than the batch at hand, and never leaves a marked row that is
-    not whole. Other processes of the same machine see rows as soon as they are marked.
+    not whole. Other processes see rows as soon as they are marked.
 
     Attributes:
-      path: the directory, which holds ``features.npy``, ``written.npy`` and
-        ``header.json``.
+      path: the directory or URL, which holds ``header.json``, the features and the
+        marks.
+      size: N.
+      dim: k.
       made_of: the fingerprint of the features.
-      features: (N, k) in float32, a memory map; zeros where nothing is written.
-      written: (N,) bools, a memory map: which rows are written.
+      store: what keeps the arrays. ``store.features``, (N, k) in float32 with zeros
+        where nothing is written, and ``store.written``, (N,) bools, are a memory map or
+        an array of tensorstore; ``np.asarray`` reads both.
 
     >>> import jax.numpy as jnp, tempfile
     >>> from pytree_grads.attribution import fingerprint, open_index
@@ -180,10 +166,11 @@ class Index:
     [[3. 3. 3. 3.]] [0 1 2 3]
     """
 
-    path: Path
+    path: str
+    size: int
+    dim: int
     made_of: dict[str, Any]
-    features: np.ndarray
-    written: np.ndarray
+    store: Store
 
     def missing(
         self, batch_size: int, *, part: int = 0, parts: int = 1
@@ -219,9 +206,9 @@ class Index:
         part = _checks.whole("part", part, low=0)
         if part >= parts:
             raise ValueError(f"part must be less than parts, {parts}, got {part}")
-        size = len(self.written)
-        first, last = part * size // parts, (part + 1) * size // parts
-        free = np.concatenate([[False], ~self.written[first:last], [False]])
+        first, last = part * self.size // parts, (part + 1) * self.size // parts
+        written = np.asarray(self.store.written[first:last])
+        free = np.concatenate([[False], ~written, [False]])
         (edges,) = np.nonzero(free[1:] != free[:-1])
         runs = (first + edges).reshape(-1, 2).tolist()
         return (
@@ -248,7 +235,7 @@ class Index:
         >>> made_of = fingerprint({"w": jnp.zeros(2)})
         >>> index = open_index(path, size=4, dim=2, made_of=made_of)
         >>> index.write(2, jnp.array([[1.0, 2.0]]))
-        >>> index.features[2]
+        >>> index.store.features[2]
         memmap([1., 2.], dtype=float32)
         """
         start = _checks.whole("start", start, low=0)
@@ -258,25 +245,24 @@ class Index:
                 f"features must be in float32, got {block.dtype}: write "
                 "features.astype('float32')"
             )
-        size, dim = self.features.shape
-        if block.ndim != 2 or block.shape[1] != dim or start + len(block) > size:
+        fits = block.ndim == 2 and block.shape[1] == self.dim
+        if not fits or start + len(block) > self.size:
             raise ValueError(
-                f"features must have shape (B, {dim}) with start + B at most {size}, "
-                f"got {block.shape} from {start} on"
+                f"features must have shape (B, {self.dim}) with start + B at most "
+                f"{self.size}, got {block.shape} from {start} on"
             )
-        own = slice(start, start + len(block))
-        if self.written[own].any():
+        stop = start + len(block)
+        if np.asarray(self.store.written[start:stop]).any():
             raise ValueError(
-                f"some of the rows {start} to {own.stop - 1} are already written: "
+                f"some of the rows {start} to {stop - 1} are already written: "
                 "loop over index.missing(batch_size)"
             )
         if not np.isfinite(block).all():
             bad = start + np.nonzero(~np.isfinite(block).all(axis=1))[0]
             raise ValueError(f"features of examples {bad[:8].tolist()} are not finite")
-        self.features[own] = block
-        self.features.flush()  # type: ignore[attr-defined]
-        self.written[own] = True
-        self.written.flush()  # type: ignore[attr-defined]
+        if len(block):
+            self.store.put(start, block)
+            self.store.mark(start, stop)
 
     def rows(self) -> np.ndarray:
         """The numbers of the examples that are written, in order.
@@ -291,7 +277,7 @@ class Index:
         >>> open_index(path, size=4, dim=2, made_of=made_of).rows()
         array([], dtype=int64)
         """
-        return np.nonzero(self.written)[0]
+        return np.nonzero(np.asarray(self.store.written))[0]
 
     def scores(
         self,
@@ -308,7 +294,8 @@ class Index:
         ``scores * residuals[rows]``.
 
         Args:
-          queries: (Q, k) in float32, features of the queries.
+          queries: (Q, k) of floats, features of the queries; the scores have their
+            dtype, and no less than float32.
           made_of: their fingerprint, which must be that of the index.
           damping: λ ≥ 0, or None for inner products.
           block_size: how many rows are in memory at a time, an int ≥ 1.
@@ -333,19 +320,25 @@ class Index:
         _check_made_of(self.made_of, made_of, f"the index at {self.path}")
         block_size = _checks.whole("block_size", block_size, low=1)
         queries = _checks.floats("queries", queries, "(Q, k)")
-        dim = self.features.shape[1]
-        _checks.same("numbers of a feature", queries=queries.shape[1], index=dim)
+        _checks.same("numbers of a feature", queries=queries.shape[1], index=self.dim)
         rows = self.rows()
         blocks = [rows[i : i + block_size] for i in range(0, len(rows), block_size)]
         if damping is not None:
             damping = _checks.number("damping", damping, low=0.0)
-            moment = jnp.zeros((dim, dim), jnp.float32)
+            moment = jnp.zeros((self.dim, self.dim), queries.dtype)
             for block in blocks:
-                phi = jnp.asarray(self.features[block])
+                phi = self._read(block).astype(queries.dtype)
                 moment = moment + phi.T @ phi
             queries = solve_moment(moment, damping, queries)
         scores = np.empty((len(queries), len(rows)), queries.dtype)
         for i, block in enumerate(blocks):
             own = slice(i * block_size, i * block_size + len(block))
-            scores[:, own] = queries @ jnp.asarray(self.features[block]).T
+            scores[:, own] = queries @ self._read(block).T.astype(queries.dtype)
         return scores, rows
+
+    def _read(self, rows: np.ndarray) -> jax.Array:
+        """The features of examples, whose numbers ascend: (R, k)."""
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first + 1 == len(rows):
+            rows = slice(first, last + 1)  # type: ignore[assignment]
+        return jnp.asarray(np.asarray(self.store.features[rows]))

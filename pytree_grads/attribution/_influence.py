@@ -56,6 +56,8 @@ def influence(
         range; or, outside ``jax.jit``, a system was not solved, as it happens without
         damping on a singular matrix.
 
+    Complex parameters count as pairs of real ones.
+
     Source: Koh and Liang, "Understanding black-box predictions via influence
       functions", 2017; with Gauss-Newton products: Martens, 2020 (arXiv:1412.1193).
 
@@ -83,13 +85,16 @@ def influence(
     if not count:
         raise ValueError("J_train must have at least one example")
 
-    def one(chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
-        row = J_query.weighted_sum(chosen)
+    if not queries:
+        return jnp.zeros((0, count), jax.eval_shape(J_train.norms).dtype)
+
+    def one(query: jax.Array) -> tuple[jax.Array, jax.Array]:
+        row = J_query[query[None]].sum()
         solution = _solve(product, damping, row, tolerance, max_steps)
         return J_train @ solution.tree / count, solution.residual
 
     at_once = min(batch_size or queries, queries) or None
-    scores, residuals = jax.lax.map(one, jnp.eye(queries), batch_size=at_once)
+    scores, residuals = jax.lax.map(one, jnp.arange(queries), batch_size=at_once)
     limit = _limit(tolerance, residuals.dtype)
     if isinstance(residuals, Tracer):
         return jnp.where((residuals <= limit)[:, None], scores, jnp.nan)
@@ -148,27 +153,28 @@ def _solve(
     grows in the end: the best x counts. The residual that is reported is computed from
     that x, and is not the one that the recursion carries.
     """
-    b = Vector(row)
-    dtype = (b @ b).dtype
+    # A gradient of jax.grad is the conjugate of the direction that it stands for.
+    b = Vector(jax.tree.map(jnp.conj, row))
+    dtype = _dot(b, b).dtype
     damping = jnp.asarray(damping, dtype)
 
     def matrix(v: Vector) -> Vector:
-        return Vector(product(v.tree)) + damping * v
+        return Vector(jax.tree.map(jnp.conj, product(v.tree))) + damping * v
 
-    goal = (b @ b) * jnp.asarray(_limit(tolerance, dtype) ** 2 / 4, dtype)
+    goal = _dot(b, b) * jnp.asarray(_limit(tolerance, dtype) ** 2 / 4, dtype)
 
     def goes_on(state: _State) -> jax.Array:
         return (state.square > goal) & (state.step < max_steps)
 
     def advance(state: _State) -> _State:
         image = matrix(state.direction)
-        curvature = state.direction @ image
+        curvature = _dot(state.direction, image)
         # A direction without curvature solves nothing: the step is 0, and the residual
         # stays, which the caller reports.
         safe = jnp.where(curvature > 0, curvature, 1)
         size = jnp.where(curvature > 0, state.square / safe, 0)
         residual = state.residual - size * image
-        square = residual @ residual
+        square = _dot(residual, residual)
         ratio = square / state.square
         direction = residual + ratio * state.direction
         x = state.x + size * state.direction
@@ -177,9 +183,14 @@ def _solve(
         least = jnp.minimum(square, state.least)
         return _State(x, residual, direction, square, best, least, state.step + 1)
 
-    zero, square = 0.0 * b, b @ b
+    zero, square = 0.0 * b, _dot(b, b)
     start = _State(zero, b, b, square, zero, square, jnp.zeros((), jnp.int32))
     best = jax.lax.while_loop(goes_on, advance, start).best
     norm = b.norm()
     relative = (b - matrix(best)).norm() / jnp.where(norm > 0, norm, 1)
     return _Solution(best.tree, relative)
+
+
+def _dot(u: Vector, v: Vector) -> jax.Array:
+    """The inner product of real and imaginary parts."""
+    return jnp.real(u @ v)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .. import Jacobian
 from . import _checks
@@ -27,7 +28,7 @@ def tracin(
         for many steps counts with the sum of theirs.
 
     Returns:
-      Scores (Q, N), in float32 or wider.
+      Scores (Q, N), real, in float32 or wider.
 
     Raises:
       TypeError: an entry of ``pairs`` is not a pair of Jacobians, or a step size is not
@@ -46,7 +47,12 @@ def tracin(
     >>> print(tracin([(J[:1], J), (J[:1], J)], [0.5, 0.1]))
     [[15.   1.8]]
     """
-    sizes = list(step_sizes)
+    try:
+        sizes = list(step_sizes)
+    except TypeError:
+        raise TypeError(
+            f"step_sizes must hold a number for each pair, got {step_sizes!r}"
+        ) from None
     total = None
     count = 0
     for number, pair in enumerate(pairs):
@@ -59,7 +65,7 @@ def tracin(
                 f"pairs[{number}] has scores of shape {scores.shape}, the pairs before "
                 f"{total.shape}: use the same examples at each checkpoint"
             )
-        share = scores * jax.numpy.asarray(size, scores.dtype)
+        share = scores * jnp.asarray(size, scores.dtype)
         total = share if total is None else total + share
         count += 1
     if total is None or count != len(sizes):
@@ -76,4 +82,4 @@ def _scores(number: int, pair: Any) -> jax.Array:
         raise TypeError(f"pairs[{number}] must be (J_query, J_train), got {pair!r}")
     for name, J in zip(("J_query", "J_train"), pair, strict=True):
         _checks.one_row_per_example(f"{name} of pairs[{number}]", J)
-    return pair[0].gram(pair[1])
+    return jnp.real(pair[0].gram(pair[1]))

@@ -81,6 +81,8 @@ def _kernel(phi_q: jax.Array, phi: jax.Array, damping: Any) -> jax.Array:
 def solve_moment(moment: jax.Array, damping: Any, phi_q: jax.Array) -> jax.Array:
     """Φ_q (ΦᵀΦ + λ)⁻¹, (Q, k), from ΦᵀΦ; NaN or an error where it is singular."""
     size = len(moment)
+    if not size:
+        raise ValueError("sketches must have at least one number, got 0")
     shift = jnp.asarray(damping, moment.dtype)
     factor = jnp.linalg.cholesky(moment + shift * jnp.eye(size, dtype=moment.dtype))
     pivots = jnp.diagonal(factor)
@@ -90,8 +92,8 @@ def solve_moment(moment: jax.Array, damping: Any, phi_q: jax.Array) -> jax.Array
     if not isinstance(is_regular, Tracer) and not bool(is_regular):
         raise ValueError(
             f"ΦᵀΦ + damping is singular for sketches of {size} numbers and a damping "
-            f"of {damping}: give a damping above 0, or sketches shorter than the "
-            "number of training examples"
+            f"of {damping}, or not finite: give a damping above {damping}, or sketches "
+            "shorter than the number of training examples"
         )
     solved = jax.scipy.linalg.cho_solve((factor, True), phi_q.T).T
     return jnp.where(is_regular, solved, jnp.nan)

@@ -1,5 +1,5 @@
-"""Score-function estimators, as docs/chain_rule.md has them, against the sum over all
-actions.
+"""Score-function estimators (docs/howto/policy_gradients.md) against exact sums over
+all actions.
 """
 
 import jax
@@ -16,9 +16,7 @@ KEY = jax.random.key(2)
 
 
 class TestScoreFunction:
-    """Policy gradients, as docs/chain_rule.md has them, against the sum over all
-    actions.
-    """
+    """Policy gradients against the sum over all actions."""
 
     states = np.linspace(-1, 1, 5)
 

@@ -18,7 +18,7 @@ from helpers import tree_allclose
 
 pytestmark = pytest.mark.any_release
 
-WORKER = Path(__file__).resolve().parents[1] / "support" / "worker.py"
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 STARTING = (
     150  # seconds that two processes may take to start and compile on a busy machine
 )
@@ -29,14 +29,14 @@ ENDING = 90
 class Run:
     """Processes of one run, which end with it whatever happens."""
 
-    def __init__(self, directory, processes, **options):
+    def __init__(self, directory, processes, worker="worker.py", **options):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.directory = directory
         directory.mkdir(exist_ok=True)
         self.started, self.stack = [], ExitStack()
-        paths = [str(WORKER.parents[2]), os.environ.get("PYTHONPATH", "")]
+        paths = [str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         environment.pop("XLA_FLAGS", None)
         for own in range(processes):
@@ -44,7 +44,7 @@ class Run:
             log = self.stack.enter_context((directory / f"log{own}").open("w"))
             self.started.append(
                 subprocess.Popen(
-                    [sys.executable, str(WORKER), json.dumps(arguments)],
+                    [sys.executable, str(SUPPORT / worker), json.dumps(arguments)],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -129,3 +129,19 @@ def test_a_killed_run_resumes_from_its_checkpoint(tmp_path, in_one_process):
         assert "resumed at step 4" in run.said(0)
         assert "step 4:" not in run.said(0)
     assert tree_allclose(parameters(tmp_path / "params.npz"), in_one_process)
+
+
+def test_processes_write_their_shares_of_an_index(tmp_path):
+    """In both stores; the scores are the same numbers as those of one process."""
+    pytest.importorskip("tensorstore", reason="the extra `store` is not installed")
+    found = []
+    for processes in (1, 2):
+        directory = tmp_path / str(processes)
+        with Run(directory, processes, "index_worker.py", folder=str(directory)) as run:
+            run.finish()
+        found += [np.load(path) for path in sorted(directory.glob("*.npy"))]
+    first, *others = found
+    assert first.shape == (3, 64)
+    assert len(others) == 5  # of two stores, by each process
+    for other in others:
+        np.testing.assert_array_equal(other, first)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pytree_grads import jacobian
+from pytree_grads._jax.compat import all_equations
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import _computed as models
@@ -90,6 +91,33 @@ def test_sums_alone_take_one_gradient(name):
     operations, own = cost(summed(model), *model.args)
     assert operations <= 1.05 * plain
     assert own <= 1.05 * max(memory, FLOOR)
+
+
+@pytest.mark.parametrize("name", ["spectral_norm", "masked_sequence"])
+def test_sums_of_jacobians_and_sums_in_a_metric_build_no_rows(name):
+    """The sum of two, of which one has weights and one a diagonal of its shape."""
+    n = 64
+    model = getattr(models, name)(Draw(name), n, 16)
+    p, *batch = model.args
+
+    def total(p, d, *batch):
+        J = jacobian(model.fun)(p, *batch)
+        return (J.scale(jnp.arange(1.0 * len(J))) + J.scale_params(d)).sum()
+
+    axes = (None, *(0 for _ in batch))
+    rows = jax.vmap(jax.grad(model.fun), axes)(p, *batch)
+    d = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), p)
+    s = jnp.arange(1.0 * len(batch[0]))
+    want = jax.tree.map(lambda x, d: jnp.tensordot(s, x, 1) + x.sum(0) * d, rows, d)
+    args = (p, d, *batch)
+    for x, y in zip(*map(jax.tree.leaves, (total(*args), want)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * jnp.max(jnp.abs(y)))
+    largest = max(
+        v.aval.size
+        for equation in all_equations(jax.make_jaxpr(total)(*args))
+        for v in equation.outvars
+    )
+    assert largest < max(x.size for x in jax.tree.leaves(rows)) / 2
 
 
 @pytest.mark.parametrize("name", [*CASES, "kalman_filter", "chunked_vocabulary"])

@@ -11,7 +11,7 @@ from models import MODELS
 from pytree_grads import jacobian
 from pytree_grads._engine.products import factored_sketch
 
-pytestmark = pytest.mark.any_release
+any_release = pytest.mark.any_release  # the tests that take longest
 
 KINDS = ["kronecker", "tensor"]
 KEY = jax.random.key(7)
@@ -42,13 +42,18 @@ def table(kind, dim, key, *shapes):
 
 
 # A quarter of the models, of every kind of term.
+@any_release
 @pytest.mark.parametrize("name", list(MODELS)[::4])
 def test_factors_and_rows_have_one_sketch(name, x64, monkeypatch):
     """Whatever terms a row is made of, it is projected as the row in full is.
 
     Factors are taken wherever a term has them, also where rows cost less.
     """
-    always = lambda _, *where: factored_sketch._orientation(*where)  # noqa: E731
+
+    def always(_, summand, shape):
+        split = factored_sketch.split_of(shape)
+        return factored_sketch._orientation(summand, shape, split)
+
     monkeypatch.setattr(factored_sketch, "_by_factors", always)
     model = MODELS[name]
     with jax.numpy_dtype_promotion("standard" if model.promotes else "strict"):
@@ -100,6 +105,36 @@ def test_modes_and_weights(kind):
     assert not np.allclose(other_key, sketch)
 
 
+@any_release
+@pytest.mark.parametrize("kind", ["dense", *KINDS])
+def test_a_diagonal_in_parameter_space(kind):
+    """Whether factors absorb it, as a number for each line, or rows are built."""
+    J = jacobian(network)(PARAMS, XS)
+    full = jax.tree.map(lambda x: jnp.cos(x) + 2, PARAMS)
+    for diagonal in (full, full | {"w": full["w"][:, :1]}):
+        scaled = J.scale_params(diagonal)
+        want = of_rows(scaled.to_rows(), PARAMS, kind, 16)
+        np.testing.assert_allclose(
+            scaled.sketch(KEY, 16, kind=kind), want, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows_no_entries_and_half_precision(kind):
+    none = jacobian(network)(PARAMS, XS[:0]).sketch(KEY, 16, kind=kind)
+    assert none.shape == (0, 16)
+    empty = {"w": jnp.zeros((3, 0)), "v": jnp.ones(2)}
+    J = jacobian(lambda p, x: p["v"] @ x + jnp.sum(p["w"]))(empty, jnp.ones((4, 2)))
+    assert jnp.abs(J.sketch(KEY, 16, kind=kind)).max() > 0
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (PARAMS, XS))
+    found = jacobian(network)(*half).sketch(KEY, 64, kind=kind)
+    exact = jacobian(network)(PARAMS, XS).sketch(KEY, 64, kind=kind)
+    assert found.dtype == jnp.float32
+    size = jnp.abs(exact).max()
+    np.testing.assert_allclose(found, exact, atol=0.1 * float(size))
+
+
+@any_release
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs(kind):
     def outputs(params, x):
@@ -116,6 +151,7 @@ def test_outputs(kind):
     np.testing.assert_allclose(got["b"][:, 1], want, rtol=1e-4, atol=1e-5)
 
 
+@any_release
 def test_no_row_is_built():
     """Beyond what norms take, less memory than one row of 512 x 512 numbers."""
     params, x = jnp.zeros((512, 512)), jnp.ones((4, 512))
@@ -139,6 +175,7 @@ def test_no_row_is_built():
 SHAPES = [(6, 9), (5,), (3, 2, 4)]
 
 
+@any_release
 @pytest.mark.parametrize("kind", KINDS)
 def test_inner_products_are_unbiased(kind):
     """The mean of R Rᵀ over 1,000 keys is the identity, across leaves too."""
@@ -181,6 +218,7 @@ RANK_ONE = jnp.outer(A, B)
 FULL = jax.random.normal(KEY, (20, 20))
 
 
+@any_release
 @pytest.mark.parametrize("x", [RANK_ONE, FULL], ids=["rank one", "full"])
 def test_variances_keep_their_bounds(x):
     dim, side = 64, 8
@@ -191,12 +229,30 @@ def test_variances_keep_their_bounds(x):
     assert spread("dense", dim, x, x) < slack * 2 / dim
 
 
+@any_release
 def test_rank_one_rows_need_the_larger_bound():
     """Signs of both sides: their norms have variance near (1 + 2/√dim)² − 1."""
     found = spread("kronecker", 64, RANK_ONE, RANK_ONE)
     assert found > 0.6 * ((1 + 2 / 8) ** 2 - 1)
 
 
+@any_release
+@pytest.mark.parametrize("kind", KINDS)
+def test_leaves_share_the_numbers_evenly(kind):
+    """Small leaves too: what two of them have in common has variance near 1/dim."""
+    dim, shapes = 64, [(3, 3), (3, 3)]
+
+    def product(key):
+        R = table(kind, dim, key, *shapes)
+        return R[:9] @ R[9:].T
+
+    keys = jax.random.split(jax.random.key(1), 400)
+    found = jax.jit(lambda keys: jax.lax.map(product, keys, batch_size=100))(keys)
+    assert 0.7 / dim < float(jnp.mean(found**2)) < 1.4 / dim
+    assert float(jnp.mean(found**2, axis=0).max()) < 4 / dim  # no entries always meet
+
+
+@any_release
 @pytest.mark.parametrize("kind", KINDS)
 def test_complex_rows_keep_the_real_part(kind):
     x, y = (
@@ -214,6 +270,33 @@ def test_complex_rows_keep_the_real_part(kind):
     found = jax.lax.map(product, keys, batch_size=100)
     error = found.std() / len(keys) ** 0.5
     assert jnp.abs(found.mean() - jnp.sum(x * y.conj()).real) < 5 * error
+
+
+def test_explain_says_how_each_leaf_is_taken():
+    def gated(params, x):
+        return network(params, x) + jnp.sum(jnp.tanh(params["gate"] * x[:2]))
+
+    params = PARAMS | {"gate": jnp.ones((2, 6)), "unused": jnp.zeros((2, 2))}
+    J = jacobian(gated)(params, XS[:, :1])
+    said = J.explain(sketch_dim=16).removeprefix(J.explain())
+    lines = {line.split(" ")[0]: line for line in said.splitlines()}
+    assert "row in full: a vector" in lines["['b']"]
+    assert "factors, 4x4" in lines["['w']"]
+    assert "row in full" in lines["['gate']"]
+    assert "zero" in lines["['unused']"]
+    full = J.scale_params(jax.tree.map(jnp.ones_like, params)).explain(sketch_dim=16)
+    assert "factors, 4x4" not in full
+    with pytest.raises(ValueError, match="sketch_dim"):
+        J.explain(sketch_dim=0)
+
+
+def test_any_number_is_divided_well():
+    """Also a prime one, which has no factors."""
+    assert factored_sketch.side_dims((300, 400), 257) == (16, 16)
+    assert factored_sketch.side_dims((400, 300), 512) == (23, 22)
+    assert factored_sketch.side_dims((10, 784), 512) == (10, 51)
+    assert factored_sketch.side_dims((3, 2), 512) == (3, 2)
+    assert factored_sketch.side_dims((3, 2), 1) == (1, 1)
 
 
 def test_small_matrices_are_kept_whole():

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from helpers import tree_allclose
 from models import MODELS
-from routes import factors_kept
+from routes import factors_kept, few_at_once, leaves_of
 
 from pytree_grads import jacobian
+from pytree_grads._engine.products.kernels import shares_pairs
+from pytree_grads._engine.products.routes import gram_prefers_rows
 from pytree_grads._jax.compat import all_equations
 
 pytestmark = pytest.mark.any_release
@@ -52,7 +54,20 @@ def table(p, x):
     return p["w"][jnp.argmax(x[0])][:K] * x[0, 0]
 
 
-FUNCTIONS = {f.__name__: f for f in (dense, positions, scanned, mixed, table)}
+def turned(p, x):
+    """T = 2; outputs share the right vectors of one weight, the left of another."""
+    h = jnp.tanh(p["square"] @ x.T).T @ p["w"]
+    return jnp.tanh(h).sum(0)[:K]
+
+
+def stacked(p, x):
+    """Blocks of two pairs, whose outputs share one side."""
+    h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["layers"])
+    return h.sum(0)[:K]
+
+
+KINDS = (dense, positions, scanned, mixed, table, turned, stacked)
+FUNCTIONS = {f.__name__: f for f in KINDS}
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 
@@ -102,6 +117,27 @@ def test_kernels_of_outputs(name, mode, x64):
     assert tree_allclose(scaled, want, rtol=1e-11)
     assert tree_allclose(sum(jax.tree.leaves(leaves)), own, rtol=1e-12)
     assert np.isclose(whole, np.einsum("ikp,jlp->", a, b))
+
+
+SHARED = {"positions": "w", "turned": "square", "stacked": "layers"}
+
+
+@pytest.mark.parametrize(("name", "leaf"), SHARED.items())
+@pytest.mark.parametrize("entries", [1, 1 << 20])
+def test_rows_of_several_pairs_whose_outputs_share_vectors(name, leaf, entries, x64):
+    fun, x, y = FUNCTIONS[name], normal(9, N, 2, 4), normal(10, 4, 2, 4)
+    a, b = rows(fun, x), rows(fun, y)
+    with factors_kept(), few_at_once(entries):
+        J, other = (jacobian(fun)(params(), z) for z in (x, y))
+        one, two = (leaves_of(z)[sorted(params()).index(leaf)] for z in (J, other))
+        assert shares_pairs(one, two)
+        assert not gram_prefers_rows(one, two)
+        traced, whole = J.gram(other, trace=True), J.gram(other)
+    assert tree_allclose(traced, np.einsum("ikp,jkp->ij", a, b), rtol=1e-12)
+    total = sum(map(jnp.sum, jax.tree.leaves(whole)))
+    assert np.isclose(total, np.einsum("ikp,jlp->", a, b), rtol=1e-12)
+    if name != "positions":
+        assert tree_allclose(whole, np.einsum("ikp,jlp->ikjl", a, b), rtol=1e-12)
 
 
 @each_mode

@@ -1,6 +1,7 @@
 """Rows times a diagonal in parameter space, against plain rows."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 from helpers import tree_allclose
 from models import MODELS, N
-from routes import factors_kept
+from routes import factors_kept, few_at_once
 from rows import Given, Rows, assert_close
 
 from pytree_grads import jacobian
+from pytree_grads._jax.compat import all_equations
 
 pytestmark = pytest.mark.any_release
 
@@ -158,23 +160,109 @@ def test_outputs_grad_and_vmap(mode, x64):
     assert tree_allclose(jax.vmap(ours)(many), jax.vmap(plainly)(many), rtol=1e-11)
 
 
-@pytest.mark.parametrize(
-    ("kind", "route"),
-    {
-        "a number for each leaf": "squares",
-        "a number for each line": "squares",
-        "a number for each column": "squares",
-        "a number for each entry": "rows",
-    }.items(),
-)
-def test_the_table_says_which_norms_build_rows(kind, route):
+def twice(p, x):
+    """T = 2."""
+    both = jnp.stack([x, x[::-1]])
+    return jnp.sum(jnp.tanh(both @ p["w"]) ** 2) + jnp.sum(p["b"])
+
+
+@pytest.mark.parametrize("kind", DIAGONALS)
+@pytest.mark.parametrize("fun", [f, twice])
+def test_the_table_says_which_norms_build_rows(fun, kind):
     p, x = problem()
     with factors_kept():
-        J = jacobian(f)(p, x).scale_params(jax.tree.map(DIAGONALS[kind], p))
+        J = jacobian(fun)(p, x).scale_params(jax.tree.map(DIAGONALS[kind], p))
     table = J.explain()
     (line,) = (line for line in table.splitlines() if line.startswith("['w']"))
-    assert line.split("  ")[2:][0:3].count(route) or f" {route} " in line
+    one = {f: "squares", twice: "inner products"}[fun]
+    of_entries = {f: "squares", twice: "rows"}[fun]
+    route = of_entries if kind == "a number for each entry" else one
+    assert f" {route} " in line
     assert "times a diagonal in parameter space" in table
+
+
+@pytest.mark.parametrize("name", ["perceptron", "convolutions_in_scans"])
+@pytest.mark.parametrize("kind", ["dense", "kronecker", "tensor"])
+def test_sketches_in_another_metric(name, kind, x64):
+    """They are those of a linear function with the same rows."""
+    fun, p, batch = MODELS[name]()
+    d = jax.tree.map(DIAGONALS["a number for each entry"], p)
+    rows = scaled(Rows.of(fun, p, batch), d).to_rows()
+
+    def linear(p, rows):
+        return sum(map(jnp.sum, jax.tree.leaves(jax.tree.map(jnp.multiply, p, rows))))
+
+    with factors_kept():
+        J = jax.jit(jacobian(fun))(p, *batch).scale_params(d)
+    found, want = (
+        X.sketch(jax.random.key(0), 9, kind=kind)
+        for X in (J, jacobian(linear)(p, rows))
+    )
+    assert_close(found, want, 1e-11)
+
+
+def test_norms_of_a_dense_layer_build_no_rows():
+    p, x = {"w": numbers((32, 48)), "b": numbers((48,))}, numbers((16, 32))
+    d = jax.tree.map(jnp.sin, p)
+
+    def products(p, d, x):
+        J = jacobian(f)(p, x).scale_params(d)
+        return J.norms(), J.clip(1.0).sum(), J.square_sum()
+
+    equations = all_equations(jax.make_jaxpr(products)(p, d, x))
+    largest = max(v.aval.size for eqn in equations for v in eqn.outvars)
+    assert largest == p["w"].size
+
+
+def test_a_gramian_makes_some_products_at_a_time(x64):
+    p, x = problem()
+    d = jax.tree.map(jnp.sin, p)
+    rows = scaled(Rows.of(f, p, (x,)), d)
+    with factors_kept(), few_at_once(2 * N * (4 + 6)):
+        found = jacobian(f)(p, x).scale_params(d).gram()
+    assert_close(found, rows.gram(), 1e-12)
+
+
+def test_numbers_that_are_large_where_all_rows_are_zero():
+    """As roots of second moments are, of inputs that are always zero."""
+    p, x = problem()
+    p, x = jax.tree.map(jnp.float32, (p, x))
+    x = x.at[:, 1].set(0.0)
+    d = {"w": jnp.ones((4, 6)).at[1].set(1e30) * jnp.abs(p["w"]), "b": 1.0}
+    d["w"] = d["w"].at[:, 2].multiply(1e-10)
+    with factors_kept():
+        J = jacobian(f)(p, x).scale_params(d)
+    rows = scaled(Rows.of(f, p, (x,)), d)
+    assert tree_allclose(J.norms(), rows.norms(), rtol=1e-5)
+    assert tree_allclose(J.clip(1e-3).norms(), jnp.full(N, 1e-3), rtol=1e-5)
+
+
+@each_mode
+def test_the_check_is_of_rows_in_their_metric(mode):
+    p, x = problem()
+    J = jacobian(f, **mode)(p, x)
+    for d in (
+        {"w": p["w"], "b": 0.0},
+        {"w": jnp.zeros((4, 6)), "b": p["b"]},
+        {"w": 2.0, "b": -1e-9},
+    ):
+        J.scale_params(d).check()
+        J.clip(0.1).scale_params(d)[1:].check()
+
+
+def test_the_check_finds_what_only_a_metric_shows():
+    p, x = problem()
+
+    def faint(p, x):
+        return f(p, x) + 1e-9 * p["faint"] * x[0]
+
+    J = jacobian(faint)({**p, "faint": jnp.ones(())}, x)
+    b, of_faint, w = J._rows.sources
+    wrong = (b, jax.tree.map(lambda x: 2 * x, of_faint), w)
+    J = replace(J, _rows=replace(J._rows, sources=wrong))
+    J.check()
+    with pytest.raises(ValueError, match=re.escape("params['faint']: to_rows")):
+        J.scale_params({"w": 1.0, "b": 1.0, "faint": 1e9}).check()
 
 
 J = jacobian(f)(*problem())

@@ -203,6 +203,65 @@ def test_with_jacobians_of_examples_and_of_other_losses(mode, x64):
     both.check()
 
 
+def table(p, x, y):
+    """Losses in an array of two axes."""
+    return jnp.stack([tasks(p, x, y), tasks(p, 2 * x, y), jnp.sin(tasks(p, x, y))])
+
+
+MASK = np.array([True, False, True])
+INDICES = [1, -1, slice(0, 2), slice(None, None, -2), np.array([2, 0, 2]), [], MASK]
+
+
+@each_mode
+@pytest.mark.parametrize("fun", [tasks, table])
+def test_losses_chosen_by_an_index(fun, mode, x64):
+    p, rows = params(), jax.jacrev(fun)(params(), *batch())
+    J = jacobian(fun, batched=False, **mode)(p, *batch())
+    for index in INDICES:
+        own = jax.tree.map(lambda x, i=index: x[np.atleast_1d(np.arange(3)[i])], rows)
+        assert J[index].shape == (*own["b"].shape[:-1], 56)
+        assert tree_allclose(J[index].to_rows(), own)
+        axes = tuple(range(own["b"].ndim - 1))
+        total = jax.tree.map(lambda x, axes=axes: x.sum(axes), own)
+        assert tree_allclose(J[index].sum(), total)
+    J[1:].check()
+    assert "['w']" in J[1:].explain()
+
+
+@each_mode
+def test_losses_chosen_with_weights_in_sums_and_in_jit(mode, x64):
+    p, (x, y) = params(), batch()
+
+    @jax.jit
+    def ours(p, x, i):
+        J = jacobian(tasks, batched=False, **mode)(p, x, y).clip(0.1)
+        K = jacobian(tasks, batched=False, **mode)(p, 2 * x, y)
+        two = (2 * J[i] - K[jnp.array([1, 0])])[::-1]
+        return two.norms(), two.sum(), J[i][1].gram(K), J[i].weighted_sum(y[0, :2])
+
+    def plainly(p, x, i):
+        flat = [_matrix(jax.jacrev(tasks)(p, z, y)) for z in (x, 2 * x)]
+        J, K = flat[0], flat[1]
+        J *= jnp.minimum(1, 0.1 / jnp.linalg.norm(J, axis=1, keepdims=True))
+        two = (2 * J[i] - K[jnp.array([1, 0])])[::-1]
+        chosen = J[i]
+        sums = two.sum(0), y[0, :2] @ chosen
+        return jnp.linalg.norm(two, axis=1), sums[0], chosen[1:] @ K.T, sums[1]
+
+    for i in (jnp.array([2, 0]), jnp.array([0, 0])):
+        found = ours(p, x, i)
+        flat = [x if hasattr(x, "shape") else _vector(x) for x in found]
+        assert tree_allclose(flat, list(plainly(p, x, i)))
+
+
+def _matrix(rows):
+    return jnp.concatenate([x.reshape(len(x), -1) for x in jax.tree.leaves(rows)], 1)
+
+
+def _vector(tree):
+    return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)])
+
+
 def test_arguments_that_are_no_arrays_and_keywords():
     def losses(p, x, kind, *, y):
         assert kind == "mean"
@@ -227,8 +286,10 @@ def test_the_forward_pass_is_shared():
     assert tanhs(lambda p: jacobian(tasks, batched=False)(p, *batch()).norms()) == 1
 
 
-def test_no_array_is_as_large_as_the_rows_where_factors_are_smaller():
-    k, n, width = 5, 8, 64
+@pytest.mark.parametrize("n", [8, 48])
+def test_no_array_is_as_large_as_the_rows_where_factors_are_smaller(n):
+    """The losses share the inputs of a layer: of 48 examples, those count once."""
+    k, width = 5, 64
     p = {"w": normal(0, width, width), "v": normal(1, width, k)}
 
     def losses(p, x):
@@ -240,7 +301,8 @@ def test_no_array_is_as_large_as_the_rows_where_factors_are_smaller():
 
     equations = all_equations(jax.make_jaxpr(products)(p, normal(2, n, width)))
     largest = max(v.aval.size for eqn in equations for v in eqn.outvars)
-    assert largest <= width * width  # one row; five would be k * width * width
+    cotangents = k * n * width
+    assert largest <= max(width * width, cotangents)  # five rows: k * width * width
 
 
 J = jacobian(tasks, batched=False)(params(), *batch())
@@ -262,7 +324,16 @@ ERRORS = {
         "argument batched must be a bool (it is static), got 0",
     ),
     "length": (lambda: len(J), TypeError, "has no examples to count: J.shape is (3,"),
-    "an index": (lambda: J[0], TypeError, "has no examples to choose: J.scale"),
+    "an index of one loss": (
+        lambda: jacobian(one, batched=False)(params(), *batch())[0],
+        TypeError,
+        "fun returns one loss or a tree: stack losses, or J.scale with zeros drops",
+    ),
+    "an index that is too large": (
+        lambda: J[3],
+        IndexError,
+        "index 3 is out of range: J has the rows of 3 losses",
+    ),
     "weights": (
         lambda: J.weighted_sum(jnp.ones((1, K))),
         ValueError,

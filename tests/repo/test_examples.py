@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+# The site runs them all, on the older release of JAX in CI.
+pytestmark = pytest.mark.any_release
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -34,13 +37,15 @@ def test_every_example_tells_a_story_and_is_run_here():
         assert len(story.split()) > 40, path.name
 
 
-def test_linear_combinations():
-    printed = run("linear_combinations.py", "--lines", "50")
+def test_linear_combinations(tmp_path):
+    figure = tmp_path / "sum.png"
+    printed = run("linear_combinations.py", "--lines", "50", "--output", str(figure))
     small, large = printed.split("the same with 100 parameter arrays")
     assert re.findall(r"dm = (\S+) +db = (\S+)", small) == [("5.76", "3.2")] * 5
     differences = [float(text) for text in re.findall(r"off by (\S+) of it", large)]
     assert len(differences) == 5
     assert max(differences) < 1e-6  # float32 rounding
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n")
 
 
 def test_digits(tmp_path):
@@ -69,7 +74,6 @@ def test_digits_refuses_a_wrong_flag():
     assert "invalid int value" in run("digits.py", "--steps", "many", expected=2)
 
 
-@pytest.mark.any_release
 def test_contrastive(tmp_path):
     figure = tmp_path / "contrastive.png"
     flags = [
@@ -102,8 +106,9 @@ def test_contrastive_refuses_uneven_microbatches():
     assert "multiple of --chunk" in refused
 
 
-def test_second_order():
-    printed = run("second_order.py", "--steps", "4")
+def test_second_order(tmp_path):
+    figure = tmp_path / "second_order.png"
+    printed = run("second_order.py", "--steps", "4", "--output", str(figure))
     losses = re.findall(r"Gauss-Newton ([\d.]+), Adam ([\d.]+), and", printed)
     curved = [float(loss) for loss, _ in losses]
     assert len(curved) == 4
@@ -111,10 +116,12 @@ def test_second_order():
     assert curved[-1] < float(losses[-1][1]) / 3
     accuracies = re.findall(r"test accuracy ([\d.]+)%", printed)
     assert min(map(float, accuracies)) > 85
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_weights():
-    printed = run("weights.py", "--steps", "150")
+def test_weights(tmp_path):
+    figure = tmp_path / "weights.png"
+    printed = run("weights.py", "--steps", "150", "--output", str(figure))
     *models, soup = map(float, re.findall(r"([\d.]+)%", printed.splitlines()[0]))
     assert soup >= min(models)
     assert soup > 90
@@ -130,6 +137,7 @@ def test_weights():
     carried, by_hand = map(float, re.findall(r"off by ([\d.]+)% of its way", printed))
     assert carried < 2  # the last rounding to bfloat16
     assert by_hand > 20  # stalled
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n")
 
 
 def test_two_tasks(tmp_path):
@@ -206,6 +214,23 @@ def test_attribution(tmp_path):
     assert figure.read_bytes().startswith(b"\x89PNG\r\n")
 
 
+def test_kernels(tmp_path):
+    figure = tmp_path / "kernels.png"
+    flags = ["--steps", "100", "--seeds", "12", "--labels", "50", "400"]
+    printed = run("kernels.py", *flags, "--output", str(figure))
+    told = {
+        name: [float(x) for x in re.findall(r"([\d.]+)%", values)]
+        for name, values in re.findall(r"^(\D+?)  +(\d.*%)$", printed, re.MULTILINE)
+    }
+    assert len(told) == 5
+    assert min(told["before training"][-1], told["infinite width"][-1]) > 95
+    assert told["pixels"][-1] < told["infinite width"][-1]
+    slope = re.search(r"slope (\S+) in log width", printed)
+    assert slope is not None
+    assert -0.6 < float(slope[1]) < -0.4
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n")
+
+
 def test_private_digits(tmp_path):
     pytest.importorskip("jax_privacy", reason="the extra `privacy` is not installed")
     figure = tmp_path / "private.png"
@@ -224,10 +249,9 @@ def test_private_digits(tmp_path):
     assert figure.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-@pytest.mark.any_release
-def test_multi_device():
+def test_multi_device(tmp_path):
     """One device, eight, and two processes print the same."""
-    flags = ["--steps", "100"]
+    flags = ["--steps", "100", "--output", str(tmp_path / "multi_device.png")]
 
     def process(own):
         return run(

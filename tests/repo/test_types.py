@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import jax.numpy as jnp
 from pytree_grads import (
-    chain_rule_value_and_grad, jacobian, per_example_grad, value_and_jacobian
+    chain_rule_grad, chain_rule_value_and_grad, jacobian, per_example_grad,
+    per_example_value_and_grad, value_and_jacobian
 )
 
 def f(p, x):
@@ -24,8 +25,19 @@ reveal_type(jacobian(f)(p, xs))
 reveal_type(jacobian(f, has_aux=True)(p, xs))
 reveal_type(jacobian(f, argnums=(0,), batched=False)(p, xs))
 reveal_type(value_and_jacobian(f)(p, xs))
+reveal_type(value_and_jacobian(f, has_aux=True)(p, xs))
+reveal_type(per_example_grad(f)(p, xs))
 reveal_type(per_example_grad(f, has_aux=True)(p, xs))
+reveal_type(per_example_grad(f, (0, 1))(p, xs))
+reveal_type(per_example_grad(f, argnums=[0], has_aux=True)(p, xs))
+reveal_type(per_example_value_and_grad(f)(p, xs))
+reveal_type(per_example_value_and_grad(f, (0, 1), has_aux=True)(p, xs))
+reveal_type(chain_rule_grad(jnp.sum, f)(p, xs))
+reveal_type(chain_rule_grad(jnp.sum, f, (0,))(p, xs))
+reveal_type(chain_rule_grad(jnp.sum, f, outer_has_aux=True)(p, xs))
 reveal_type(chain_rule_value_and_grad(jnp.sum, f)(p, xs))
+reveal_type(chain_rule_value_and_grad(jnp.sum, f, (0, 1))(p, xs))
+reveal_type(chain_rule_value_and_grad(jnp.sum, f, has_aux=True)(p, xs))
 J = jacobian(f)(p, xs)
 reveal_type(2 * J)
 reveal_type(J + J)
@@ -43,7 +55,18 @@ REVEALED = [
     "tuple[Jacobian, Any]",
     "Jacobian",
     "tuple[Any, Jacobian]",
+    "tuple[tuple[Any, Any], Jacobian]",
+    "Any",
     "tuple[Any, Any]",
+    "tuple[Any, ...]",
+    "tuple[tuple[Any, ...], Any]",
+    "tuple[Array, Any]",
+    "tuple[tuple[Array, Any], tuple[Any, ...]]",
+    "Any",
+    "tuple[Any, ...]",
+    "tuple[Any, Any]",
+    "tuple[Array, Any]",
+    "tuple[Array, tuple[Any, ...]]",
     "tuple[Any, Any]",
     "Jacobian",
     "Jacobian",

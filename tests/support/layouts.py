@@ -158,7 +158,10 @@ def questions(settings, loss, features, params, batch, axis_name):
         diagonal |= {"embedding": jnp.ones((1, 1)), "layers": jnp.full((2, 1, 1), 2.0)}
         metric = new().scale_params(diagonal)
         numbers["metric"], sums["metric"] = metric.norms(), metric.sum()
-        sums["whole"] = whole_batch(loss, params, batch, axis_name)
+        sums["whole"] = [
+            whole_batch(options, loss, params, batch, axis_name)
+            for options in ({}, {"recompute": True})
+        ]
         # Plain JAX takes no mean over an axis of `jax.vmap` over Explicit axes, nor
         # inside `jax.shard_map` with its checks.
         is_explicit = jax.sharding.get_abstract_mesh().explicit_axes
@@ -183,8 +186,8 @@ def named_axis(features, params, batch, axis_name):
     )(params, *batch)[1]
 
 
-def whole_batch(loss, params, batch, axis_name):
-    """The gradient of the sum of two losses of the whole batch."""
+def whole_batch(settings, loss, params, batch, axis_name):
+    """The gradients of the sum of two losses of the whole batch, and of one of them."""
 
     def losses(params, *batch):
         if jax.sharding.get_abstract_mesh().explicit_axes:
@@ -194,7 +197,9 @@ def whole_batch(loss, params, batch, axis_name):
         values = jax.vmap(loss, (None, 0, 0))(params, *batch)
         return jnp.stack([jnp.sum(values), jnp.sum(jnp.sin(values))])
 
-    return jacobian(losses, batched=False, axis_name=axis_name)(params, *batch).sum()
+    made = jacobian(losses, batched=False, axis_name=axis_name, **settings)
+    J = made(params, *batch)
+    return {"both": J.sum(), "one": J[1:].sum()}
 
 
 def sketch(loss, features, params, batch, axis_name):

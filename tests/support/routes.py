@@ -15,8 +15,9 @@ def factors_kept():
     """Keep the terms of all leaves, also of those that are smaller as they are."""
     plan_leaf = _plan.plan_leaf
 
-    def forced(leaf, varying, route):
-        return plan_leaf(leaf, varying, "factored" if route == "auto" else route)
+    def forced(leaf, varying, route, *outputs):
+        route = "factored" if route == "auto" else route
+        return plan_leaf(leaf, varying, route, *outputs)
 
     _plan.plan_leaf = forced
     try:

@@ -190,6 +190,33 @@ def test_influence_on_any_tree_is_the_solved_system(x64):
     assert jnp.isnan(short).all()
 
 
+def test_complex_parameters_are_pairs_of_real_ones(x64):
+    def fun(p, x):
+        return jnp.sum(jnp.abs(jnp.tanh(x @ p["z"])) ** 2)
+
+    z = jax.lax.complex(*jax.random.normal(jax.random.key(0), (2, 3, 2))) / 2
+    xs = jax.random.normal(jax.random.key(1), (5, 2, 3)).astype(complex)
+
+    def split(parts, x):
+        return fun({"z": jax.lax.complex(parts["re"], parts["im"])}, x)
+
+    found = []
+    for f, p in ((fun, {"z": z}), (split, {"re": z.real, "im": z.imag})):
+        J = jacobian(f)(p, xs)
+        product = fisher_product(f)(p, xs)
+        scores = attribution.influence(J[:2], J, product, damping=0.1, tolerance=1e-11)
+        found.append((scores, attribution.tracin([(J[:2], J)], [1.0])))
+    for got, want in zip(*found, strict=True):
+        assert got.dtype == want.dtype == jnp.float64
+        np.testing.assert_allclose(got, want, rtol=1e-7)
+
+
+def test_no_queries():
+    J = jacobian(lambda p, x: p @ x)(jnp.zeros(3), jnp.eye(3))
+    assert attribution.influence(J[:0], J, SAME, damping=1.0).shape == (0, 3)
+    assert attribution.tracin([(J[:0], J)], [1.0]).shape == (0, 3)
+
+
 def test_a_singular_matrix_without_damping_is_an_error():
     def fun(p, x):
         return p @ x
@@ -355,6 +382,9 @@ ERRORS = {
         lambda: attribution.tracin([(J, J), (J[:1], J)], [1.0, 1.0]),
         ValueError, "the same examples",
     ),
+    "tracin with one size for all": (
+        lambda: attribution.tracin([(J, J)], 0.1), TypeError, "a number for each pair",
+    ),
     "influence of a matrix": (
         lambda: attribution.influence(J, J, jnp.eye(2), damping=0.0),
         TypeError, "gauss_newton_product",
@@ -387,6 +417,10 @@ ERRORS = {
     ),
     "trak of ints": (
         lambda: attribution.trak([PHI], [PHI], [jnp.arange(3)]), TypeError, "astype",
+    ),
+    "trak of empty sketches": (
+        lambda: attribution.trak([PHI[:, :0]], [PHI[:, :0]], [ONES]),
+        ValueError, "at least one number",
     ),
     "lds of indices": (
         lambda: attribution.lds(PHI.T, jnp.zeros((4, 3), int), jnp.ones((4, 2))),

@@ -6,10 +6,10 @@ own to few numbers; an outer product is projected by its two vectors, and any ot
 as the matrix that it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import isqrt, prod
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -25,8 +25,8 @@ from ..terms.scatter import Scatter
 from ..views import Reshape, Transpose, View, apply
 from ..weighing import times
 
-# How many multiplications take as long as one addition at a place that is looked up.
-_ADDITION = 16
+# How many multiplications take as long as to look up one entry.
+_LOOK_UP = 16
 
 
 class Map(Protocol):
@@ -65,12 +65,12 @@ class Sketch(Protocol):
         """A row as a matrix, (M, N) to (dim,)."""
         ...
 
-    def pair_cost(self, sizes: int) -> int:
-        """Operations for a pair of vectors of so many entries together."""
+    def pair_cost(self, sizes: Shape) -> int:
+        """Operations for a pair of vectors of such sizes."""
         ...
 
-    def matrix_cost(self, entries: int) -> int:
-        """Operations for a row of so many entries."""
+    def matrix_cost(self, sizes: Shape) -> int:
+        """Operations for a row that is a matrix of such a shape."""
         ...
 
 
@@ -98,46 +98,89 @@ class Signs:
         return self.entries.at[index].get(mode="fill", fill_value=0)
 
 
-def signs(key: jax.Array, size: int, dim: int, dtype: Any) -> Signs:
-    """±1/√dim; a side that is not longer than `dim` is kept whole, with signs."""
-    if size <= dim:
-        return Signs(jnp.diag(jax.random.rademacher(key, (size,), dtype)))
-    entries = jax.random.rademacher(key, (size, dim), dtype)
-    return Signs(entries * jnp.asarray(dim, dtype) ** -0.5)
-
-
 @dataclass(frozen=True)
 class Count:
-    """A count sketch: each entry is added to one of `dim` numbers, with a sign."""
+    """A count sketch: each entry is added to one of `dim` numbers, with a sign.
+
+    Entries come in runs of `dim`, of which no two go to the same number. So each number
+    looks up one entry of every run, which is many times faster than adding at places.
+    """
 
     bucket: jax.Array  # (size,)
     sign: jax.Array  # (size,)
     dim: int
+    first: Any = 0  # the number of the first entry, an int or traced
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        empty = jnp.zeros((*x.shape[:-1], self.dim), x.dtype)
-        return empty.at[..., self.bucket].add(x * self._like(self.sign, x))
+        size, entry = x.shape[-1], jnp.arange(x.shape[-1])
+        begin = self.first % self.dim
+        runs = -(-size // self.dim)
+        if not isinstance(begin, int) or begin:
+            runs += 1  # where a part begins and ends within a run
+        place = (begin + entry) // self.dim * self.dim + self.bucket
+        # Which entry is looked up; `size` where there is none.
+        source = jnp.full(runs * self.dim, size).at[place].set(entry)
+        sign = self.sign.at[source].get(mode="fill", fill_value=0).astype(x.dtype)
+        found = x.at[..., source].get(mode="fill", fill_value=0) * sign.reshape(
+            *[1] * (x.ndim - 1), -1
+        )
+        return jnp.sum(found.reshape(*x.shape[:-1], runs, self.dim), axis=-2)
 
     def part(self, start: Any, size: int) -> "Count":
         take = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-        return Count(take(self.bucket), take(self.sign), self.dim)
+        first = self.first + start
+        return Count(take(self.bucket), take(self.sign), self.dim, first)
 
     def lines(self, index: jax.Array) -> jax.Array:
         sign = self.sign.at[index].get(mode="fill", fill_value=0)
         bucket = self.bucket.at[index].get(mode="fill", fill_value=0)
         return jax.nn.one_hot(bucket, self.dim, dtype=sign.dtype) * sign[..., None]
 
-    @staticmethod
-    def _like(sign: jax.Array, x: jax.Array) -> jax.Array:
-        sign = sign.astype(x.dtype)
-        return sign.reshape(*[1] * (x.ndim - 1), -1)
+
+@dataclass(frozen=True)
+class Side:
+    """What is drawn for the map of one side."""
+
+    size: int
+    dim: int
+    counts: bool  # a count sketch; otherwise signs
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the side is kept whole, with signs."""
+        return not self.counts and self.size <= self.dim
+
+    @property
+    def signs(self) -> int:
+        """How many random signs it takes."""
+        return self.size if self.counts or self.is_kept else self.size * self.dim
+
+    @property
+    def runs(self) -> int:
+        """How many random orders of `dim` numbers it takes."""
+        return -(-self.size // self.dim) if self.counts else 0
+
+    def map(self, signs: jax.Array, orders: jax.Array) -> Any:
+        """The map of these signs and orders."""
+        if self.counts:
+            return Count(orders.reshape(-1)[: self.size], signs, self.dim)
+        if self.is_kept:
+            return Signs(jnp.diag(signs))
+        entries = signs.reshape(self.size, self.dim)
+        return Signs(entries * jnp.asarray(self.dim, signs.dtype) ** -0.5)
 
 
-def count(key: jax.Array, size: int, dim: int, dtype: Any) -> Count:
-    """Buckets and signs, independent of each other."""
-    where, which = jax.random.split(key)
-    bucket = jax.random.randint(where, (size,), 0, dim)
-    return Count(bucket, jax.random.rademacher(which, (size,), dtype), dim)
+def drawn(key: jax.Array, sides: Sequence[Side], dim: int, dtype: Any) -> list[Any]:
+    """The maps of all sides, drawn at once: a draw takes long to compile."""
+    one, two = jax.random.split(key)
+    signs = jax.random.rademacher(one, (sum(x.signs for x in sides),), dtype)
+    bits = jax.random.bits(two, (sum(x.runs for x in sides), dim))
+    orders = jnp.argsort(bits, axis=1)
+    found, i, k = [], 0, 0
+    for x in sides:
+        found.append(x.map(signs[i : i + x.signs], orders[k : k + x.runs]))
+        i, k = i + x.signs, k + x.runs
+    return found
 
 
 # ------------------------------------------------------------------------------------
@@ -146,11 +189,12 @@ def count(key: jax.Array, size: int, dim: int, dtype: Any) -> Count:
 
 @dataclass(frozen=True)
 class Kronecker:
-    """(P_left a) ⊗ (P_right b)."""
+    """(P_left a) ⊗ (P_right b), from some place on: other leaves have others."""
 
     left: Signs
     right: Signs
     dim: int
+    place: jax.Array
 
     def pairs(self, left: jax.Array, right: jax.Array) -> jax.Array:
         return self._flat(dot("tl,tr->lr", left, right))
@@ -158,39 +202,31 @@ class Kronecker:
     def matrix(self, row: jax.Array) -> jax.Array:
         return self._flat(self.right(self.left(row.T).T))
 
-    def pair_cost(self, sizes: int) -> int:
+    def pair_cost(self, sizes: Shape) -> int:
         left, right = self.left.dim, self.right.dim
-        return 2 * (sizes * max(left, right) + left * right)
+        return 2 * (sum(sizes) * max(left, right) + left * right)
 
-    def matrix_cost(self, entries: int) -> int:
-        return 2 * entries * self.left.dim
+    def matrix_cost(self, sizes: Shape) -> int:
+        return 2 * prod(sizes) * self.left.dim
 
     def _flat(self, block: jax.Array) -> jax.Array:
-        """(l, r) numbers in the first places of `dim`."""
+        """(l, r) numbers in consecutive places of `dim`, the last before the first."""
         flat = block.reshape(-1)
-        return jnp.pad(flat, (0, self.dim - flat.size))
+        return jnp.roll(jnp.pad(flat, (0, self.dim - flat.size)), self.place)
 
 
-def kronecker(key: jax.Array, shape: Shape, dim: int, dtype: Any) -> Kronecker:
-    """The map of leaves (M, N), with the sides that `sides` gives."""
-    keys = jax.random.split(key)
-    both = zip(keys, shape, sides(shape, dim), strict=True)
-    left, right = (signs(k, size, own, dtype) for k, size, own in both)
-    return Kronecker(left, right, dim)
-
-
-def sides(shape: Shape, dim: int) -> Shape:
+def side_dims(shape: Shape, dim: int) -> Shape:
     """How many numbers each side of a matrix (M, N) is mapped to.
 
     A side that is at most √dim long is kept whole, and the other gets dim // side.
-    Otherwise they are the two factors of dim that are nearest to each other.
+    Otherwise one is the whole part of √dim, and the other what dim has room for.
     """
     rows, columns = shape
     if rows**2 <= dim:
         return max(rows, 1), min(columns, dim // max(rows, 1))
     if columns**2 <= dim:
         return min(rows, dim // max(columns, 1)), max(columns, 1)
-    small = max(d for d in range(1, int(dim**0.5) + 1) if not dim % d)
+    small = isqrt(dim)
     large = dim // small
     pair = (small, large) if rows <= columns else (large, small)
     return min(rows, pair[0]), min(columns, pair[1])
@@ -212,65 +248,126 @@ class Tensor:
         return jnp.fft.irfft(jnp.sum(left * right, axis=0), n=self.dim)
 
     def matrix(self, row: jax.Array) -> jax.Array:
-        bucket = (self.left.bucket[:, None] + self.right.bucket[None, :]) % self.dim
-        sign = self.left.sign[:, None] * self.right.sign[None, :]
-        signed = row * sign.astype(row.dtype)
-        return jnp.zeros(self.dim, row.dtype).at[bucket].add(signed)
+        longer, shorter = self.left, self.right
+        if row.shape[0] < row.shape[1]:
+            row, longer, shorter = row.T, shorter, longer
+        signed = row.T * shorter.sign[:, None].astype(row.dtype)
+        images = longer(signed)  # (short, dim), each to be turned by its bucket
+        turned = jnp.arange(self.dim)[None] - shorter.bucket[:, None]
+        return jnp.sum(jnp.take_along_axis(images, turned % self.dim, axis=1), axis=0)
 
-    def pair_cost(self, sizes: int) -> int:
+    def pair_cost(self, sizes: Shape) -> int:
         transforms = 8 * self.dim * max(1, self.dim.bit_length())
-        return _ADDITION * sizes + transforms
+        looked_up = sum(-(-size // self.dim) * self.dim for size in sizes)
+        return _LOOK_UP * looked_up + transforms
 
-    def matrix_cost(self, entries: int) -> int:
-        return _ADDITION * entries
-
-
-def tensor(key: jax.Array, shape: Shape, dim: int, dtype: Any) -> Tensor:
-    """The map of leaves (M, N): a count sketch for each side."""
-    keys = jax.random.split(key)
-    left, right = (
-        count(k, size, dim, dtype) for k, size in zip(keys, shape, strict=True)
-    )
-    return Tensor(left, right, dim)
+    def matrix_cost(self, sizes: Shape) -> int:
+        return _LOOK_UP * (prod(sizes) + self.dim * min(sizes))
 
 
-KINDS: dict[str, Callable[..., Sketch]] = {"kronecker": kronecker, "tensor": tensor}
+KINDS = ("kronecker", "tensor")
+
+
+def maps(
+    key: jax.Array, shapes: Sequence[Shape], dim: int, kind: str, dtype: Any
+) -> list[Count | Sketch]:
+    """The map of each leaf: a count sketch for a vector, whose factors gain nothing."""
+    sides = [_sides(shape, dim, kind) for shape in shapes]
+    inner, outer = jax.random.split(key)
+    places = jax.random.randint(outer, (len(shapes),), 0, dim)
+    rest = iter(drawn(inner, [x for own in sides for x in own], dim, dtype))
+    found: list[Count | Sketch] = []
+    for place, own in zip(places, sides, strict=True):
+        ends = [next(rest) for _ in own]
+        if len(ends) == 1:
+            found += ends
+            continue
+        left, right = ends
+        found.append(
+            Kronecker(left, right, dim, place)
+            if kind == "kronecker"
+            else Tensor(left, right, dim)
+        )
+    return found
+
+
+def _sides(shape: Shape, dim: int, kind: str) -> list[Side]:
+    """The sides of a leaf; a vector, or a leaf without entries, has one."""
+    if len(shape) < 2 or 0 in shape:
+        return [Side(prod(shape), dim, counts=True)]
+    both = side_sizes(shape)
+    if kind == "tensor":
+        return [Side(size, dim, counts=True) for size in both]
+    own = side_dims(both, dim)
+    return [Side(m, d, counts=False) for m, d in zip(both, own, strict=True)]
 
 
 # ------------------------------------------------------------------------------------
 # Rows of a leaf
 
 
-def project(leaf: Leaf, key: jax.Array, dim: int, kind: str) -> jax.Array:
-    """The sketches of all rows of a leaf: real, (*rows, dim)."""
-    inner, outer = jax.random.split(key)
-    if len(leaf.shape) < 2 or 0 in leaf.shape:
-        whole = count(inner, prod(leaf.shape), dim, leaf.real)
-        of_term = _vector(whole)
-        materializes = True
-    else:
-        split = split_of(leaf.shape)
-        shape = prod(leaf.shape[:split]), prod(leaf.shape[split:])
-        sketch = KINDS[kind](inner, shape, dim, leaf.real)
-        of_term = partial(_of_term, sketch, shape, leaf.shape, split)
-        materializes = any(
-            _by_factors(sketch, x, leaf.shape, split) is None for x in leaf.summands
-        )
+def project(
+    leaf: Leaf, own: Count | Sketch, dim: int, entries: jax.Array | None = None
+) -> jax.Array:
+    """The sketches of all rows of a leaf, by its map: (*rows, dim).
+
+    `entries` multiply those of each row.
+    """
+
+    def of_term(summand: Summand, term: Term) -> jax.Array:
+        if not isinstance(own, Count) and entries is None:
+            found = _by_factors(own, summand, leaf.shape)
+            if found is not None:
+                return _of_factors(own, found, summand, term)
+        block = apply(summand.view, term.materialize())
+        if entries is not None:
+            block = block * entries.astype(block.dtype)
+        if isinstance(own, Count):
+            return own(block.reshape(-1))
+        return own.matrix(block.reshape(side_sizes(leaf.shape)))
 
     def one(terms: Sequence[Term]) -> jax.Array:
         total = jnp.zeros(dim, leaf.carried)
         for summand, term in zip(leaf.summands, terms, strict=True):
-            own = of_term(summand, term).astype(leaf.carried)
-            total += times(own, summand.factor)
+            found = of_term(summand, term).astype(leaf.carried)
+            total += times(found, summand.factor)
         return total
 
-    rows = over_rows(one, leaf, materializes=materializes)
-    if not jnp.iscomplexobj(rows):
-        return rows
-    # Real and imaginary parts get signs of their own, so that their products vanish.
-    parts = jax.random.rademacher(outer, (2, dim), leaf.real)
-    parts = parts.reshape(2, *[1] * (rows.ndim - 1), dim)
-    return rows.real * parts[0] + rows.imag * parts[1]
+    is_whole = entries is not None
+    by_factors = [_takes_factors(own, x, leaf.shape, is_whole) for x in leaf.summands]
+    return over_rows(one, leaf, materializes=not all(by_factors))
+
+
+def in_words(leaf: Leaf, own: Count | Sketch, *, is_whole: bool) -> str:
+    """From what the rows of a leaf are projected, and to what, for users.
+
+    `is_whole` says that rows are built anyhow, to multiply them by a diagonal.
+    """
+    if not leaf.summands or not prod(leaf.shape):
+        return "zero"
+    if isinstance(own, Count):
+        return "row in full: a vector"
+    ways = [
+        "factors" if _takes_factors(own, x, leaf.shape, is_whole) else "row in full"
+        for x in leaf.summands
+    ]
+    to = f", {own.left.dim}x{own.right.dim}" if isinstance(own, Kronecker) else ""
+    return " + ".join(dict.fromkeys(ways)) + to
+
+
+def _takes_factors(
+    own: Count | Sketch, summand: Summand, shape: Shape, is_whole: bool
+) -> bool:
+    """Whether a term is projected by its factors; else its row is built."""
+    if is_whole or isinstance(own, Count):
+        return False
+    return _by_factors(own, summand, shape) is not None
+
+
+def side_sizes(shape: Shape) -> Shape:
+    """How many entries each side of a leaf has."""
+    split = split_of(shape)
+    return prod(shape[:split]), prod(shape[split:])
 
 
 def split_of(shape: Shape) -> int:
@@ -279,26 +376,10 @@ def split_of(shape: Shape) -> int:
     return -min(sizes)[1]
 
 
-def _vector(whole: Count) -> Callable[[Summand, Term], jax.Array]:
-    def of_term(summand: Summand, term: Term) -> jax.Array:
-        return whole(apply(summand.view, term.materialize()).reshape(-1))
-
-    return of_term
-
-
-def _of_term(
-    sketch: Sketch,
-    shape: Shape,
-    leaf_shape: Shape,
-    split: int,
-    summand: Summand,
-    term: Term,
+def _of_factors(
+    sketch: Sketch, found: "Orientation", summand: Summand, term: Term
 ) -> jax.Array:
-    """The sketch of one term of one row."""
-    found = _by_factors(sketch, summand, leaf_shape, split)
-    if found is None:
-        block = apply(summand.view, term.materialize())
-        return sketch.matrix(block.reshape(shape))
+    """The sketch of one term of one row, one side of its vectors at a time."""
     of_left, of_right = sketch.left, sketch.right
     if found.is_swapped:
         of_left, of_right = of_right, of_left
@@ -320,16 +401,14 @@ def _of_term(
     return sketch.pairs(left, right)
 
 
-def _by_factors(
-    sketch: Sketch, summand: Summand, shape: Shape, split: int
-) -> "Orientation | None":
+def _by_factors(sketch: Sketch, summand: Summand, shape: Shape) -> "Orientation | None":
     """Where the term stands, if its factors are cheaper than its row as a matrix."""
-    found = _orientation(summand, shape, split)
+    found = _orientation(summand, shape, split_of(shape))
     if found is None:
         return None
     one, (blocks, m, n) = summand.of_one_row, summand.shape
-    factors = blocks * one.pair_count * sketch.pair_cost(m + n)
-    rows = one.row_cost + sketch.matrix_cost(blocks * m * n)
+    factors = blocks * one.pair_count * sketch.pair_cost((m, n))
+    rows = one.row_cost + sketch.matrix_cost(side_sizes(shape))
     return found if factors <= rows else None
 
 

@@ -11,13 +11,16 @@ from jax import lax
 from .. import thresholds
 from ..einsum import dot
 from ..leaf import Leaf, are_alike, at_output, inner, over_rows, row, zeros_of
+from ..terms import Weighed
 from ..terms.pairs import gram_of_counts
 from ..terms.protocol import Term
 from ..weighing import times
 from .kernels import (
     gram_of_pairs,
+    gram_of_shared,
     is_of_pairs,
-    shares_left,
+    share_one_side,
+    shares_pairs,
     traced_gram_of_pairs,
 )
 from .routes import gram_prefers_rows
@@ -39,11 +42,36 @@ def gram(leaf: Leaf, other: Leaf) -> jax.Array:
 
     if is_of_pairs(leaf, other):
         return gram_of_pairs(leaf, other)
+    if shares_pairs(leaf, other):
+        return gram_of_shared(leaf, other)
 
-    def against(terms: Sequence[Term]) -> jax.Array:
-        return over_rows(lambda others: inner(leaf, terms, other, others), other)
+    return _gram_of_inner_products(leaf, other)
 
-    return over_rows(against, leaf)
+
+def _gram_of_inner_products(leaf: Leaf, other: Leaf) -> jax.Array:
+    """The Gramian from inner products of all pairs of rows, by their factors."""
+
+    def against(block: Leaf) -> jax.Array:
+        def of_row(terms: Sequence[Term]) -> jax.Array:
+            return over_rows(lambda others: inner(block, terms, other, others), other)
+
+        return over_rows(of_row, block)
+
+    made = prod(other.rows) * _entries_of_pair(leaf, other)
+    if not isinstance(made, int) or not made:
+        return against(leaf)
+    most = max(1, thresholds.current().entries_at_once // made)  # rows of the leaf
+    return _gram_of_blocks(against, leaf, other, most * prod(leaf.shape))
+
+
+def _entries_of_pair(leaf: Leaf, other: Leaf) -> int:
+    """The entries of the vectors that an inner product makes, if they are long.
+
+    Weighed terms multiply two vectors for each pair of rows, entry by entry.
+    """
+    summands = [*leaf.summands, *other.summands]
+    shapes = [x.shape for x in summands if isinstance(x.term, Weighed)]
+    return max((b * (m + n) for b, m, n in shapes), default=0)
 
 
 def traced_gram(leaf: Leaf, other: Leaf) -> jax.Array:
@@ -56,8 +84,10 @@ def traced_gram(leaf: Leaf, other: Leaf) -> jax.Array:
     shape = leaf.size, other.size
     if not all(map(prod, (leaf.shape, leaf.rows, other.rows))):
         return jnp.zeros(shape, leaf.carried)
-    if is_of_pairs(leaf, other) and shares_left(leaf) and shares_left(other):
+    if is_of_pairs(leaf, other) and share_one_side(leaf, other):
         return traced_gram_of_pairs(leaf, other)
+    if shares_pairs(leaf, other) and not gram_prefers_rows(leaf, other, trace=True):
+        return gram_of_shared(leaf, other, trace=True)
     if _are_arrays(leaf) and _are_arrays(other):
         mine, theirs = (
             rows(x, carried=True).reshape(x.size, -1) for x in (leaf, other)

@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 from .. import thresholds
 from ..leaf import Leaf, Summand, inner_cost, needs_rows
 from ..views import isometric
+from .kernels import cost_of_shared, shares_pairs
 
 Kind: TypeAlias = Literal["zero", "vectors", "term", "summands", "rows"]
 
@@ -94,14 +95,22 @@ def _sum_flops(summand: Summand) -> int:
     return summand.of_one_row.sum_cost
 
 
-def gram_prefers_rows(leaf: Leaf, other: Leaf) -> bool:
-    """Whether a Gramian is cheaper from materialised rows than from factors."""
+def gram_prefers_rows(leaf: Leaf, other: Leaf, *, trace: bool = False) -> bool:
+    """Whether a Gramian is cheaper from materialised rows than from factors.
+
+    With `trace`, it is one that is summed over common outputs.
+    """
     if needs_rows(leaf, other):
         return True
     pairs = prod(leaf.rows) * prod(other.rows)
-    by_factors = pairs * sum(
-        inner_cost(x, y) for x in leaf.summands for y in other.summands
-    )
+    if trace:
+        pairs = leaf.size * prod(other.rows)
+    if shares_pairs(leaf, other):
+        by_factors = leaf.size * other.size * cost_of_shared(leaf, other, trace=trace)
+    else:
+        by_factors = pairs * sum(
+            inner_cost(x, y) for x in leaf.summands for y in other.summands
+        )
     made = sum(
         prod(each.rows) * x.of_one_row.row_cost
         for each in (leaf, other)

@@ -83,8 +83,8 @@ class PatchesLayout:
         return (self.groups, prod(self.offsets) * m // self.groups, n // self.groups)
 
     @property
-    def size(self) -> int:
-        return prod(self.left_shape) + prod(self.right_shape)
+    def sizes(self) -> tuple[int, ...]:
+        return prod(self.left_shape), prod(self.right_shape)
 
 
 def patches_layout(equation: Equation) -> PatchesLayout | None:

@@ -54,8 +54,8 @@ class DotLayout:
         return (blocks, m, self.right.sizes[2])
 
     @property
-    def size(self) -> int:
-        return prod(self.left.sizes) + prod(self.right.sizes)
+    def sizes(self) -> tuple[int, ...]:
+        return prod(self.left.sizes), prod(self.right.sizes)
 
 
 @dataclass(frozen=True)

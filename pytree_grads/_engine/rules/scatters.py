@@ -167,8 +167,8 @@ class ScatterLayout:
         return (1, self.length, self.lines.sizes[2])
 
     @property
-    def size(self) -> int:
-        return prod(self.lines.sizes) + prod(self.index.sizes[:2])
+    def sizes(self) -> tuple[int, ...]:
+        return prod(self.index.sizes[:2]), prod(self.lines.sizes)
 
 
 def _wide(index: jax.Array) -> jax.Array:

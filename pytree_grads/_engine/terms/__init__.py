@@ -1,7 +1,8 @@
 """Kinds of term: what one row of a gradient leaf is made of.
 
 Each kind is one class in one file, with the methods of ``protocol``. No product asks
-which kind it is given, except for `pairs.gram_of_counts`. To add a kind, derive a
+which kind it is given, except for `pairs.gram_of_counts`, `products.kernels` and
+`products.metric`. To add a kind, derive a
 frozen dataclass from ``ByRow`` and define ``shape``, ``dtype`` and ``materialize``.
 Everything else then works, since the defaults build the row as an array. Override the
 methods that have a cheaper form.

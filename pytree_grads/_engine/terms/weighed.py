@@ -15,7 +15,14 @@ from ..scaling import power
 from ..weighing import times
 from . import scales
 from .by_row import ByRow
-from .outer import Outer, has_many, repeated, sum_of_outer_products, vector_norms
+from .outer import (
+    Outer,
+    conjugated,
+    has_many,
+    repeated,
+    sum_of_outer_products,
+    vector_norms,
+)
 from .protocol import NormCost, Shape, Squared
 
 
@@ -96,7 +103,7 @@ class Weighed(ByRow):
         if not self.is_one_pair:
             return super().squared_norm()
         unit, scale = self.near_one()
-        return Squared(inner(unit, unit), None, scale)
+        return Squared(jnp.real(inner(unit, unit)), None, scale)
 
     @property
     def norm_cost(self) -> NormCost:
@@ -108,8 +115,8 @@ class Weighed(ByRow):
         pair, scale = Outer(self.left, self.right).near_one()
         # Not `scales.scale_of_largest`: a flat weight would be a copy.
         largest = jnp.max(jnp.abs(lax.stop_gradient(self.weight)), initial=0)
-        own = power(largest.astype(self.dtype))
-        weight = scales.times_twice(self.weight.astype(self.dtype), own)
+        own = power(largest.astype(scale.dtype))
+        weight = scales.times_twice(self.weight.astype(scale.dtype), own)
         dtype = scale.dtype
         return (
             Weighed(pair.left, pair.right, weight, self.precision),
@@ -149,9 +156,9 @@ class Weighed(ByRow):
 
 
 def inner(x: Outer | Weighed, y: Outer | Weighed) -> jax.Array:
-    """The inner product of two rows of one pair each."""
-    left = x.left.astype(x.dtype) * y.left.astype(y.dtype)
-    right = x.right.astype(x.dtype) * y.right.astype(y.dtype)
+    """The inner product of two rows of one pair each; the first is conjugated."""
+    left = conjugated(x.left.astype(x.dtype)) * y.left.astype(y.dtype)
+    right = conjugated(x.right.astype(x.dtype)) * y.right.astype(y.dtype)
     weights = [z.weight.astype(z.dtype) for z in (x, y) if isinstance(z, Weighed)]
     weight = weights[0] if len(weights) == 1 else weights[0] * weights[1]
     return Weighed(left, right, weight).apply(jnp.ones((), weight.dtype))

@@ -105,7 +105,7 @@ class _BatchNormed(nnx.Module):
 @model("['conv']['kernel'].value", promotes=True)
 def flax_nnx_batch_norm(draw):
     """In evaluation mode, where the statistics are constants: see
-    docs/batch_norm.md.
+    docs/howto/batch_norm.md.
     """
     net = _BatchNormed(nnx.Rngs(0))
     net.eval()
@@ -138,7 +138,7 @@ class _EquinoxBatchNormed(eqx.Module):
 
 @model(promotes=True)
 def equinox_batch_norm(draw):
-    """In inference mode, which looks at no axis of a batch: see docs/batch_norm.md."""
+    """In inference mode, which looks at no axis of a batch."""
     x = draw(N, 3)
     with jax.enable_x64(False):  # the same random numbers in either precision
         net, state = eqx.nn.make_with_state(_EquinoxBatchNormed)(KEY)
