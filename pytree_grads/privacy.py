@@ -159,8 +159,10 @@ def clipped_grad(
 
     Raises:
       TypeError: ``fun`` is not callable, or a bound or ``normalize_by`` is not a
-        static real number; from the call, ``fun`` does not return a scalar.
+        static real number, or ``dtype`` is no floating-point dtype; from the call,
+        ``fun`` does not return a scalar.
       ValueError: a bound is negative or NaN, or zero if it is to be divided by;
+        ``microbatch_size`` is not an int ≥ 1; bounds are no prefix of the parameters;
         ``normalize_by`` is not positive and finite; an argument is both differentiated
         and a batch; or from the call, ``is_padding_example`` does not have shape (N,).
 
@@ -181,6 +183,7 @@ def clipped_grad(
         raise TypeError(f"fun must be a function, got {fun!r}")
     bound = _bound(l2_clip_norm, rescale_to_unit_norm)
     batched = _argnums(argnums, batch_argnums, prng_argnum)
+    _check_options(microbatch_size, dtype)
     divisor = _static("normalize_by", normalize_by)
     if not 0 < divisor < inf:
         raise ValueError(f"normalize_by must be above 0 and finite, got {divisor}")
@@ -200,6 +203,7 @@ def clipped_grad(
         )(*args, **kwargs)
         J, values, aux = _sorted_out(made, return_values, has_aux)
         _check_one_loss(J, keep_batch_dim)
+        _check_prefix(l2_clip_norm, args, argnums)
         weights = _weights(is_padding_example, len(J))
         total, norms = J.clipped_sum(l2_clip_norm, weights, nan_safe=nan_safe)
         if rescale_to_unit_norm:
@@ -390,8 +394,13 @@ def _replaced(args: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
 
 def _static(name: str, value: Any) -> float:
     """A user's real number, known before tracing, as a Python float."""
-    known = np.asarray(value) if not isinstance(value, Tracer) else None
-    if known is None or known.shape or known.dtype.kind not in "iuf":
+    known = None if isinstance(value, Tracer) else np.asarray(value)
+    kinds = jnp.floating, jnp.integer
+    if (
+        known is None
+        or known.shape
+        or not any(jnp.issubdtype(known.dtype, kind) for kind in kinds)
+    ):
         raise TypeError(
             f"{name} must be a static real number, since the noise depends on it, got "
             f"{value!r}"
@@ -456,6 +465,29 @@ def _sorted_out(made: Any, with_values: bool, has_aux: bool) -> tuple[Any, Any, 
     outputs, J = made
     values, aux = outputs if has_aux else (outputs, None)
     return J, values, aux
+
+
+def _check_options(microbatch_size: Any, dtype: Any) -> None:
+    is_int = isinstance(microbatch_size, int) and not isinstance(microbatch_size, bool)
+    if microbatch_size is not None and not (is_int and microbatch_size > 0):
+        raise ValueError(
+            f"microbatch_size must be an int ≥ 1 or None, got {microbatch_size!r}"
+        )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"dtype must be a floating-point dtype or None, got {dtype!r}")
+
+
+def _check_prefix(l2_clip_norm: Any, args: tuple[Any, ...], argnums: Any) -> None:
+    """Raise unless bounds are a prefix tree of what is differentiated."""
+    several = not isinstance(argnums, int)
+    params = tuple(args[i] for i in argnums) if several else args[argnums]
+    try:
+        jax.tree.map(lambda *_: None, l2_clip_norm, params)
+    except ValueError as error:
+        raise ValueError(
+            "l2_clip_norm must be a number, or a prefix tree of the parameters with a "
+            f"number for each part: {error}"
+        ) from error
 
 
 def _check_one_loss(J: Jacobian, keep_batch_dim: bool) -> None:

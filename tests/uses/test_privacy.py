@@ -431,8 +431,10 @@ KEY = jax.random.key(0)
         (
             lambda: make(l2_clip_norm={"w": 1.0})(PARAMS, XS, YS),
             ValueError,
-            "max_norm",
+            "l2_clip_norm must be a number, or a prefix tree",
         ),
+        (lambda: make(microbatch_size=0), ValueError, "microbatch_size must be an int"),
+        (lambda: make(dtype=int), TypeError, "dtype must be a floating-point dtype"),
         (lambda: make(l2_clip_norm="a"), TypeError, "l2_clip_norm must be a static"),
         (lambda: make(l2_clip_norm=True), TypeError, "l2_clip_norm must be a static"),
         (lambda: make(normalize_by=0.0), ValueError, "normalize_by must be above 0"),
