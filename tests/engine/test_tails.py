@@ -66,11 +66,11 @@ ROWS = [
     Row("div", lambda w: w / jnp.asarray(MASK + 1.5, w.dtype)),
     Row("select_n", lambda w: jnp.where(MASK, w, jnp.zeros((), w.dtype))),
     # Two pieces, each with zeros of its own.
-    Row("select_n", lambda w: jnp.where(MASK, w, 2 * w), folds=False),
+    Row("select_n", lambda w: jnp.where(MASK, w, 2 * w)),
     Row("dot_general", lambda w: MATRIX.astype(w.dtype) @ w),
     Row("dot_general", lambda w: w @ MATRIX[:K, :K].astype(w.dtype)),
     Row("dot_general", lambda w: w[:, :2] @ w[:2]),
-    Row("dot_general", lambda w: w / (w[0] @ mask(w)[0]), folds=False),
+    Row("dot_general", lambda w: w / (w[0] @ mask(w)[0])),
     Row("reduce_sum", lambda w: w / jnp.sum(w**2 + 1, axis=0, keepdims=True)),
     Row("reduce_sum", lambda w: w / jnp.sum(w**2 + 1, axis=1, keepdims=True)),
     Row("reduce_sum", lambda w: w / jnp.sum(w**2 + 1)),
@@ -82,8 +82,7 @@ ROWS = [
     Row("cumsum", lambda w: jnp.cumsum(w, axis=0)),
     Row("rev", lambda w: mask(w)[::-1]),
     Row("pad", lambda w: jnp.pad(mask(w)[1:], ((1, 0), (0, 0)))),
-    # Two pieces: their inner products cost more than rows.
-    Row("concatenate", lambda w: jnp.concatenate([mask(w)[2:], w[:2]]), folds=False),
+    Row("concatenate", lambda w: jnp.concatenate([mask(w)[2:], w[:2]])),
     Row("slice", lambda w: mask(jnp.pad(w, ((1, 0), (0, 0)))[:-1])),
     Row("transpose", lambda w: mask(w.T), shape=(K, D)),
     Row("reshape", lambda w: mask(w.reshape(D, K)), shape=(D * K,)),
@@ -103,7 +102,7 @@ ROWS = [
     Row("optimization_barrier", lambda w: jax.checkpoint(mask)(w)),
     Row("scan", scanned, folds=False),
     Row("dynamic_slice", lambda w: mask(lax.dynamic_slice(w, (0, 0), (D, K)))),
-    Row("split", lambda w: mask(jnp.concatenate([w[2:], w[:2]])), folds=False),
+    Row("split", lambda w: mask(jnp.concatenate([w[2:], w[:2]]))),
     Row(
         "dynamic_update_slice",
         lambda w: lax.dynamic_update_slice(mask(w), w[:1] * 2, (1, 0)),
