@@ -136,20 +136,6 @@ def sum_of_products(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.sum(x * y)
 
 
-def absolute_products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Compute |x| |y| in place of |x y|.
-
-    Habit: if the sum of x y is needed as well, XLA may keep the products in memory for
-      both sums.
-    Seen on: jax 0.10.2, XLA for CPU, in transformers. A chain of dense layers takes the
-      same memory either way.
-    Gain: one array of T * T numbers for each row.
-    May go when: `benchmarks/per_example.py --products clipped` shows no more memory
-      for transformers with |x y|.
-    """
-    return lax.mul(lax.abs(x), lax.abs(y))
-
-
 def in_turn(fun: Callable[[jax.Array], Any], xs: Any) -> Any:
     """Apply `fun` to each entry of `xs`, one after the other.
 

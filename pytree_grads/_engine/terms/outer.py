@@ -83,12 +83,12 @@ class Outer(ByRow):
         dtype = common_dtype(lefts.dtype, rights.dtype)
         lefts, rights = (lax.convert_element_type(x, dtype) for x in (lefts, rights))
         products = lax.mul(lefts, rights)  # (B, T, T)
-        if jnp.iscomplexobj(products):
-            products = lax.real(products)
-        square = lax.reduce_sum(products, (0, 1, 2))
+        is_complex = jnp.iscomplexobj(products)
+        square = lax.real(products) if is_complex else products
+        square = lax.reduce_sum(square, (0, 1, 2))
         if not has_many(self.pair_count):
             return Squared(square, None, scale)
-        absolute = lax.reduce_sum(xla.absolute_products(lefts, rights), (0, 1, 2))
+        absolute = lax.reduce_sum(lax.abs(products), (0, 1, 2))
         return Squared(square, absolute, scale)
 
     @property
