@@ -770,14 +770,15 @@ class Jacobian(NotAnArray):
 
         A dense R costs T·m·n·dim operations for an m × n matrix whose row is a sum of T
         outer products. A Kronecker R costs T·(m + n)·√dim, a tensor sketch T·(m + n +
-        dim·log dim). Rows that are not sums of outer products are projected as matrices.
-        The axes of a leaf are split in two where the sum of both sizes is least. For ``"kronecker"``, a
-        side of at most √dim entries is kept whole, and the other gets dim // side
-        numbers; otherwise the shorter side gets l = ⌊√dim⌋ numbers and the other
-        ⌊dim/l⌋. A vector has one side: both kinds sketch its row in full, by a count
-        sketch of variance at most 2/dim. The sketches of all leaves add up in the same
-        ``dim`` numbers, each with its own signs and places. This adds at most 2/dim to
-        the variance. ``J.explain(sketch_dim=dim)`` says what each leaf takes.
+        dim·log dim). Rows that are not sums of outer products are projected as
+        matrices. The axes of a leaf are split in two where the sum of both sizes is
+        least. For ``"kronecker"``, a side of at most √dim entries is kept whole, and
+        the other gets dim // side numbers; otherwise the shorter side gets l = ⌊√dim⌋
+        numbers and the other ⌊dim/l⌋. A vector has one side: both kinds sketch its row
+        in full, by a count sketch of variance at most 2/dim. The sketches of all leaves
+        add up in the same ``dim`` numbers, each with its own signs and places. This
+        adds at most 2/dim to the variance. ``J.explain(sketch_dim=dim)`` says what each
+        leaf takes.
 
         Args:
           key: one PRNG key.
