@@ -85,6 +85,17 @@ def weight_decay(draw: Draw, d: int, n: int) -> Problem:
     return Problem(fun, {"w": draw(d, d) / d**0.5}, (draw(n, d),))
 
 
+def learned_step(draw: Draw, d: int, n: int) -> Problem:
+    """Rounded to steps of a learned size, within bounds; gradients pass straight."""
+
+    def weight(p):
+        step = jnp.exp(p["a"] - 3)
+        w = jnp.clip(p["w"] / step, -8, 7)
+        return (w + jax.lax.stop_gradient(jnp.round(w) - w)) * step
+
+    return _layer(draw, weight, d, n)
+
+
 def flow(draw: Draw, d: int, n: int) -> Problem:
     """A linear flow, whose log-determinant all examples share."""
 

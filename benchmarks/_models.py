@@ -170,6 +170,7 @@ COMPUTED = [
     _model("softplus, N=128", computed.softplus, 512, 128),
     _model("mask at 16 positions, N=64", computed.masked_sequence, 256, 64),
     _model("weight decay in the loss, N=128", computed.weight_decay, 512, 128),
+    _model("learned step, N=128", computed.learned_step, 512, 128),
     _model("flow with log-determinant, N=128", computed.flow, 256, 128),
     _model("Kalman filter, N=64", computed.kalman_filter, 16, 64),
     _model("vmapped embedding, N=64", computed.vmapped_embedding, 128, 64),

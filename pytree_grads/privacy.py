@@ -17,8 +17,7 @@ installs.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isnan, sqrt
-from numbers import Real
+from math import inf, isnan, sqrt
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +26,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from . import jacobian, value_and_jacobian
+from . import Jacobian, jacobian, value_and_jacobian
 
 __all__ = ["ClippedGrad", "clipped_grad", "gaussian"]
 
@@ -162,10 +161,13 @@ def clipped_grad(
       any of these is asked for.
 
     Raises:
-      TypeError: ``fun`` is not callable, or a bound is not a static real number.
+      TypeError: ``fun`` is not callable, or a bound or ``normalize_by`` is not a
+        static real number, or ``dtype`` is no floating-point dtype; from the call,
+        ``fun`` does not return a scalar.
       ValueError: a bound is negative or NaN, or zero if it is to be divided by;
-        ``normalize_by`` is not positive; an argument is both differentiated and a
-        batch; or from the call, ``is_padding_example`` does not have shape (N,).
+        ``microbatch_size`` is not an int ≥ 1; bounds are no prefix of the parameters;
+        ``normalize_by`` is not positive and finite; an argument is both differentiated
+        and a batch; or from the call, ``is_padding_example`` does not have shape (N,).
 
     Source: Abadi et al., "Deep learning with differential privacy", 2016; McKenna et
       al., "JAX-Privacy", 2026.
@@ -184,8 +186,10 @@ def clipped_grad(
         raise TypeError(f"fun must be a function, got {fun!r}")
     bound = _bound(l2_clip_norm, rescale_to_unit_norm)
     batched = _argnums(argnums, batch_argnums, prng_argnum)
-    if not (_is_number(normalize_by) and normalize_by > 0):
-        raise ValueError(f"normalize_by must be a number > 0, got {normalize_by!r}")
+    _check_options(microbatch_size, dtype)
+    divisor = _static("normalize_by", normalize_by)
+    if not 0 < divisor < inf:
+        raise ValueError(f"normalize_by must be above 0 and finite, got {divisor}")
     has_any_aux = has_aux or return_values or return_grad_norms
 
     def clipped(*args: Any, is_padding_example: Any = None, **kwargs: Any) -> Any:
@@ -201,11 +205,13 @@ def clipped_grad(
             chunk_size=microbatch_size,
         )(*args, **kwargs)
         J, values, aux = _sorted_out(made, return_values, has_aux)
+        _check_one_loss(J, keep_batch_dim)
+        _check_prefix(l2_clip_norm, args, argnums)
         weights = _weights(is_padding_example, len(J))
         total, norms = J.clipped_sum(l2_clip_norm, weights, nan_safe=nan_safe)
         if rescale_to_unit_norm:
             total = _divided_by_bounds(total, l2_clip_norm)
-        total = jax.tree.map(lambda x: x / float(normalize_by), total)
+        total = jax.tree.map(lambda x: x / divisor, total)
         total = total if dtype is None else optax.tree.cast(total, dtype)
         if not has_any_aux:
             return total
@@ -213,7 +219,7 @@ def clipped_grad(
         aux = jax.tree.map(_without_axis, aux) if keep_batch_dim else aux
         return total, AuxiliaryOutput(values, whole, aux)
 
-    return ClippedGrad(clipped, bound / float(normalize_by), has_any_aux)
+    return ClippedGrad(clipped, bound / divisor, has_any_aux)
 
 
 def gaussian(
@@ -245,9 +251,11 @@ def gaussian(
       An ``optax.GradientTransformation``. Its state holds the key of the next step.
 
     Raises:
-      TypeError: ``clipped`` has no method ``sensitivity``, or ``noise_multiplier`` is
-        not a static number; from ``update``, a gradient is complex.
-      ValueError: ``noise_multiplier`` is negative, or the sensitivity is infinite.
+      TypeError: ``clipped`` has no method ``sensitivity``, ``noise_multiplier`` is not
+        a static real number, or ``key`` is not one PRNG key; from ``update``, a
+        gradient is not real.
+      ValueError: ``noise_multiplier`` is negative or infinite, or the sensitivity is
+        infinite.
 
     Source: Abadi et al., "Deep learning with differential privacy", 2016.
 
@@ -265,17 +273,17 @@ def gaussian(
             "clipped must be what clipped_grad returned, which knows its sensitivity, "
             f"got {clipped!r}"
         )
-    if not _is_number(noise_multiplier):
-        raise TypeError(
-            f"noise_multiplier must be a static number, got {noise_multiplier!r}"
+    multiplier = _static("noise_multiplier", noise_multiplier)
+    if not 0 <= multiplier < inf:
+        raise ValueError(
+            f"noise_multiplier must be ≥ 0 and finite, got {noise_multiplier}"
         )
-    if not noise_multiplier >= 0:
-        raise ValueError(f"noise_multiplier must be ≥ 0, got {noise_multiplier}")
+    _check_key(key)
     relation = () if neighboring_relation is None else (neighboring_relation,)
     sensitivity = clipped.sensitivity(*relation)
-    if noise_multiplier and not np.isfinite(sensitivity):
+    if multiplier and not np.isfinite(sensitivity):
         raise ValueError(f"the sensitivity is {sensitivity}: no noise hides an example")
-    deviation = float(noise_multiplier * sensitivity)
+    deviation = float(multiplier * sensitivity)
 
     def init(params: Any) -> tuple[Any, tuple[()]]:
         del params
@@ -283,7 +291,7 @@ def gaussian(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        _refuse_complex(updates)
+        _check_real(updates)
         following, now = jax.random.split(state[0])
         normal = optax.tree.random_like(now, updates, jax.random.normal, dtype=dtype)
         noisy = jax.tree.map(
@@ -296,13 +304,26 @@ def gaussian(
     return optax.GradientTransformation(init, update)
 
 
-def _refuse_complex(updates: Any) -> None:
+def _check_key(key: Any) -> None:
+    dtype, ndim = getattr(key, "dtype", None), np.ndim(key)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not ((typed and ndim == 0) or (dtype == jnp.uint32 and ndim == 1)):
+        raise TypeError(f"key must be one PRNG key, as jax.random.key(0), got {key!r}")
+
+
+def _check_real(updates: Any) -> None:
     for path, x in jax.tree.leaves_with_path(updates):
+        where = f"the gradient{jax.tree_util.keystr(path)}"
         if jnp.iscomplexobj(x):
             raise TypeError(
-                f"the gradient{jax.tree_util.keystr(path)} is complex, and complex "
-                "normal noise has half the variance in each part: make the real and "
-                "imaginary parts parameters of their own"
+                f"{where} is complex, and complex normal noise has half the variance "
+                "in each part: make the real and imaginary parts parameters of their "
+                "own"
+            )
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise TypeError(
+                f"{where} must be a floating-point array, got {jnp.result_type(x)}: "
+                "pass what the clipped function returned"
             )
 
 
@@ -374,28 +395,35 @@ def _replaced(args: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
     return (*args[:index], value, *args[index + 1 :])
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _static(value: Any) -> float:
-    """A bound as a Python float."""
-    if isinstance(value, bool | Tracer):
+def _static(name: str, value: Any) -> float:
+    """A user's real number, known before tracing, as a Python float."""
+    known = None if isinstance(value, Tracer) else np.asarray(value)
+    kinds = jnp.floating, jnp.integer
+    if (
+        known is None
+        or known.shape
+        or not any(jnp.issubdtype(known.dtype, kind) for kind in kinds)
+    ):
         raise TypeError(
-            "l2_clip_norm must hold static numbers, since the noise depends on them, "
-            f"got {value!r}"
+            f"{name} must be a static real number, since the noise depends on it, got "
+            f"{value!r}"
         )
-    if not _is_number(value) and np.shape(value) != ():
+    return float(known)
+
+
+def _static_bound(value: Any) -> float:
+    """A bound as a Python float."""
+    if np.shape(value):
         raise TypeError(
             "l2_clip_norm must be a number, or a prefix tree of the parameters with a "
             f"number for each part, got an array of shape {np.shape(value)}"
         )
-    return float(value)
+    return _static("l2_clip_norm", value)
 
 
 def _bound(l2_clip_norm: Any, rescale: bool) -> float:
     """The norm that bounds a clipped row, from one bound or several."""
-    bounds = [_static(x) for x in jax.tree.leaves(l2_clip_norm)]
+    bounds = [_static_bound(x) for x in jax.tree.leaves(l2_clip_norm)]
     if not bounds:
         raise ValueError("l2_clip_norm holds no bound")
     for bound in bounds:
@@ -404,7 +432,7 @@ def _bound(l2_clip_norm: Any, rescale: bool) -> float:
         if rescale and not bound:
             raise ValueError(
                 "rescale_to_unit_norm divides by the bound: l2_clip_norm must be "
-                "positive, got 0"
+                "positive, got 0; for gradients of norm 1, write a small bound, as 1e-8"
             )
     units = [1.0 if rescale else bound for bound in bounds]
     return units[0] if len(units) == 1 else sqrt(sum(unit**2 for unit in units))
@@ -440,6 +468,45 @@ def _sorted_out(made: Any, with_values: bool, has_aux: bool) -> tuple[Any, Any, 
     outputs, J = made
     values, aux = outputs if has_aux else (outputs, None)
     return J, values, aux
+
+
+def _check_options(microbatch_size: Any, dtype: Any) -> None:
+    is_int = isinstance(microbatch_size, int) and not isinstance(microbatch_size, bool)
+    if microbatch_size is not None and not (is_int and microbatch_size > 0):
+        raise ValueError(
+            f"microbatch_size must be an int ≥ 1 or None, got {microbatch_size!r}"
+        )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"dtype must be a floating-point dtype or None, got {dtype!r}")
+
+
+def _check_prefix(l2_clip_norm: Any, args: tuple[Any, ...], argnums: Any) -> None:
+    """Raise unless bounds are a prefix tree of what is differentiated."""
+    several = not isinstance(argnums, int)
+    params = tuple(args[i] for i in argnums) if several else args[argnums]
+    try:
+        jax.tree.map(lambda *_: None, l2_clip_norm, params)
+    except ValueError as error:
+        raise ValueError(
+            "l2_clip_norm must be a number, or a prefix tree of the parameters with a "
+            f"number for each part: {error}"
+        ) from error
+
+
+def _check_one_loss(J: Jacobian, keep_batch_dim: bool) -> None:
+    """Raise if an example has several rows: each is clipped, so their sum is not."""
+    if len(J.shape) == 2:
+        return
+    seen = (
+        "fun sees a batch of one example: return the mean of its losses, or write "
+        "keep_batch_dim=False for a function of one example"
+        if keep_batch_dim
+        else "return one loss, as their sum or mean"
+    )
+    raise TypeError(
+        f"fun must return a scalar loss, got shape {J.shape[1:-1]}, of which every "
+        f"entry would be clipped by itself; {seen}"
+    )
 
 
 def _weights(is_padding_example: Any, count: int) -> Any:

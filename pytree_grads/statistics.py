@@ -21,6 +21,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.core import Tracer
 
 from . import Jacobian, jacobian
@@ -277,6 +279,8 @@ def sampled_fisher_diagonal(
         return -jax.nn.log_softmax(logits(params, *example))[label]
 
     def of_batch(params: Any, *batch: Any) -> Any:
+        if not batch:
+            raise ValueError("pass a batch of examples after the parameters, got none")
         axes = (None, *(0 for _ in batch))
         scores = jax.vmap(logits, axes)(params, *batch)
         if scores.ndim != 2:
@@ -285,14 +289,14 @@ def sampled_fisher_diagonal(
                 f"{scores.shape[1:]}"
             )
 
-        def one(total: Any, key: jax.Array) -> tuple[Any, None]:
+        def diagonal(key: jax.Array) -> Any:
             labels = jax.random.categorical(key, scores)
-            diagonal = fisher_diagonal(jacobian(surprise)(params, labels, batch))
-            return jax.tree.map(jnp.add, total, diagonal), None
+            return fisher_diagonal(jacobian(surprise)(params, labels, batch))
 
-        zero = jax.tree.map(
-            lambda p: jnp.zeros(p.shape, jnp.finfo(p.dtype).dtype), params
-        )
+        def one(total: Any, key: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, diagonal(key)), None
+
+        zero = optax.tree.zeros_like(jax.eval_shape(diagonal, key))
         total, _ = jax.lax.scan(one, zero, jax.random.split(key, num_samples))
         return jax.tree.map(lambda x: x / num_samples, total)
 
@@ -313,13 +317,14 @@ def sampling_weights(norms: Any, *, uniform: Any = 0.1) -> tuple[jax.Array, jax.
       uniform: the share u, from 0 to 1.
 
     Returns:
-      ``(probabilities, weights)``, (N,) each, in the dtype of the norms. Probabilities
-      are uniform if all norms are zero. An example of probability 0 has weight 0. Draw
+      ``(probabilities, weights)``, (N,) each, in float32 or wider. Probabilities are
+      uniform if all norms are zero. An example of probability 0 has weight 0. Draw
       indices with ``jax.random.choice(key, N, (B,), p=probabilities)``; with J of the
       drawn batch, the estimate is ``J.weighted_sum(weights[indices] / B)``.
 
     Raises:
-      TypeError: ``norms`` does not hold real floating-point numbers.
+      TypeError: ``norms`` does not hold real floating-point numbers, or ``uniform`` is
+        not a real scalar.
       ValueError: it does not have one axis of N ≥ 1 numbers, or one is negative; or
         ``uniform`` is not from 0 to 1.
 
@@ -343,22 +348,37 @@ def sampling_weights(norms: Any, *, uniform: Any = 0.1) -> tuple[jax.Array, jax.
         raise ValueError(f"norms must have shape (N,) with N ≥ 1, got {norms.shape}")
     if not isinstance(norms, Tracer) and bool(jnp.any(norms < 0)):
         raise ValueError(f"norms must not be negative, the smallest is {norms.min()}")
-    if not isinstance(uniform, Tracer) and not 0 <= uniform <= 1:
-        raise ValueError(f"uniform must be from 0 to 1, got {uniform}")
-    part = jnp.asarray(uniform, norms.dtype)
-    count = norms.shape[0]
-    total = jnp.sum(norms)
-    shares = jnp.where(total == 0, 1 / count, norms / jnp.where(total == 0, 1, total))
+    part = _fraction(uniform).astype(_wide(norms).dtype)
+    # The largest first, so that no sum overflows.
+    largest = jnp.max(norms)
+    relative = _wide(norms) / _wide(jnp.where(largest > 0, largest, 1))
+    total, count = jnp.sum(relative), len(norms)
+    shares = jnp.where(
+        total == 0, 1 / count, relative / jnp.where(total == 0, 1, total)
+    )
     probabilities = (1 - part) * shares + part / count
     safe = jnp.where(probabilities == 0, 1, probabilities)
     return probabilities, jnp.where(probabilities == 0, 0, 1 / (count * safe))
 
 
+def _fraction(uniform: Any) -> jax.Array:
+    """A user's part of uniform sampling."""
+    found = uniform if isinstance(uniform, jax.Array) else np.asarray(uniform)
+    kinds = jnp.floating, jnp.integer
+    if found.shape or not any(jnp.issubdtype(found.dtype, kind) for kind in kinds):
+        raise TypeError(f"uniform must be a real scalar, got {uniform!r}")
+    if not isinstance(found, Tracer) and not 0 <= found <= 1:
+        raise ValueError(f"uniform must be from 0 to 1, got {uniform}")
+    return jnp.asarray(found)
+
+
 def _check_sampling(logits: Any, key: Any, num_samples: Any) -> None:
     if not callable(logits):
         raise TypeError(f"logits must be a function of one example, got {logits!r}")
-    if not hasattr(key, "dtype"):
-        raise TypeError(f"key must be a PRNG key, as jax.random.key(0), got {key!r}")
+    dtype, ndim = getattr(key, "dtype", None), np.ndim(key)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not ((typed and ndim == 0) or (dtype == jnp.uint32 and ndim == 1)):
+        raise TypeError(f"key must be one PRNG key, as jax.random.key(0), got {key!r}")
     if isinstance(num_samples, bool) or not isinstance(num_samples, int):
         raise TypeError(f"num_samples must be an int, got {num_samples!r}")
     if num_samples < 1:

@@ -235,8 +235,15 @@ def _factors_of_each_row(summand: Summand, depth: int) -> list[int]:
 
 
 def at_once(leaf: Leaf, entries: int) -> int:
-    """How many examples have rows of at most `entries` numbers together; at least 1."""
-    per_example = prod(leaf.shape) * (leaf.outputs or 1)
+    """How many examples have rows of at most `entries` numbers together; at least 1.
+
+    What a row is made from counts if it is larger than the row.
+    """
+    largest = prod(leaf.shape)
+    for summand in leaf.summands:
+        made = summand.of_one_row.row_size
+        largest = made if thresholds.exceeds(made, largest) else largest
+    per_example = largest * (leaf.outputs or 1)
     if not thresholds.exceeds(per_example, 0):
         return entries
     return max(1, entries // per_example)

@@ -4,7 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
+
+from .. import Jacobian
 
 
 def gramian(gram: Any, name: str = "gram") -> jax.Array:
@@ -44,13 +47,13 @@ def preference(values: Any, gram: jax.Array) -> jax.Array:
 
 
 def number(name: str, value: Any, *, low: float, open_: bool = False) -> jax.Array:
-    """A user's real scalar that is at least ``low``, or above it if ``open_``."""
-    if isinstance(value, bool) or not _is_real(value) or jnp.ndim(value):
+    """A user's real scalar: finite and at least ``low``, or if ``open_``, above it."""
+    if isinstance(value, bool) or not _is_real(value) or np.ndim(value):
         raise TypeError(f"{name} must be a real scalar, got {value!r}")
     if not isinstance(value, Tracer):
-        fits = value > low if open_ else value >= low
+        fits = value > low if open_ else low <= value < jnp.inf
         if not bool(fits):
-            bound = f"above {low}" if open_ else f"at least {low}"
+            bound = f"above {low}" if open_ else f"at least {low} and finite"
             raise ValueError(f"{name} must be {bound}, got {value}")
     return jnp.asarray(value, float)
 
@@ -84,15 +87,20 @@ def whole(name: str, value: Any, *, low: int) -> int:
 
 
 def _is_real(value: Any) -> bool:
-    if isinstance(value, str) or value is None:
-        return False
-    dtype = jnp.result_type(value)
+    dtype = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def _floats(name: str, values: Any) -> jax.Array:
     """An array of real floating-point numbers, in float32 or wider."""
-    array = jnp.asarray(values)
+    if isinstance(values, Jacobian):
+        raise TypeError(f"{name} must be an array, got a Jacobian: write J.gram()")
+    try:
+        array = jnp.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must hold real floating-point numbers, got {values!r}"
+        ) from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
             f"{name} must hold real floating-point numbers, got {array.dtype}: "

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import value_and_jacobian
+from ._stateful import StatefulWeighting
 
 
 def combined_value_and_grad(
@@ -58,30 +59,37 @@ def combined_value_and_grad(
     >>> print(values, np.asarray(grad).round(4))
     [-2.  8.] [0.2924 1.9006 1.9006]
     """
+    if isinstance(weighting, StatefulWeighting):
+        raise TypeError(
+            "weighting must be a function of a Gramian, got a StatefulWeighting w: "
+            "write lambda gram: w.update(gram, state), and has_aux=True"
+        )
     for name, value in (("losses", losses), ("weighting", weighting)):
         if not callable(value):
             raise TypeError(f"{name} must be a function, got {value!r}")
 
-    def of_params(params: Any, *args: Any) -> tuple[Any, Any]:
-        values, gram, weighted_sum = _rows_of_losses(losses, params, args)
+    def of_params(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        values, gram, weighted_sum = _rows_of_losses(losses, params, args, kwargs)
         weights, aux = _weights(weighting, gram, has_aux)
         return ((values, aux) if has_aux else values), weighted_sum(weights)
 
-    def of_trunk_and_heads(trunk: Any, heads: Any, *args: Any) -> tuple[Any, Any]:
-        result, shared = of_params(trunk, heads, *args)
-        own = jax.grad(lambda heads: jnp.sum(losses(trunk, heads, *args)))(heads)
+    def of_trunk_and_heads(
+        trunk: Any, heads: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        result, shared = of_params(trunk, heads, *args, **kwargs)
+        own = jax.grad(lambda h: losses(trunk, h, *args, **kwargs).sum())(heads)
         return result, (shared, own)
 
     return of_trunk_and_heads if heads else of_params
 
 
 def _rows_of_losses(
-    losses: Callable[..., Any], params: Any, args: Any
+    losses: Callable[..., Any], params: Any, args: Any, kwargs: Any
 ) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], Any]]:
     """The K losses, the Gramian of their gradients, and sums of those by weights."""
 
-    def checked(params: Any, *args: Any) -> jax.Array:
-        values = losses(params, *args)
+    def checked(params: Any, *args: Any, **kwargs: Any) -> jax.Array:
+        values = losses(params, *args, **kwargs)
         if not hasattr(values, "dtype") or not jnp.issubdtype(
             values.dtype, jnp.floating
         ):
@@ -96,23 +104,25 @@ def _rows_of_losses(
             )
         return values
 
-    values, J = value_and_jacobian(checked, batched=False)(params, *args)
+    values, J = value_and_jacobian(checked, batched=False)(params, *args, **kwargs)
     return values, J.gram(), J.weighted_sum
 
 
 def _weights(
     weighting: Callable[[Any], Any], gram: jax.Array, has_aux: bool
 ) -> tuple[jax.Array, Any]:
-    found = weighting(gram)
-    if isinstance(found, tuple) != has_aux:
+    found: Any = weighting(gram)
+    is_pair = isinstance(found, tuple) and len(found) == 2
+    if is_pair != has_aux:
         raise ValueError(
             f"weighting returned {type(found).__name__}: with has_aux=True it returns "
             "a pair of weights and auxiliary data, otherwise weights"
         )
     weights, aux = found if has_aux else (found, None)
-    if jnp.shape(weights) != gram.shape[:1]:
+    weights = jnp.asarray(weights)
+    if weights.shape != gram.shape[:1]:
         raise ValueError(
             f"weighting must return {len(gram)} weights, one for each loss, got shape "
-            f"{jnp.shape(weights)}"
+            f"{weights.shape}"
         )
     return weights, aux

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .. import Jacobian
 from . import _checks
 from ._stateful import StatefulWeighting
 
@@ -109,7 +110,8 @@ def excess_mtl(step_size: Any) -> StatefulWeighting:
       TypeError: ``step_size`` is not a real scalar; from the two functions, a leaf does
         not hold real floating-point numbers.
       ValueError: ``step_size`` is negative; from the two functions, the leaves do not
-        all have the same first axis, or K = 0.
+        all have the same first axis, or K = 0; from ``update``, the rows are not like
+        those of the state.
 
     Source: He et al., "Robust multi-task learning with excess risks", 2024.
 
@@ -133,11 +135,13 @@ def excess_mtl(step_size: Any) -> StatefulWeighting:
         )
 
     def update(rows: Any, state: ExcessState) -> tuple[jax.Array, ExcessState]:
-        count = _count(rows)
-        if len(state.weights) != count:
+        _count(rows)
+        shapes = jax.tree.map(jnp.shape, rows)
+        known = jax.tree.map(jnp.shape, state.square_sums)
+        if shapes != known:
             raise ValueError(
-                f"the state is for {len(state.weights)} losses, and there are {count}: "
-                "make the state with init(rows)"
+                f"the state is for rows of shapes {known}, got {shapes}: make the "
+                "state with init(rows)"
             )
         return _excess(rows, state, rate)
 
@@ -174,8 +178,9 @@ def _excess(
         risks += jnp.sum(part, axis=tuple(range(1, x.ndim))).astype(risks.dtype)
     is_first = jnp.all(state.first == 0)
     first = jnp.where(is_first, risks, state.first)
-    grown = state.weights * jnp.exp(rate * risks / jnp.where(first > 0, first, 1))
-    scaled = grown * len(grown) / jnp.sum(grown)
+    # As powers of e, of which the largest may be beyond all numbers.
+    powers = jnp.log(state.weights) + rate * risks / jnp.where(first > 0, first, 1)
+    scaled = len(powers) * jax.nn.softmax(powers)
     weights = jnp.where(is_first, state.weights, scaled)
     return weights, ExcessState(weights, sums, first)
 
@@ -186,6 +191,8 @@ def _accumulation(x: jax.Array) -> Any:
 
 def _count(rows: Any) -> int:
     """The number K of stacked rows."""
+    if isinstance(rows, Jacobian):
+        raise TypeError("rows must be stacked, got a Jacobian: write J.to_rows()")
     sizes = {}
     for path, x in jax.tree.leaves_with_path(rows):
         where = f"rows{jax.tree_util.keystr(path)}"

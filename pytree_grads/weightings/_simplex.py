@@ -21,7 +21,7 @@ def mgda(gram: Any) -> jax.Array:
 
     The weights are not negative, add up to 1, and make wᵀGw smallest. The combined
     gradient conflicts with no loss; it is zero exactly where the losses are Pareto
-    stationary. A row of zeros gets all the weight. Equal rows share theirs in any
+    stationary. Rows of zeros get all the weight. Equal rows share theirs in any
     proportion. Derivatives hold the set of active bounds fixed.
 
     Args:
@@ -124,15 +124,19 @@ def _shortest_of_many(gram: jax.Array) -> jax.Array:
     The gradients get one more entry, s, and are joined by one that has −s there and
     zeros elsewhere. Of the combinations with weights ≥ 0, and ≥ 1 for the last, the
     shortest has weights in proportion to the solution, for any s. As a problem with
-    lower bounds it is solved for any sizes of the gradients.
+    lower bounds it is solved for any sizes of the gradients. Rows of zeros, which are
+    shortest of all, take everything.
     """
     squares = jnp.diagonal(gram)
+    is_zero = (squares == 0).astype(gram.dtype)
     smallest = jnp.min(jnp.where(squares > 0, squares, jnp.inf))
     entry = lax.stop_gradient(jnp.where(smallest < jnp.inf, smallest, 1))  # s²
     signs = jnp.append(jnp.ones_like(squares), -1)
     larger = jnp.pad(gram, (0, 1)) + entry * jnp.outer(signs, signs)  # (K + 1, K + 1)
     weights = minimum_above(larger, jnp.maximum(-signs, 0))[:-1]
-    return weights / jnp.sum(weights)
+    total, num_zero = jnp.sum(weights), jnp.sum(is_zero)
+    shares = is_zero / positive_or_one(num_zero)
+    return jnp.where((num_zero > 0) & ~jnp.isnan(total), shares, weights / total)
 
 
 def _shortest_of_two(gram: jax.Array) -> jax.Array:

@@ -40,6 +40,7 @@ CASES = {
     "flow": (models.flow, (256, 128), CLOSED),
     "vmapped_embedding": (models.vmapped_embedding, (64, 32), CLOSED),
     "hash_grid": (models.hash_grid, (64, 64), CLOSED),
+    "learned_step": (models.learned_step, (256, 64), COUPLED),
     "masked_sequence": (models.masked_sequence, (128, 32), TILED),
 }
 

@@ -421,7 +421,7 @@ KEY = jax.random.key(0)
         (
             lambda: jax.jit(lambda c: make(l2_clip_norm=c)(PARAMS, XS, YS))(0.5),
             TypeError,
-            "static numbers",
+            "static real number",
         ),
         (
             lambda: make(l2_clip_norm=0.0, rescale_to_unit_norm=True),
@@ -431,9 +431,29 @@ KEY = jax.random.key(0)
         (
             lambda: make(l2_clip_norm={"w": 1.0})(PARAMS, XS, YS),
             ValueError,
-            "max_norm",
+            "l2_clip_norm must be a number, or a prefix tree",
         ),
-        (lambda: make(normalize_by=0.0), ValueError, "normalize_by"),
+        (lambda: make(microbatch_size=0), ValueError, "microbatch_size must be an int"),
+        (lambda: make(dtype=int), TypeError, "dtype must be a floating-point dtype"),
+        (lambda: make(l2_clip_norm="a"), TypeError, "l2_clip_norm must be a static"),
+        (lambda: make(l2_clip_norm=True), TypeError, "l2_clip_norm must be a static"),
+        (lambda: make(normalize_by=0.0), ValueError, "normalize_by must be above 0"),
+        (lambda: make(normalize_by="1"), TypeError, "normalize_by must be a static"),
+        (
+            lambda: privacy.clipped_grad(lambda p, x: x @ p["w"], l2_clip_norm=0.5)(
+                PARAMS, XS
+            ),
+            TypeError,
+            "got shape (1, 3), of which every entry would be clipped by itself; fun "
+            "sees a batch of one example",
+        ),
+        (
+            lambda: privacy.clipped_grad(
+                lambda p, x: x @ p["w"], l2_clip_norm=0.5, keep_batch_dim=False
+            )(PARAMS, XS),
+            TypeError,
+            "got shape (3,), of which every entry would be clipped by itself; return",
+        ),
         (lambda: make(batch_argnums=()), ValueError, "at least one"),
         (lambda: make(batch_argnums=0), ValueError, "different arguments"),
         (lambda: make(batch_argnums=-1), ValueError, "must not be negative"),
@@ -452,7 +472,21 @@ KEY = jax.random.key(0)
         (lambda: make().sensitivity("other"), ValueError, "'replace_one'"),
         (lambda: privacy.gaussian(of_batch, 1.0, KEY), TypeError, "clipped_grad"),
         (lambda: privacy.gaussian(make(), -1.0, KEY), ValueError, "must be ≥ 0"),
-        (lambda: privacy.gaussian(make(), "1", KEY), TypeError, "a static number"),
+        (lambda: privacy.gaussian(make(), "1", KEY), TypeError, "a static real number"),
+        (lambda: privacy.gaussian(make(), np.inf, KEY), ValueError, "≥ 0 and finite"),
+        (lambda: privacy.gaussian(make(), 1.0, 0), TypeError, "one PRNG key"),
+        (
+            lambda: privacy.gaussian(make(), 1.0, jax.random.split(KEY)),
+            TypeError,
+            "one PRNG key",
+        ),
+        (
+            lambda: privacy.gaussian(make(), 1.0, KEY).update(
+                [jnp.ones(2, int)], (KEY, ())
+            ),
+            TypeError,
+            "gradient[0] must be a floating-point array, got int32",
+        ),
         (
             lambda: privacy.gaussian(make(l2_clip_norm=float("inf")), 1.0, KEY),
             ValueError,

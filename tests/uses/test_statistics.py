@@ -1,6 +1,8 @@
 """Statistics equal those of stacked rows in float64, and the numbers of the digits."""
 
+import contextlib
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -124,8 +126,16 @@ def test_fisher_diagonal_is_not_the_square_of_the_mean():
     x = jnp.array([1.0, 2.0, 6.0])
     J = jacobian(lambda p, x: (p - x) ** 2 / 2)(x.mean(), x)
     np.testing.assert_allclose(statistics.fisher_diagonal(J), 14 / 3, rtol=1e-6)
-    squared_mean = jnp.square(jax.grad(lambda p: ((p - x) ** 2 / 2).mean())(x.mean()))
-    assert squared_mean == 0
+
+    def mean_loss(p, x, _):
+        return ((p - x) ** 2 / 2).mean()
+
+    assert jnp.square(jax.grad(mean_loss)(x.mean(), x, None)) == 0
+    with contextlib.suppress(ImportError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from optax.second_order import fisher_diag  # up to release 0.2.8
+
+        np.testing.assert_array_equal(fisher_diag(mean_loss, x.mean(), x, None), [0])
 
 
 def test_sampled_fisher_diagonal():
@@ -231,6 +241,13 @@ def test_sampling_at_the_edges():
     np.testing.assert_allclose([p, w], [[0, 1], [0, 0.5]])
 
 
+def test_sampling_from_narrow_norms():
+    """Their sum is beyond float16."""
+    p, w = statistics.sampling_weights(jnp.linspace(1, 300, 2000).astype(jnp.float16))
+    assert p.dtype == w.dtype == jnp.float32
+    np.testing.assert_allclose([p.sum(), (p * w).sum()], 1, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------- errors
 
 
@@ -269,7 +286,7 @@ def one_example():
         (
             lambda: statistics.sampled_fisher_diagonal(logits, 0),
             TypeError,
-            "must be a PRNG key",
+            "must be one PRNG key",
         ),
         (
             lambda: statistics.sampled_fisher_diagonal(
@@ -285,7 +302,26 @@ def one_example():
             ValueError,
             "array (C,)",
         ),
+        (
+            lambda: statistics.sampled_fisher_diagonal(
+                logits, jax.random.split(jax.random.key(0))
+            ),
+            TypeError,
+            "must be one PRNG key",
+        ),
+        (
+            lambda: statistics.sampled_fisher_diagonal(logits, jax.random.key(0))(
+                PARAMS
+            ),
+            ValueError,
+            "pass a batch",
+        ),
         (lambda: statistics.sampling_weights(jnp.arange(3)), TypeError, "J.norms()"),
+        (
+            lambda: statistics.sampling_weights(jnp.ones(2), uniform="a"),
+            TypeError,
+            "uniform must be a real scalar",
+        ),
         (lambda: statistics.sampling_weights(jnp.ones((2, 2))), ValueError, "(N,)"),
         (lambda: statistics.sampling_weights(-jnp.ones(2)), ValueError, "negative"),
         (

@@ -262,6 +262,13 @@ def test_the_norm_of_a_bargain(x64):
     np.testing.assert_allclose(jnp.sqrt(cut @ gram @ cut), 0.5, rtol=1e-9)
 
 
+def test_rows_of_zeros_are_the_shortest():
+    rows = np.append(random_rows(6, 15, 20), np.zeros((1, 20)), axis=0)
+    for count in (2, 16):
+        weights = weightings.mgda(gram_of(rows[-count:]))
+        np.testing.assert_array_equal(weights, np.eye(count)[-1])
+
+
 def test_a_zero_gradient_changes_no_bargain():
     rows = random_rows(12, 3, 5)
     with_zero = weightings.nash_mtl(gram_of(np.append(rows, np.zeros((1, 5)), 0)))
@@ -592,6 +599,16 @@ def test_excess_mtl_by_hand():
         np.testing.assert_allclose(got, weights, rtol=1e-5)
 
 
+def test_excess_mtl_of_growing_losses():
+    """Powers of e beyond all numbers leave weights that add up to K."""
+    excess = weightings.excess_mtl(step_size=1000.0)
+    rows = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    state = excess.init(rows)
+    for factor in (1.0, 10.0, 100.0):
+        weights, state = excess.update(rows * jnp.array([[1.0], [factor]]), state)
+    np.testing.assert_allclose(weights, [0.0, 2.0])
+
+
 def test_states_pass_through_scan():
     vaccine = weightings.gradvac(KEY)
     grams = jnp.stack([gram_of(random_rows(seed, 3, 5)) for seed in range(4)])
@@ -671,12 +688,12 @@ def test_one_call_against_plain_jax():
 def test_one_call_without_heads():
     both = {"trunk": TRUNK, "heads": HEADS}
 
-    def losses(both, *data):
-        return two_tasks(both["trunk"], both["heads"], *data)
+    def losses(both, x, y, *, z):
+        return two_tasks(both["trunk"], both["heads"], x, y, z)
 
     step = weightings.combined_value_and_grad(losses, weightings.sum)
-    _, grads = step(both, *DATA)
-    expected = jax.grad(lambda b: losses(b, *DATA).sum())(both)
+    _, grads = step(both, *DATA[:2], z=DATA[2])
+    expected = jax.grad(lambda b: losses(b, *DATA[:2], z=DATA[2]).sum())(both)
     tree_allclose(grads, expected, rtol=1e-4)
 
 
@@ -739,6 +756,35 @@ def test_every_example_is_a_loss():
         (lambda: weightings.cagrad(jnp.eye(2), c=-0.1), ValueError, "c must be at"),
         (lambda: weightings.cagrad(jnp.eye(2), c=jnp.ones(2)), TypeError, "scalar"),
         (lambda: weightings.cagrad(jnp.eye(2), c="much"), TypeError, "real scalar"),
+        (lambda: weightings.cagrad(jnp.eye(2), c=[1.0]), TypeError, "real scalar"),
+        (lambda: weightings.cagrad(jnp.eye(2), c=jnp.inf), ValueError, "and finite"),
+        (lambda: weightings.mgda(None), TypeError, "gram must hold real"),
+        (
+            lambda: weightings.mgda(jacobian(jnp.dot)(jnp.ones(2), jnp.ones((3, 2)))),
+            TypeError,
+            "write J.gram()",
+        ),
+        (
+            lambda: weightings.trimmed_mean(
+                jacobian(jnp.dot)(jnp.ones(2), jnp.ones((3, 2))), 1
+            ),
+            TypeError,
+            "write J.to_rows()",
+        ),
+        (
+            lambda: weightings.excess_mtl(1.0).update(
+                jnp.ones((2, 3)), weightings.excess_mtl(1.0).init(jnp.ones((2, 2)))
+            ),
+            ValueError,
+            "init(rows)",
+        ),
+        (
+            lambda: weightings.combined_value_and_grad(
+                lambda p: p, weightings.cr_mogm(weightings.mgda)
+            ),
+            TypeError,
+            "w.update(gram, state)",
+        ),
         (lambda: weightings.fairgrad(jnp.eye(2), 0.0), ValueError, "alpha must be"),
         (
             lambda: weightings.nash_mtl(jnp.eye(2), max_norm=0.0),

@@ -21,9 +21,9 @@ from .. import thresholds
 from ..leaf import Leaf
 from ..products.routes import norm_route
 from . import moves as _moves  # noqa: F401  (registers its rules)
-from . import multiply as _multiply  # noqa: F401
 from .axes import Axis, Piece, in_order, pieces_of, summand_of
-from .folding import MOST_PIECES, Folding, Sum
+from .folding import MOST_PIECES, Folding, Number, Sum
+from .multiply import summed
 from .tail import Tail
 from .through import through
 
@@ -38,7 +38,8 @@ def fold(tail: Tail, sources: Sequence[Leaf]) -> list[Leaf]:
     found = []
     for i, atom in enumerate(tail.program.graph.outputs):
         rows = through(tail, i, sources)
-        folded = _leaf(folding.read(atom), rows)
+        value = folding.read(atom)
+        folded = None if value is None else _leaf(_joined(value, folding), rows)
         found.append(folded if folded is not None else rows)
     return found
 
@@ -55,37 +56,81 @@ def _pieces(source: Leaf) -> Sum | None:
     return found
 
 
-def _leaf(value: Sum | None, rows: Leaf) -> Leaf | None:
-    """A leaf that is a sum of pieces, if that takes fewer operations than rows."""
-    if value is None:
-        return None
-    value = _joined(value)
+def _leaf(value: dict[Piece, float], rows: Leaf) -> Leaf | None:
+    """A leaf that is a sum of pieces, unless rows take less than half the operations.
+
+    Rows are as large as arrays get, and steps entry by entry do not count in theirs.
+    """
     if len(value) > MOST_PIECES:
         return None
     aligned = _aligned(list(value))
     summands = tuple(map(summand_of, aligned, value.values()))
     leaf = replace(rows, summands=summands)
-    if thresholds.exceeds(norm_route(leaf).flops, norm_route(rows).flops):
+    if thresholds.exceeds(norm_route(leaf).flops, 2 * norm_route(rows).flops):
         return None
     return leaf
 
 
-def _joined(value: Sum) -> Sum:
-    """Add the weights of pieces that have the same factors."""
+def _joined(value: Sum, folding: Folding) -> dict[Piece, float]:
+    """Add the weights of pieces that have the same factors, also behind their sums."""
     groups: dict[Any, list[Piece]] = {}
     for piece in value:
-        own = id(piece.left), id(piece.right), piece.axes, piece.groups, piece.after
-        groups.setdefault(own if not piece.is_scatter else id(piece), []).append(piece)
+        groups.setdefault(_factors_of(piece, folding), []).append(piece)
     found: Sum = {}
     for pieces in groups.values():
-        first = pieces[0]
-        if len(pieces) == 1 or not any(x.weight is not None for x in pieces):
+        if len(pieces) == 1:
+            found[pieces[0]] = value[pieces[0]]
+        elif id(pieces[0].right) in folding.totals:
+            found[_one_total(pieces, value, folding)] = 1.0
+        elif any(x.weight is not None for x in pieces):
+            found[_with_total_weight(pieces, [value[x] for x in pieces])] = 1.0
+        else:
             found |= {piece: value[piece] for piece in pieces}
-            continue
-        total = reduce(jnp.add, [value[x] * _weight(x) for x in pieces])
-        flops = max(x.flops for x in pieces)
-        found[replace(first, weight=total, flops=flops)] = 1.0
-    return found
+    return dict(_with_known_number(*x) for x in found.items())
+
+
+def _with_known_number(piece: Piece, number: Number) -> tuple[Piece, float]:
+    """A piece and its number, which goes into a factor if it is an array."""
+    if not isinstance(number, jax.Array):
+        return piece, number
+    right = piece.right * number.astype(piece.right.dtype)
+    return piece.with_factor("N", right, piece.entries("N")), 1.0
+
+
+def _factors_of(piece: Piece, folding: Folding) -> Any:
+    """What is equal for pieces whose weights may be added."""
+    if id(piece.right) in folding.totals:
+        _, whole, axes = folding.totals[id(piece.right)]
+        return _factors_of(whole, folding), axes, piece.axes, piece.after
+    if piece.is_scatter:
+        return id(piece)
+    return id(piece.left), id(piece.right), piece.axes, piece.groups, piece.after
+
+
+def _with_total_weight(pieces: Sequence[Piece], numbers: Sequence[Number]) -> Piece:
+    weights = [
+        _weight(x) * jnp.asarray(n, x.right.dtype)
+        for x, n in zip(pieces, numbers, strict=True)
+    ]
+    flops = max(x.flops for x in pieces)
+    return replace(pieces[0], weight=reduce(jnp.add, weights), flops=flops)
+
+
+def _one_total(pieces: Sequence[Piece], value: Sum, folding: Folding) -> Piece:
+    """Numbers that are sums over pieces with the same factors, as one sum."""
+    found = [folding.totals[id(x.right)] for x in pieces]
+    _, _, axes = found[0]
+    wholes = [whole for _, whole, _ in found]
+    total = summed(_with_total_weight(wholes, [value[x] for x in pieces]), axes)
+    assert total is not None  # as for each of them
+    return replace(
+        pieces[0],
+        left=total.left,
+        right=total.right,
+        left_rows=total.left_rows,
+        right_rows=total.right_rows,
+        flops=total.flops,
+    )
 
 
 def _weight(piece: Piece) -> jax.Array:

@@ -4,6 +4,7 @@ A rule is a function `fun(folding, equation, index)`. It gives the pieces of out
 number `index`, or None if the equation does not fold.
 """
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -18,7 +19,26 @@ from ..views import View
 from .axes import Piece
 from .tail import Tail
 
-Sum: TypeAlias = dict[Piece, float]  # pieces that add up, each with a number
+# A number that all rows share: one that is known, or computed from parameters.
+Number: TypeAlias = float | jax.Array
+Sum: TypeAlias = dict[Piece, Number]  # pieces that add up, each with a number
+
+
+def multiplied(x: Number, y: Number) -> Number:
+    return operator.mul(*_alike(x, y))
+
+
+def added(x: Number, y: Number) -> Number:
+    return operator.add(*_alike(x, y))
+
+
+def _alike(x: Number, y: Number) -> tuple[Any, Any]:
+    """Two numbers, in the wider dtype if both are arrays."""
+    if isinstance(x, jax.Array) and isinstance(y, jax.Array):
+        dtype = jnp.promote_types(x.dtype, y.dtype)
+        return x.astype(dtype), y.astype(dtype)
+    return x, y
+
 
 MOST_PIECES = 8  # of a leaf; inner products take all pairs
 
@@ -34,6 +54,9 @@ class Folding:
         inputs = self.program.graph.inputs[self.program.source_count :]
         self.shared: dict[Atom, Any] = dict(zip(inputs, tail.shared, strict=True))
         self.values: dict[Atom, Sum | None] = {}
+        # Numbers that are a sum over a weighed piece, by the identity of their array:
+        # the number, the piece, and the axes. If more of them add up, one sum will do.
+        self.totals: dict[int, tuple[Piece, Piece, tuple[int, ...]]] = {}
         # Products that were made, so that equal ones are the same piece.
         self.scaled: dict[tuple[Piece, Atom, bool], Piece | None] = {}
 
@@ -86,7 +109,7 @@ class Folding:
                 made = replace(piece, after=piece.after + moves)
             if made is None:
                 return None
-            found[made] = found.get(made, 0.0) + factor
+            found[made] = added(found[made], factor) if made in found else factor
         return found
 
 

@@ -15,7 +15,7 @@ from ..graph import Equation
 from ..rules.structural import pad
 from ..views import Pad, Reshape, Slice, Transpose, part_of, simplified
 from .axes import Axis, Piece, in_order, oriented, reshaped, wide
-from .folding import Folding, Sum, rule
+from .folding import Folding, Sum, added, multiplied, rule
 
 Map: TypeAlias = Callable[[jax.Array, int], jax.Array]  # along an axis of an array
 
@@ -42,7 +42,8 @@ def _total(folding: Folding, equation: Equation, signs: Sequence[float]) -> Sum 
         if value is None or atom.aval.shape != equation.outputs[0].aval.shape:
             return None
         for piece, factor in value.items():
-            found[piece] = found.get(piece, 0.0) + sign * factor
+            own = multiplied(sign, factor)
+            found[piece] = added(found[piece], own) if piece in found else own
     return found
 
 

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as p
 
+from ..._trees.algebra import carried_dtype
 from ..einsum import dot
 from ..facts import concrete_scalar, is_zero, same_along
 from ..graph import Atom, Equation
+from ..views import Shape
 from .axes import Axis, Group, Piece, in_order, wide
-from .folding import Folding, Sum, rule
+from .folding import Folding, Sum, multiplied, rule
 from .moves import spread
 
 # --------------------------------------------------------------------------------------
@@ -41,12 +43,16 @@ def _by(folding: Folding, own: Atom, other: Atom, *, inverse: bool) -> Sum | Non
         times = 1 / number if inverse else number
         return {piece: factor * times for piece, factor in value.items()}
     shapes = own.aval.shape, other.aval.shape
-    if shapes[1] and len(shapes[0]) != len(shapes[1]):
+    times = _as_number(folding, other, shapes[0])
+    if times is not None:
+        times = 1 / times if inverse else times
+        return {piece: multiplied(factor, times) for piece, factor in value.items()}
+    if len(shapes[0]) != len(shapes[1]):
         return None
-    shape = tuple(max(pair) for pair in zip(*shapes, strict=True)) if shapes[1] else ()
+    shape = tuple(max(pair) for pair in zip(*shapes, strict=True))
 
     def product(piece: Piece) -> Piece | None:
-        if shape and shape != piece.shape:
+        if shape != piece.shape:
             wider = spread(piece, shape, range(len(shape)))
             if wider is None:
                 return None
@@ -54,6 +60,18 @@ def _by(folding: Folding, own: Atom, other: Atom, *, inverse: bool) -> Sum | Non
         return _scaled(folding, piece, other, inverse=inverse)
 
     return folding.each(own, product)
+
+
+def _as_number(folding: Folding, atom: Atom, shape: Shape) -> jax.Array | None:
+    """A shared array as a number, if all its entries are one."""
+    own = tuple(atom.aval.shape)
+    same = same_along(atom)
+    if own and own != shape:
+        return None
+    if not all(size == 1 or (size and i in same) for i, size in enumerate(own)):
+        return None
+    x = folding.coefficient(atom)[(0,) * len(own)]
+    return x.astype(carried_dtype(x.dtype))
 
 
 @rule(p.select_n_p)
@@ -94,8 +112,6 @@ def _chosen(piece: Piece, chosen: jax.Array) -> Piece | None:
 
 def _times(piece: Piece, x: jax.Array, same: frozenset[int]) -> Piece | None:
     """A piece times a shared array, which repeats its entries along some axes."""
-    if x.ndim == 0:
-        return piece.with_factor("N", piece.right * x, piece.entries("N"))
     axes = [a for i, a in enumerate(piece.axes) if a.size != 1 and i not in same]
     groups = {axis.group for axis in axes}
     if piece.is_scatter:
@@ -153,9 +169,8 @@ def _scaled(
         x = folding.coefficient(atom).astype(piece.right.dtype)
         x = 1 / x if inverse else x
         same = same_along(atom)
-        if x.ndim:
-            same |= {i for i, size in enumerate(x.shape) if size == 1}
-            x = jnp.broadcast_to(x, piece.shape)
+        same |= {i for i, size in enumerate(x.shape) if size == 1}
+        x = jnp.broadcast_to(x, piece.shape)
         folding.scaled[key] = _times(piece, x, same)
     return folding.scaled[key]
 
@@ -167,10 +182,17 @@ def _scaled(
 @rule(p.reduce_sum_p)
 def _reduce(folding: Folding, equation: Equation, index: int) -> Sum | None:
     axes = equation.params["axes"]
-    return folding.each(equation.inputs[0], lambda x: _summed(x, axes))
+
+    def one(piece: Piece) -> Piece | None:
+        total = summed(piece, axes)
+        if total is not None and piece.weight is not None and prod(total.shape) == 1:
+            folding.totals[id(total.right)] = total, piece, axes
+        return total
+
+    return folding.each(equation.inputs[0], one)
 
 
-def _summed(piece: Piece, axes: Sequence[int]) -> Piece | None:
+def summed(piece: Piece, axes: Sequence[int]) -> Piece | None:
     """The sum of a piece over some axes of the value."""
     gone = [piece.axes[i] for i in axes]
     if piece.is_scatter:

@@ -116,6 +116,12 @@ class Program:
         """Multiplications and additions of one run, where values differ by example."""
         return sum(map(self._flops, self.graph.equations))
 
+    @cached_property
+    def largest(self) -> int:
+        """Entries of the largest array of one run that differs by example."""
+        made = [x for e in self.graph.equations for x in e.outputs if x in self.varying]
+        return max([prod(x.aval.shape) for x in made], default=0)
+
     def _flops(self, equation: Equation) -> int:
         if not any(x in self.varying for x in equation.inputs):
             return 0

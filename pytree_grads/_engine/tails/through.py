@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any, ClassVar
 
 import jax
@@ -65,6 +66,10 @@ class Through(ByRow):
     def row_cost(self) -> int:
         made = sum(term.row_cost for terms in self.terms for term in terms)
         return made + self.program.flops
+
+    @property
+    def row_size(self) -> int:
+        return max(self.program.largest, *(prod(leaf.shape) for leaf in self.sources))
 
 
 def through(tail: Tail, index: int, sources: Sequence[Leaf]) -> Leaf:

@@ -67,6 +67,10 @@ class ByRow(ABC):
     def row_cost(self) -> int:
         return prod(self.shape)
 
+    @property
+    def row_size(self) -> int:
+        return prod(self.shape)
+
     def apply(self, v: jax.Array) -> jax.Array:
         return self.apply_own(v)
 

@@ -59,6 +59,10 @@ class Dense:
         return self.value.astype(self.dtype)
 
     @property
+    def row_size(self) -> int:
+        return self.value.size
+
+    @property
     def row_cost(self) -> int:
         return 0
 

@@ -83,6 +83,11 @@ class Term(Protocol):
         """Multiplications and additions of `materialize`."""
         ...
 
+    @property
+    def row_size(self) -> int:
+        """Entries of the largest array that `materialize` makes: of the row, mostly."""
+        ...
+
     def apply(self, v: jax.Array) -> jax.Array:
         """The sum of the row's entries times the entries of v, without a conjugate.
 
