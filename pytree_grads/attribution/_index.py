@@ -147,8 +147,8 @@ class Index:
     Attributes:
       path: the directory or URL, which holds ``header.json``, the features and the
         marks.
-      size: N.
-      dim: k.
+      size: N, the number of training examples.
+      dim: k, the length of a feature.
       made_of: the fingerprint of the features.
       store: what keeps the arrays. ``store.features``, (N, k) in float32 with zeros
         where nothing is written, and ``store.written``, (N,) bools, are a memory map or
