@@ -86,7 +86,16 @@ def without_private_fields(app, what, name, obj, options, signature, returned):
     return ("", returned) if is_private else None
 
 
+def sources_as_paragraphs(app, what, name, obj, options, lines):
+    """A source of several lines is one paragraph: its indent would make it a list."""
+    is_source = False
+    for i, line in enumerate(lines):
+        is_source = line.startswith("Source: ") or (is_source and bool(line))
+        lines[i] = line.lstrip() if is_source else line
+
+
 def setup(app):
     """Links that lead into the repository lead to pages of the site."""
     app.connect("source-read", site_links.to_pages)
     app.connect("autodoc-process-signature", without_private_fields)
+    app.connect("autodoc-process-docstring", sources_as_paragraphs)

@@ -4,17 +4,18 @@
 A tenth of the labels of scanned digits is wrong, on purpose. Softmax regression with a
 penalty fits them all as well as it can. `attribution.influence` says what leaving one
 training image out would do to the loss of others. It uses conjugate gradients, and no
-retraining. Four scores rank the suspects: how much an image needs itself; how much it
-hurts a hundred validation images, by influence or by TracIn over checkpoints; and its
-own loss. How many of the first suspects are the planted ones? In a model this simple,
-the loss finds them too. Only influence says whom they hurt.
+retraining. Four scores rank the suspects: the influence of an image on its own loss;
+how much it hurts a hundred validation images, by influence or by TracIn over
+checkpoints; and its own loss. The script counts how many of the first suspects have
+planted labels. In a model this simple, the loss finds them too. Only influence says
+which images they hurt.
 
 Then a network learns from the same labels. Of every 128 images it takes the 32 whose
 gradients lower the loss of validation images most, by one product, `J @ v`.
 
 The figure shows two test images with those that helped and hurt them most, the share of
-planted labels among the suspects, and the accuracy of the network with and without a
-choice. ::
+planted labels among the suspects, and the accuracy of the network with chosen and with
+random images. ::
 
     python examples/attribution.py [--steps 400] [--output attribution.png]
 """

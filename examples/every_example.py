@@ -2,14 +2,14 @@
 =============================================
 
 A step along the mean gradient of a batch makes some of its images worse, often a third
-of them. UPGrad, with every example as a loss of its own (instance-wise risk
-minimisation, arXiv 2406.16232), gives a direction along which no loss of the batch
-rises. It needs the inner products of all gradients. `J.gram()` computes these from
-factors, and no gradient is built. Both rules train the same network on the same batches
-of scanned digits.
+of them. UPGrad, with every example as its own loss (instance-wise risk minimisation,
+arXiv 2406.16232), gives a direction along which no loss of the batch rises. It needs
+the inner products of all gradients. `J.gram()` computes these from factors, and builds
+no gradient of an example. Both rules train the same network on the same batches of
+scanned digits.
 
-The figure shows the losses, how many images of each batch become worse by the step, the
-cosines of all gradients with the steps, and what the parts of a step cost. UPGrad
+The figure shows the losses, for how many images of each batch the step raises the loss,
+the cosines of all gradients with the steps, and what the parts of a step cost. UPGrad
 lowers the loss faster at first, and needs a small learning rate: at 0.3 it falls behind
 the mean. ::
 

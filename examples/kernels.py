@@ -2,15 +2,16 @@
 ====================================
 
 The tangent kernel of a network is Θ(x, x′) = Σₖ ⟨∇fₖ(x), ∇fₖ(x′)⟩, the inner products
-of the gradients of its outputs, and that is `jacobian(f)(params, x).gram(trace=True)`.
-Regression with it is what training would do if the gradients stayed what they are. On
-scanned digits, four kernels learn from 50 to 1,200 labels: that of a network before its
-training, that of the same network after it, the closed form of an infinitely wide one,
-and plain products of pixels. Beside them stands the network itself.
+of the gradients of its outputs: `jacobian(f)(params, x).gram(trace=True)`. If the
+gradients did not change during training, training would be a regression with this
+kernel. On scanned digits, four kernels learn from 50 to 1,200 labels: the kernel of a
+network before its training, the kernel of the same network after it, the closed form of
+an infinitely wide network, and plain products of pixels. The script compares them with
+the network itself.
 
-Then the closed form is put to the test. For two layers of rectified units it is known,
-and a network of m units at random comes near it like m^(−1/2): the distance is printed
-for growing widths, with the slope of a line through the logarithms.
+Then it tests the closed form, which is known for two layers of rectified units. The
+kernel of a random network of m units approaches it like m^(−1/2). The script prints the
+distance for growing widths, and the slope of a line through the logarithms.
 
 The figure shows the kernels before and after training, images sorted by their digit;
 test accuracy by the number of labels; and the distance by width. ::

@@ -1,9 +1,9 @@
 """Combine gradients as one combines numbers
 =========================================
 
-The question that this package began with. You hold the gradients of a model at two
-inputs, and each is a tree of arrays shaped like the parameters. The loss of the two
-outputs p1 and p2 is p1² + p2². By the chain rule its gradient is ::
+This package began with a question. You have the gradients of a model at two inputs, and
+each is a tree of arrays shaped like the parameters. The loss of the two outputs p1 and
+p2 is p1² + p2². By the chain rule its gradient is ::
 
     2*p1 * grad1  +  2*p2 * grad2
 

@@ -4,8 +4,8 @@ r"""One script for one device, for many, and for several processes
 A network learns to read handwritten digits, some of which carry a wrong label. The
 gradient of every image is clipped, so that no label, however wrong, pulls harder than
 the bound. The script shards each batch over all devices that it finds, and does nothing
-else about them. The rows of the Jacobian are where their images are, and so are their
-norms. Devices send the mean of the clipped rows to each other, and a number or two to
+else about them. Each row of the Jacobian and its norm are on the device that holds the
+image. Devices exchange only the mean of the clipped rows, and a number or two to
 report. It prints the same losses in each of these ways to start it::
 
     python examples/multi_device.py

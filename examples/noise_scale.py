@@ -5,7 +5,7 @@ The gradient noise scale tr Σ / ‖G‖² is the batch size at which the noise 
 gradient is as large as the gradient itself. With a smaller batch, doubling it nearly
 halves the number of steps; with a larger one, it gains little. A small network reads
 scanned digits, and `statistics.noise_scale` takes both parts from the J of the step.
-Each part is averaged over steps, and then they are divided. To average the ratios of
+The script averages each part over steps, and divides last. An average of the ratios of
 single steps would fail, since single estimates of ‖G‖² are often negative.
 
 First the script repeats known numbers for softmax regression on all 1,797 images. Then

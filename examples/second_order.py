@@ -3,15 +3,14 @@
 
 A gradient says which way is down, but not how far. The Gauss-Newton matrix G = Jᵀ H J
 of the loss knows: J holds the derivatives of the network's outputs, and H is the
-Hessian of the loss with respect to them. With 2,400 parameters, one prefers not to
-build G. `gauss_newton_product` gives v ↦ G v, here 256 images at a time, and conjugate
+Hessian of the loss with respect to them. G has 2,400² entries, and the script does not
+build it. `gauss_newton_product` gives v ↦ G v, here 256 images at a time, and conjugate
 gradients solve (G + λ) step = gradient with such products alone. For a cross-entropy of
 logits, G is the Fisher matrix, and the step is the natural gradient.
 
-The script prints and draws the training loss after each step, beside that of Adam.
-After as many steps, the curvature wins by far. After as many passes over the images as
-the conjugate gradients took, Adam is ahead on this easy problem, but by less and less.
-::
+The script prints and draws the training loss after each step, beside that of Adam. For
+the same number of steps, Gauss-Newton is far ahead. For the same number of passes over
+the images, Adam is ahead on this easy problem, but by less and less. ::
 
     python examples/second_order.py [--steps 10] [--output second_order.png]
 """

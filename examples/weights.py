@@ -10,8 +10,8 @@ Weights are trees, as gradients are, and linear combinations of them are useful.
   vectors to the start, and the network reads more of all ten digits than before.
 - **A moving average** combines two trees at every step. In bfloat16 it stalls if you
   write it by hand: a hundredth of the difference is less than the spacing of the
-  numbers. A `Vector` carries its sums in float32, and rounds when you read the tree, so
-  it does not stall. (It is rounded where it crosses `jax.jit`, like any tree. Inside a
+  numbers. A `Vector` keeps its sums in float32, and rounds when you read the tree, so
+  it does not stall. (It is rounded when it enters or leaves `jax.jit`. Inside a
   compiled step, keep the average in float32.)
 
 All networks are small, and learn the digits of scikit-learn in some seconds. ::

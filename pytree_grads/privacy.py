@@ -6,12 +6,13 @@ what you want            call
 a sum or mean of         ``clipped = clipped_grad(f, l2_clip_norm=1.0)``, then
 clipped gradients        ``clipped(params, batch)``
 its sensitivity          ``clipped.sensitivity("add_or_remove_one")``
-noise that fits it       ``gaussian(clipped, noise_multiplier, key)``, for optax.chain
+matching noise           ``gaussian(clipped, noise_multiplier, key)``, for optax.chain
 =======================  ===============================================================
 
-Names, arguments and results are those of ``jax_privacy``, so that the parts of either
-package fit the other's. Accounting, samplers, correlated noise and auditing are there,
-and in ``dp_accounting``: ``pip install pytree_grads[privacy]``.
+Names, arguments and results are those of ``jax_privacy``, so you can combine parts of
+both packages. For accounting, samplers, correlated noise and auditing, use
+``jax_privacy`` and ``dp_accounting``, which the extra ``privacy`` of this package
+installs.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ class ClippedGrad:
     ``is_padding_example=``, an array (N,) of bools, True for rows that do not count.
 
     Attributes:
-      fun: what is called.
+      fun: the function that a call runs.
       l2_norm_bound: the largest norm that one example contributes to the result, after
         the division by ``normalize_by``.
       has_aux: whether the result is a pair of the gradient and what is returned per
@@ -121,11 +122,12 @@ def clipped_grad(
 ) -> ClippedGrad:
     """The sum of the clipped gradients of all examples, as ``jax_privacy`` has it.
 
-    It is a drop-in for ``jax_privacy.clipped_grad``, computed from factors: no gradient
-    of an example is built. In addition, ``l2_clip_norm`` may be a tree of bounds.
-    ``pre_clipping_transform`` and ``spmd_axis_name`` do not exist here: put the former
-    into ``fun``; sharded batches need no option. A row that holds a NaN or an infinity
-    counts as zero as a whole; there, its other entries stay.
+    It replaces ``jax_privacy.clipped_grad``, and computes the sum from factors: it
+    builds no gradient of an example. In addition, ``l2_clip_norm`` may be a tree of
+    bounds. The options ``pre_clipping_transform`` and ``spmd_axis_name`` of jax_privacy
+    do not exist here: put the first into ``fun``; sharded batches need no option. If a
+    row holds a NaN or an infinity, the whole row counts as zero here; jax_privacy keeps
+    its other entries.
 
     Args:
       fun: a function that returns a scalar loss of one example, or with ``has_aux`` a
@@ -140,11 +142,12 @@ def clipped_grad(
         of a batch. The sensitivity is divided by it too.
       batch_argnums: the positional arguments with a batch axis 0. Keyword arguments
         have one too.
-      keep_batch_dim: whether ``fun`` sees these with a batch axis of length 1, as a
-        function of a batch does; otherwise without it, as a function of one example.
+      keep_batch_dim: whether ``fun`` is a function of a batch, which sees these
+        arguments with a batch axis of length 1. Otherwise it is a function of one
+        example, which sees them without that axis.
       return_values: whether to return the losses of the examples.
       return_grad_norms: whether to return the norms of the gradients before the clip.
-      microbatch_size: how many examples are worked on at a time; it need not divide N.
+      microbatch_size: how many examples to process at a time; it need not divide N.
       nan_safe: whether a row with a NaN or an infinity counts as zero. Otherwise it
         spoils the sum, even if it is padding.
       dtype: the dtype of the gradient, such as float32 for bfloat16 parameters; by
@@ -227,12 +230,12 @@ def gaussian(
     neighboring_relation: Any = None,
     dtype: Any = None,
 ) -> optax.GradientTransformation:
-    """Gaussian noise that fits the sensitivity of what made the gradients.
+    """Gaussian noise that matches the sensitivity of ``clipped``.
 
     The standard deviation is ``noise_multiplier * clipped.sensitivity(relation)``. So
-    bound, divisor and noise cannot disagree: noise for a sum is not added to a mean.
-    Nothing may scale the gradient between ``clipped`` and this transformation; what
-    follows it in ``optax.chain`` is free. With the same key it adds the noise that
+    bound, divisor and noise cannot disagree: noise for a sum is not added to a mean. Do
+    not scale the gradient between ``clipped`` and this transformation. After it,
+    anything may follow in ``optax.chain``. With the same key it adds the noise that
     ``jax_privacy.noise_addition.gaussian_privatizer`` adds.
 
     Args:

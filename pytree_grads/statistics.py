@@ -11,7 +11,7 @@ the Fisher diagonal        ``fisher_diagonal(J)``; of the model's own labels:
 sampling by norms          ``sampling_weights(norms)``
 =========================  =============================================================
 
-J has one row per example: it is that of a function that returns one loss.
+J must have one row per example: its function returns one loss.
 """
 
 from collections.abc import Callable
@@ -67,11 +67,11 @@ class NoiseScale:
     squared_norm: Any
 
     def ratio(self) -> Any:
-        """The noise scale tr Σ / ‖G‖², the batch size beyond which more is little help.
+        """The noise scale tr Σ / ‖G‖²: larger batches than this help little.
 
         Returns:
-          A scalar, or a tree of scalars. It is negative if the second part is: then the
-          noise hides the gradient, and the average is over too few steps.
+          A scalar, or a tree of scalars. It is negative if ``squared_norm`` is. Then
+          the noise hides the gradient: average over more steps.
 
         >>> from pytree_grads.statistics import NoiseScale
         >>> NoiseScale(8.0, 2.0).ratio()
@@ -86,16 +86,17 @@ def noise_scale(
     """The parts of the gradient noise scale: tr Σ, and ‖G‖² of the expected gradient.
 
     With the gradients gᵢ of N examples and their mean g, tr Σ is estimated without bias
-    as (mean ‖gᵢ‖² − ‖g‖²)·N/(N−1), and ‖G‖² as ‖g‖² − tr Σ/N. The whole takes norms and
-    a mean; parts take ``J.square_sum()``.
+    as (mean ‖gᵢ‖² − ‖g‖²)·N/(N−1), and ‖G‖² as ‖g‖² − tr Σ/N. One number for all
+    parameters takes norms and a mean; numbers for parts take ``J.square_sum()`` and a
+    mean.
 
     Args:
       J: a row per example, N ≥ 2 of them.
       labels: a prefix tree of the parameters, with a string for each part, as optax
         takes it: the result has a number for each label. None for one number.
       per_leaf: whether the result has a number for each leaf of the parameters.
-      unbiased: whether tr Σ/N is subtracted from ‖g‖², as it must be if steps are
-        averaged. Otherwise the second part is ‖g‖².
+      unbiased: whether to subtract tr Σ/N from ‖g‖², as averages over steps need.
+        Otherwise ``squared_norm`` is ‖g‖².
 
     Returns:
       A ``NoiseScale`` of two scalars, or with ``labels`` of two dicts, or with
@@ -103,8 +104,8 @@ def noise_scale(
 
     Raises:
       TypeError: ``J`` is not a ``Jacobian``.
-      ValueError: it has not one row per example, or N < 2; ``labels`` is not a prefix
-        of the parameters; or both ``labels`` and ``per_leaf`` are given.
+      ValueError: it does not have one row per example, or N < 2; ``labels`` is not a
+        prefix of the parameters; or both ``labels`` and ``per_leaf`` are given.
 
     Source: McCandlish et al., "An empirical model of large-batch training", 2018,
       equation 2.8 and appendix A.1.
@@ -139,19 +140,18 @@ def noise_scale(
 def variance(J: Jacobian) -> Any:
     """The variance of the gradients of examples, entry by entry and without bias.
 
-    It is (Σ gᵢ²/N − g²)·N/(N−1), and 0 where rounding would make it negative. Its
-    accuracy is that of the second moments: where the mean is large compared with the
-    deviation, digits are lost.
+    It is (Σ gᵢ²/N − g²)·N/(N−1), and 0 where rounding would make it negative. Where the
+    mean is large compared with the deviation, this difference loses digits.
 
     Args:
       J: a row per example, N ≥ 2 of them.
 
     Returns:
-      A tree like the parameters, of real leaves in the precision of theirs.
+      A tree like the parameters, with real leaves of the same precision.
 
     Raises:
       TypeError: ``J`` is not a ``Jacobian``.
-      ValueError: it has not one row per example, or N < 2.
+      ValueError: it does not have one row per example, or N < 2.
 
     Source: the unbiased sample variance.
 
@@ -182,11 +182,11 @@ def signal_to_noise(J: Jacobian) -> Any:
       J: a row per example, N ≥ 2 of them.
 
     Returns:
-      A tree like the parameters, of real leaves in the precision of theirs.
+      A tree like the parameters, with real leaves of the same precision.
 
     Raises:
       TypeError: ``J`` is not a ``Jacobian``.
-      ValueError: it has not one row per example, or N < 2.
+      ValueError: it does not have one row per example, or N < 2.
 
     Source: Liu et al., "Understanding why neural networks generalize well through
       GSNR of parameters", 2020.
@@ -219,11 +219,11 @@ def fisher_diagonal(J: Jacobian) -> Any:
       J: a row per example, with N ≥ 1.
 
     Returns:
-      A tree like the parameters, of real leaves in the precision of theirs.
+      A tree like the parameters, with real leaves of the same precision.
 
     Raises:
       TypeError: ``J`` is not a ``Jacobian``.
-      ValueError: it has not one row per example, or N = 0.
+      ValueError: it does not have one row per example, or N = 0.
 
     Source: Kunstner et al., "Limitations of the empirical Fisher approximation", 2019.
 
@@ -251,12 +251,12 @@ def sampled_fisher_diagonal(
       logits: a function ``logits(params, *example)`` of one example that returns an
         array (C,) of scores.
       key: one PRNG key.
-      num_samples: labels for each example, an int ≥ 1; static. The samples are taken
-        in turn, so the memory is that of one.
+      num_samples: labels for each example, an int ≥ 1; static. Samples are drawn one
+        after the other, so the memory is that of one.
 
     Returns:
       A function of ``params`` and a batch, stacked along axis 0. It returns a tree like
-      the parameters, of real leaves in the precision of theirs.
+      the parameters, with real leaves of the same precision.
 
     Raises:
       TypeError: ``logits`` is not callable, ``key`` is not a PRNG key, or
@@ -306,22 +306,21 @@ def sampled_fisher_diagonal(
 def sampling_weights(norms: Any, *, uniform: Any = 0.1) -> tuple[jax.Array, jax.Array]:
     """Importance sampling by gradient norms: probabilities, and weights without bias.
 
-    With probabilities pᵢ = (1 − u)·‖gᵢ‖/Σ‖gⱼ‖ + u/N and weights wᵢ = 1/(N pᵢ), the
-    mean of wᵢgᵢ over drawn examples is an unbiased estimate of the mean gradient. With
-    u = 0 its variance is the smallest that any probabilities give, if the norms are
-    those of now. A part u of uniform sampling bounds the weights by 1/u if they are
-    older.
+    With probabilities pᵢ = (1 − u)·‖gᵢ‖/Σ‖gⱼ‖ + u/N and weights wᵢ = 1/(N pᵢ), the mean
+    of wᵢgᵢ over drawn examples is an unbiased estimate of the mean gradient. With u = 0
+    and up-to-date norms, its variance is the smallest possible. If the norms are older,
+    a share u of uniform sampling bounds the weights by 1/u.
 
     Args:
-      norms: (N,), not negative, as ``J.norms()``; a norm that is too old or too large
-        by a factor does no harm but to the variance.
-      uniform: the number u from 0 to 1.
+      norms: (N,), not negative, as ``J.norms()``. With u > 0, old or inexact norms
+        only raise the variance.
+      uniform: the share u, from 0 to 1.
 
     Returns:
       ``(probabilities, weights)``, (N,) each, in float32 or wider. Probabilities are
       uniform if all norms are zero. An example of probability 0 has weight 0. Draw
-      with ``jax.random.choice(key, N, (B,), p=probabilities)``; ``weights`` at these
-      indices are for ``J.weighted_sum(weights) / B`` of the drawn batch.
+      indices with ``jax.random.choice(key, N, (B,), p=probabilities)``; with J of the
+      drawn batch, the estimate is ``J.weighted_sum(weights[indices] / B)``.
 
     Raises:
       TypeError: ``norms`` does not hold real floating-point numbers, or ``uniform`` is

@@ -25,11 +25,11 @@ from .notes import note_of_outer
 
 
 def reassemble(outer: Callable[[PyTree], Any], outputs: PyTree, rows: PyTree) -> PyTree:
-    """The gradient of ``outer(outputs)`` from per-example gradients in hand.
+    """The gradient of ``outer(outputs)`` from per-example gradients that you have.
 
     With L = outer(f), it is Σᵢ (∂L/∂fᵢ) ∂fᵢ/∂p, and equals the gradient of the
-    composition to rounding. ``outer`` may couple the examples. Where the rows are not
-    in hand, :func:`chain_rule_grad` needs none.
+    composition to rounding. ``outer`` may couple the examples. If you do not have the
+    rows, use :func:`chain_rule_grad`, which needs none.
 
     Args:
       outer: a function of ``outputs`` that returns a real scalar.

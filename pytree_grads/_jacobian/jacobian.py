@@ -51,9 +51,9 @@ from .refused import NotAnArray, written
 class Jacobian(NotAnArray):
     """J: a row for each example, or for each output of each example.
 
-    J is not a tree of rows. Its leaves as a pytree are factors of rows, so
-    ``jax.tree.map`` of J gives nonsense of the right shape: ``J.scale(s)`` multiplies
-    rows by numbers, and ``J.to_rows()`` gives the rows themselves.
+    J is not a tree of rows. It is a pytree whose leaves are factors of rows, so
+    ``jax.tree.map`` over J gives nonsense of the right shape. ``J.scale(s)`` multiplies
+    rows by numbers, and ``J.to_rows()`` returns the rows themselves.
 
     ``jacobian`` and ``value_and_jacobian`` make it. N is the number of examples, P the
     number of parameters. If the function returns a scalar, "a number per row" is an
@@ -61,11 +61,11 @@ class Jacobian(NotAnArray):
     of shape ``(N, *k)``. For losses of a whole batch (``batched=False``) there is no N,
     and it is a tree like the function's output.
 
-    Rows are kept as factors, from which every product is computed; or they are
-    recomputed for each product, and nothing is kept (``recompute=True``,
-    ``chunk_size=k``). A Jacobian is a pytree: it may leave ``jit``, and enter ``vmap``,
-    ``scan`` and ``grad``. If its rows are recomputed, it carries its function, which
-    must not close over tracers if J leaves ``jit``.
+    J keeps its rows as factors, and computes every product from these. Or, with
+    ``recompute=True`` or ``chunk_size=k``, it keeps nothing, and recomputes rows for
+    each product. A Jacobian may leave ``jit``, and enter ``vmap``, ``scan`` and
+    ``grad``. If it recomputes rows, it carries its function, which must not close over
+    tracers if J leaves ``jit``.
 
     ===========================  =======================================================
     case                         result
@@ -76,8 +76,8 @@ class Jacobian(NotAnArray):
     a row with a NaN or inf      its norm is NaN or infinite; so is every sum, unless
                                  ``clip(..., nan_safe=True)`` has made the row zero
     a norm that overflows        is infinite or NaN; ``clip`` treats the row as infinite
-    a norm > 9e37 × its bound    the row is zero once clipped, in float32, since no
-                                 normal number scales it so
+    a norm > 9e37 × its bound    ``clip`` makes the row zero, in float32, since the
+                                 scale would not be a normal number
     complex parameters           rows follow ``jax.grad`` (step along the conjugate);
                                  ``gram`` conjugates the left row, ``J @ v`` is real
     ===========================  =======================================================
@@ -158,10 +158,10 @@ class Jacobian(NotAnArray):
 
         Raises:
           IndexError: an index that is not traced is out of range.
-          TypeError: it is something else, or its number of rows is not known; or J has
-            one loss of a whole batch, or a tree of them.
-          ValueError: an array has more than one axis, or a mask not one entry for each
-            example.
+          TypeError: the index is of another kind, or its number of rows is not known;
+            or J has one loss of a whole batch, or a tree of them.
+          ValueError: an array has more than one axis, or a mask does not have one entry
+            for each example.
 
         >>> import jax.numpy as jnp
         >>> from pytree_grads import jacobian
@@ -216,10 +216,10 @@ class Jacobian(NotAnArray):
     def __add__(self, other: Any) -> "Jacobian":
         """J + J′: row i is the sum of the rows of example i.
 
-        It is the Jacobian of the sum of the functions, from rows in hand. Both have the
+        It is the Jacobian of the sum of both functions. Both Jacobians must have the
         same shape, and parameters of the same structure, shapes and dtypes (their
-        values may differ), and both keep their rows, or recompute them in chunks of
-        one size.
+        values may differ). Either both keep their rows, or both recompute them in
+        chunks of the same size.
 
         Raises:
           TypeError: ``other`` is not a Jacobian.
@@ -323,17 +323,17 @@ class Jacobian(NotAnArray):
     def weighted_sum(self, c: PyTree) -> PyTree:
         """The weighted sum of rows, Jᵀ c = Σᵢ cᵢ Jᵢ. It costs one ordinary gradient.
 
-        Which arrays the sum is computed from depends on how J was made and where it is
-        summed.
+        What the sum is computed from depends on how J was made, and on where the sum is
+        taken.
 
         ====================================  ==========================================
-        rows                                  the sum takes
+        case                                  the sum is computed from
         ====================================  ==========================================
-        unscaled rows, in J's own trace       the factors, no rows; one backward pass if
+        unscaled rows, in the trace of J      the factors, no rows; one backward pass if
                                               a leaf has no factors, or a scan is
                                               rematerialised
-        scaled or clipped rows                what norms use
-        J outside ``jit``, or inside a loop   what norms use
+        scaled or clipped rows                the factors or rows that norms use
+        J outside ``jit``, or inside a loop   the factors or rows that norms use
         J that keeps nothing                  the factors, or with ``recompute`` one
                                               backward pass
         ====================================  ==========================================
@@ -347,7 +347,7 @@ class Jacobian(NotAnArray):
 
         Raises:
           TypeError: ``c`` does not hold real numbers.
-          ValueError: ``c`` has not one number per row.
+          ValueError: ``c`` does not have one number per row.
 
         >>> from pytree_grads import jacobian
         >>> f = lambda p, x: jnp.dot(p["w"], x)
@@ -398,11 +398,11 @@ class Jacobian(NotAnArray):
         layers of a scan grow while their cotangents shrink.
 
         Accuracy: norms of single outer products, of biases and of materialised rows are
-        sums of squares, right to rounding. If a row adds up T > 1 outer products of aₜ
-        and bₜ, its squared norm comes from inner products of those, and is off by about
-        eps·(Σₜ‖aₜ‖‖bₜ‖)². That is significant only if the parts of a row nearly cancel.
-        If it exceeds a thousandth of the squared norm, the error is added: such a norm
-        may be too large, never too small.
+        sums of squares, correct to rounding. If a row adds up T > 1 outer products of
+        aₜ and bₜ, its squared norm comes from inner products of those, and is off by
+        about eps·(Σₜ‖aₜ‖‖bₜ‖)². That is significant only if the parts of a row nearly
+        cancel. If it exceeds a thousandth of the squared norm, the error is added: such
+        a norm may be too large, never too small.
 
         Args:
           groups: a prefix tree of the parameters, for the norms of the parts of rows
@@ -564,7 +564,7 @@ class Jacobian(NotAnArray):
         return self._rows.origin.like_params(narrow)
 
     def scale(self, s: PyTree, *, groups: PyTree = None) -> "Jacobian":
-        """Every row times a real number of its own, diag(s) J.
+        """Every row times its own real number, diag(s) J.
 
         Args:
           s: a real number per row, traced. With ``groups``, a tree like the prefix that
@@ -614,12 +614,12 @@ class Jacobian(NotAnArray):
     def scale_params(self, diagonal: PyTree) -> "Jacobian":
         """Every row times one real number per parameter, J diag(d).
 
-        So norms, clips and inner products are those of another metric: with the roots
-        of Adam's second moments in place of d, say, or their inverses. A number for a
-        whole leaf, or one for each line or column of a matrix, becomes part of the
-        factors. Otherwise it is a weight of them, and norms of single outer products
-        need no rows; those of sums of several, and of kernels, build rows, some at a
-        time. A sum is multiplied once.
+        Norms, clips and inner products are then those of another metric: d may hold the
+        roots of Adam's second moments, say, or their inverses. A number for a whole
+        leaf, or one for each line or column of a matrix, becomes part of the factors.
+        With any other diagonal, norms of single outer products still need no rows;
+        norms of sums of several outer products, and of kernels of convolutions, build
+        rows, some at a time. A sum is multiplied once.
 
         Args:
           diagonal: a tree like the parameters, of real numbers of any sign, traced. A
@@ -668,8 +668,8 @@ class Jacobian(NotAnArray):
         overestimated (see ``norms``).
 
         With ``chunk_size=k``, a clip waits for the product that follows, and
-        ``clip(...).sum()`` is one pass over the chunks. Norms that are returned take a
-        pass of their own; ``clipped_sum`` has both from one pass.
+        ``clip(...).sum()`` is one pass over the chunks. ``with_norms=True`` takes one
+        more pass; ``clipped_sum`` computes both in one pass.
 
         Args:
           max_norm: a non-negative scalar for the whole row; or a prefix tree of the
@@ -770,14 +770,15 @@ class Jacobian(NotAnArray):
 
         A dense R costs T·m·n·dim operations for an m × n matrix whose row is a sum of T
         outer products. A Kronecker R costs T·(m + n)·√dim, a tensor sketch T·(m + n +
-        dim·log dim). Other kinds of rows are projected as the matrices that they are.
-        The axes of a leaf are split in two where the sum of both sizes is least. For
-        ``"kronecker"``, a side of at most √dim entries is kept whole, and the other
-        gets dim // side numbers; otherwise the shorter side gets l = ⌊√dim⌋ numbers and
-        the other ⌊dim/l⌋. A vector has one side: in both kinds, its row is sketched in
-        full, by a count sketch of variance at most 2/dim. Different leaves are added
-        into the same ``dim`` numbers, with signs and places of their own, which adds at
-        most 2/dim. ``J.explain(sketch_dim=dim)`` says what each leaf takes.
+        dim·log dim). Rows that are not sums of outer products are projected as
+        matrices. The axes of a leaf are split in two where the sum of both sizes is
+        least. For ``"kronecker"``, a side of at most √dim entries is kept whole, and
+        the other gets dim // side numbers; otherwise the shorter side gets l = ⌊√dim⌋
+        numbers and the other ⌊dim/l⌋. A vector has one side: both kinds sketch its row
+        in full, by a count sketch of variance at most 2/dim. The sketches of all leaves
+        add up in the same ``dim`` numbers, each with its own signs and places. This
+        adds at most 2/dim to the variance. ``J.explain(sketch_dim=dim)`` says what each
+        leaf takes.
 
         Args:
           key: one PRNG key.
@@ -845,8 +846,8 @@ class Jacobian(NotAnArray):
         for factors ended.
 
         Args:
-          sketch_dim: a positive int asks for a second table: how sketches to so many
-            numbers take each leaf, by each kind.
+          sketch_dim: a positive int adds a second table. It shows what each kind of
+            sketch to so many numbers does with each leaf.
 
         Returns:
           The table, as a string of several lines.
@@ -873,8 +874,8 @@ class Jacobian(NotAnArray):
     def check(self, rows: int = 4) -> None:
         """Compare the first rows, and their products, with plain ``jax.grad``.
 
-        The rows are those of the metric of ``scale_params``, before they were scaled
-        and clipped. It looks at values, so it runs outside ``jit`` only.
+        It compares rows in the metric of ``scale_params``, before scales and clips. It
+        looks at values, so it runs outside ``jit`` only.
 
         Args:
           rows: how many examples to compare, a positive int, at most N. The losses of

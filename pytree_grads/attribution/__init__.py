@@ -10,12 +10,12 @@ what you want                  call
 gradients of checkpoints       ``tracin(pairs, step_sizes)``
 effects of leaving one out     ``influence(J_query, J_train, product, damping=)``
 from sketches, several models  ``trak(queries, features, residuals, damping=)``
-are the scores any good        ``lds(scores, subsets, losses)`` and
+quality of the scores          ``lds(scores, subsets, losses)`` and
                                ``leave_one_out_correlation(scores, without, losses)``
 features larger than memory    ``index = open_index(path, size=, dim=, made_of=)``
 =============================  =========================================================
 
-J has one row per example: it is that of a function that returns one number.
+J must have one row per example: its function returns one number.
 """
 
 from ._index import Index as Index

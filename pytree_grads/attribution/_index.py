@@ -26,8 +26,8 @@ MEANINGS = {
 def fingerprint(params: Any, key: Any = None, *, kind: str = "dense") -> dict[str, Any]:
     """What features were made of: the parameters, and the key and kind of a sketch.
 
-    Features of different fingerprints must not be compared. An ``Index`` stores one,
-    and refuses features of another.
+    Do not compare features with different fingerprints. An ``Index`` stores one
+    fingerprint, and raises an error if features have another.
 
     Args:
       params: the parameters of J, a tree of arrays; their values are hashed.
@@ -78,12 +78,12 @@ def open_index(
     """Make an index of N features of k numbers in float32, or open the one that exists.
 
     Args:
-      path: a directory, which must not exist or be an index of the same ``size``,
+      path: a directory. It must not exist yet, or hold an index with the same ``size``,
         ``dim``, ``made_of`` and ``store``. Several processes may open it at the same
         time. For tensorstore also a URL, such as ``gs://bucket/index``.
       size: N, the number of training examples, an int ≥ 1.
-      dim: k, the numbers of a feature, an int ≥ 1.
-      made_of: as ``fingerprint(params, key)`` returns it.
+      dim: k, the length of a feature, an int ≥ 1.
+      made_of: the fingerprint of the features, from ``fingerprint(params, key)``.
       store: ``"numpy"`` keeps memory maps, for the processes of one machine.
         ``"tensorstore"`` keeps Zarr arrays in blocks of 1,024 rows, for many machines
         that share a file system or a cloud store; it needs the extra ``store``.
@@ -93,8 +93,8 @@ def open_index(
 
     Raises:
       TypeError: ``size`` or ``dim`` is not an int.
-      ValueError: one is less than 1; ``store`` is another word; ``path`` is no index,
-        or one of another size, dim, store, model, order of parameters, key or kind.
+      ValueError: one is less than 1; ``store`` is another word; ``path`` is not an
+        index, or has another size, dim, store, model, order of parameters, key or kind.
       ImportError: tensorstore is asked for and not installed.
 
     >>> import jax, jax.numpy as jnp, tempfile
@@ -140,15 +140,15 @@ def _check_made_of(found: dict[str, Any], given: dict[str, Any], what: str) -> N
 class Index:
     """Features of training examples on disk, of which any part may be written already.
 
-    ``open_index`` makes it. Rows are written first and marked after, so a run that is
-    killed loses no more than the batch at hand, and never leaves a marked row that is
-    not whole. Other processes see rows as soon as they are marked.
+    ``open_index`` makes it. ``write`` writes rows first and marks them afterwards. So a
+    killed run loses only its current batch, and a marked row is always complete. Other
+    processes see rows as soon as they are marked.
 
     Attributes:
       path: the directory or URL, which holds ``header.json``, the features and the
         marks.
-      size: N.
-      dim: k.
+      size: N, the number of training examples.
+      dim: k, the length of a feature.
       made_of: the fingerprint of the features.
       store: what keeps the arrays. ``store.features``, (N, k) in float32 with zeros
         where nothing is written, and ``store.written``, (N,) bools, are a memory map or
@@ -177,8 +177,9 @@ class Index:
     ) -> Iterator[tuple[int, int]]:
         """The batches that are still to be written, as ``(start, stop)``.
 
-        What is missing is found once, at the beginning. Several processes divide the
-        examples: ``part=jax.process_index(), parts=jax.process_count()``.
+        The call looks once, at the beginning, for what is missing. To divide the
+        examples between processes, pass ``part=jax.process_index(),
+        parts=jax.process_count()``.
 
         Args:
           batch_size: the largest number of examples of a batch, an int ≥ 1.
@@ -301,7 +302,8 @@ class Index:
           block_size: how many rows are in memory at a time, an int ≥ 1.
 
         Returns:
-          ``(scores, rows)``, (Q, R) and (R,): what is written when it is called.
+          ``(scores, rows)``, (Q, R) and (R,), for the R examples that are written at
+          the time of the call: ``rows`` holds their numbers.
 
         Raises:
           TypeError: an argument is of the wrong kind.

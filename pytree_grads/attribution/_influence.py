@@ -26,20 +26,20 @@ def influence(
     With the matrix G of ``product``, the scores are J_query (G + λ)⁻¹ J_trainᵀ / N. At
     a minimum of the mean loss with the Hessian G + λ, leaving example n out moves the
     parameters by (G + λ)⁻¹ gₙ / N, up to O(1/N²). Without regularisation, the scores of
-    a query add up to 0 there. Systems are solved by conjugate gradients: G is not
-    built. The work for a query is one product for each step, and one ``J_train @ v``.
+    a query add up to 0 there. Conjugate gradients solve the systems, so G is never
+    built. Each query takes one product per step, and one ``J_train @ v``.
 
     Args:
       J_query: the gradients of the losses of Q queries.
-      J_train: the gradients of the losses of all N training examples, with what a
-        penalty adds to the loss of each.
-      product: a function v ↦ G v of a tree like the parameters, where G is symmetric,
+      J_train: the gradients of the losses of all N training examples. If training has a
+        penalty, each of these losses includes it.
+      product: a function v ↦ G v of a tree like the parameters. G is symmetric and
         positive semi-definite, and belongs to the **mean** loss of the training
         examples: ``gauss_newton_product(outer, f)(params, *batch)`` with ``outer`` a
         mean, or ``fisher_product(f)(params, *batch)``.
-      damping: λ ≥ 0, a real number; a penalty λ‖p‖²/2 that ``product`` does not have is
-        such a damping. With 0, and a singular G, a gradient outside its range has no
-        solution.
+      damping: λ ≥ 0, a real number. If training has a penalty λ‖p‖²/2 that ``product``
+        does not include, pass this λ. If λ = 0 and G is singular, there is a solution
+        only for a gradient in the range of G.
       tolerance: the residual at which a system counts as solved, relative to the norm
         of the query's gradient; by default 1e-5 in float32 and 1e-8 in float64.
       max_steps: the largest number of steps of conjugate gradients, an int ≥ 1.
@@ -52,9 +52,9 @@ def influence(
     Raises:
       TypeError: ``J_query`` or ``J_train`` is not a ``Jacobian``, ``product`` not a
         function, or a number of the wrong kind.
-      ValueError: a Jacobian has not one row per example, N = 0, a number is out of
-        range; or, outside ``jax.jit``, a system was not solved, as it happens without
-        damping on a singular matrix.
+      ValueError: a Jacobian does not have one row per example; N = 0; a number is out
+        of range; or, outside ``jax.jit``, a system was not solved, as can happen with a
+        singular matrix and no damping.
 
     Complex parameters count as pairs of real ones.
 

@@ -24,8 +24,8 @@ def tracin(
         generator that makes one pair at a time. The functions may differ, if their
         parameters are the same.
       step_sizes: K real numbers: the learning rate at each checkpoint, divided by the
-        size of a batch if the step took the mean of a batch. A checkpoint that stands
-        for many steps counts with the sum of theirs.
+        size of a batch if the step took the mean of a batch. If a checkpoint stands for
+        many steps, give the sum of their sizes.
 
     Returns:
       Scores (Q, N), real, in float32 or wider.
@@ -33,8 +33,8 @@ def tracin(
     Raises:
       TypeError: an entry of ``pairs`` is not a pair of Jacobians, or a step size is not
         a real number.
-      ValueError: there is no pair, not one step size for each, or a Jacobian has not
-        one row per example; pairs differ in Q or N.
+      ValueError: there is no pair; there are not as many step sizes as pairs; a
+        Jacobian does not have one row per example; or pairs differ in Q or N.
 
     Source: Pruthi et al., "Estimating training data influence by tracing gradient
       descent", 2020, TracInCP.

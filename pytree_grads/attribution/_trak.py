@@ -17,12 +17,12 @@ def trak(
     *,
     damping: Any = 0.0,
 ) -> jax.Array:
-    """Scores from the sketches of M models: the mean of Φ_q (ΦᵀΦ + λ)⁻¹ Φᵀ, times Q.
+    """Scores from sketches of M models: mean Φ_q (ΦᵀΦ + λ)⁻¹ Φᵀ, times mean residuals.
 
     Φ holds the sketches of the gradients of the model's output, such as the margin
-    log(p/(1−p)) of the right class, and Q the derivative of the loss by that output,
-    1 − p for the margin. Both means, that of the kernels and that of Q, are taken over
-    the models before they are multiplied.
+    log(p/(1−p)) of the right class. A residual is minus the derivative of the loss with
+    respect to that output, 1 − p for the margin. The kernels and the residuals are each
+    averaged over the models, and then multiplied.
 
     Args:
       queries: M arrays (Q, k): ``J_query.sketch(key, k)`` of each model.
@@ -38,8 +38,8 @@ def trak(
     Raises:
       TypeError: an array does not hold real floating-point numbers, or ``damping`` is
         not a real number.
-      ValueError: there is no model, or not as many of all three; shapes do not fit;
-        ``damping`` is negative; or, outside ``jax.jit``, ΦᵀΦ + λ is singular.
+      ValueError: there is no model; the three lists differ in length; shapes do not
+        fit; ``damping`` is negative; or, outside ``jax.jit``, ΦᵀΦ + λ is singular.
 
     Source: Park et al., "TRAK: attributing model behavior at scale", 2023, equation 17.
 

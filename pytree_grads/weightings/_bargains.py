@@ -16,18 +16,18 @@ DAMPED, PLAIN = 30, 4
 def nash_mtl(gram: Any, *, max_norm: Any = None) -> jax.Array:
     """Nash-MTL: the weights of the Nash bargain, G w = 1/w.
 
-    They are where ½wᵀGw − Σ log w is smallest: the sum of the logarithms of what the
-    losses gain is largest. The direction does not change if a gradient is multiplied
-    by a positive number: its weight is divided by it. The combined gradient conflicts
-    with no loss, and its squared norm is K. A loss whose gradient is zero has weight 0,
-    and does not count in K. Where the losses are Pareto stationary there is no such
-    point; a ridge of some roundings keeps the weights finite there. They are
-    differentiable.
+    The weights minimise ½wᵀGw − Σ log w, which maximises the sum of the logarithms of
+    what the losses gain. If a gradient is multiplied by a positive number, its weight
+    is divided by this number, so the direction does not change. The combined gradient
+    conflicts with no loss, and its squared norm is K. A loss whose gradient is zero has
+    weight 0, and does not count in K. Where the losses are Pareto stationary, no such
+    weights exist; a ridge of the size of rounding errors keeps the result finite there.
+    The weights are differentiable.
 
     Args:
       gram: (K, K), the inner products of K gradients, as ``J.gram()``.
-      max_norm: a bound for the norm of the combined gradient, to which the weights are
-        scaled down; None for none. TorchJD uses 1.
+      max_norm: a bound for the norm of the combined gradient: the weights are scaled
+        down to it. None for no bound. TorchJD uses 1.
 
     Returns:
       The weights, (K,), in float32 or wider; 1/‖J₁‖ for a single loss.
@@ -56,11 +56,11 @@ def nash_mtl(gram: Any, *, max_norm: Any = None) -> jax.Array:
 def fairgrad(gram: Any, alpha: Any) -> jax.Array:
     """FairGrad: α-fair weights, (G w)ᵅ = 1/w.
 
-    They are where ½wᵀGw less the sum of w^(1−1/α)/(1−1/α) is smallest. As α tends to 0
-    all that counts is the sum of the gains; α = 1 is ``nash_mtl``; the larger α, the
-    more the worst loss counts. The combined gradient conflicts with no loss. A
-    loss whose gradient is zero has weight 0. Weights are finite where the losses are
-    Pareto stationary, and differentiable.
+    The weights minimise ½wᵀGw − Σ w^(1−1/α)/(1−1/α). As α tends to 0, only the sum of
+    the gains counts; α = 1 is ``nash_mtl``; the larger α, the more the worst loss
+    counts. The combined gradient conflicts with no loss. A loss whose gradient is zero
+    has weight 0. Weights are finite where the losses are Pareto stationary, and
+    differentiable.
 
     Args:
       gram: (K, K), the inner products of K gradients, as ``J.gram()``.

@@ -17,7 +17,7 @@ def combined_value_and_grad(
     heads: bool = False,
     has_aux: bool = False,
 ) -> Callable[..., Any]:
-    """The values of K losses, and the gradient that a weighting makes of theirs.
+    """The values of K losses, and one gradient that a weighting combines from theirs.
 
     The gradients of the losses with respect to the parameters are the rows of J. The
     result is Jᵀw, with the weights w = weighting(JJᵀ).

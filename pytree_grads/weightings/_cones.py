@@ -22,8 +22,8 @@ def upgrad(
     gradient is multiplied by a positive number, so is its part of the result. Without
     conflict, the weights are the preference. A single loss has its preference as
     weight. Where the Gramian is singular, the weights need not be unique, but the
-    combined gradient is. Derivatives with respect to the Gramian are those of the
-    active bounds.
+    combined gradient is. Derivatives with respect to the Gramian hold the set of active
+    bounds fixed.
 
     Args:
       gram: (K, K), the inner products of K gradients, as ``J.gram()``.

@@ -13,8 +13,8 @@ def krum(gram: Any, num_byzantine: int, num_selected: int = 1) -> jax.Array:
     """Multi-Krum: the mean of the gradients that lie closest to others.
 
     The score of a gradient is the sum of its K − f − 2 smallest squared distances from
-    others, with f gradients that may be anything. Those with the smallest scores get
-    weight 1/m each, the others 0. Ties go to the first.
+    others; f of the gradients may be arbitrary. The m gradients with the smallest
+    scores get weight 1/m each, the others 0. Ties go to the first.
 
     Args:
       gram: (K, K), the inner products of K gradients, as ``J.gram()``.

@@ -15,10 +15,11 @@ from ._stateful import StatefulWeighting
 def pcgrad(gram: Any, key: Any) -> jax.Array:
     """PCGrad: each gradient loses its part against every other that it conflicts with.
 
-    A copy of each gradient is projected on the plane normal to every other gradient
-    with which it, as corrected so far, has a negative inner product. The order is
-    random. The weights are those of the sum of the copies. For two losses the combined
-    gradient is twice that of ``upgrad``, and conflicts with none; for more it may.
+    A copy of each gradient meets every other gradient, in a random order. If the copy,
+    as corrected so far, has a negative inner product with the other gradient, it is
+    projected on the plane normal to that gradient. The weights are those of the sum of
+    the copies. For two losses, the combined gradient is twice that of ``upgrad``, and
+    conflicts with none; for more losses, it may conflict with some.
 
     Args:
       gram: (K, K), the inner products of K gradients, as ``J.gram()``.
@@ -47,9 +48,9 @@ def pcgrad(gram: Any, key: Any) -> jax.Array:
 def gradvac(key: Any, *, decay: Any = 0.99) -> StatefulWeighting:
     """GradVac: raises the cosine of each pair of gradients to its moving average.
 
-    For each pair whose cosine is below its average, a multiple of the other gradient is
-    added that brings the cosine up to the average. Averages start at 0, where the first
-    step is that of ``pcgrad``. The state holds the averages and the key.
+    If the cosine of a pair is below its moving average, a multiple of the other
+    gradient is added that raises the cosine to the average. Averages start at 0, so the
+    first step is that of ``pcgrad``. The state holds the averages and the key.
 
     Args:
       key: one PRNG key for the orders of all steps.

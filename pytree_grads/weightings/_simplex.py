@@ -22,7 +22,7 @@ def mgda(gram: Any) -> jax.Array:
     The weights are not negative, add up to 1, and make wᵀGw smallest. The combined
     gradient conflicts with no loss; it is zero exactly where the losses are Pareto
     stationary. Rows of zeros get all the weight. Equal rows share theirs in any
-    proportion. Derivatives are those of the active bounds.
+    proportion. Derivatives hold the set of active bounds fixed.
 
     Args:
       gram: (K, K), the inner products of K gradients, as ``J.gram()``.
@@ -52,8 +52,8 @@ def cagrad(gram: Any, c: Any = 0.5) -> jax.Array:
     smallest Jᵢ·d is largest. With c = 0 it is the mean; with c ≥ 1 it conflicts with no
     loss; as c grows, the direction tends to that of ``mgda``. Where the losses are
     Pareto stationary or nearly so, or g₀ is zero, the result stays within this ball,
-    and is finite. There, or with norms that differ by some hundreds, the direction for
-    c ≥ 1 is not exact, and may leave a conflict.
+    and is finite. There, or if norms differ by a factor of some hundreds, the direction
+    for c ≥ 1 is not exact, and may leave a conflict.
 
     Args:
       gram: (K, K), the inner products of K gradients, as ``J.gram()``.

@@ -23,7 +23,7 @@ def modo(step_size: Any, *, regularization: Any = 0.0) -> StatefulWeighting:
     Returns:
       A ``StatefulWeighting``: ``init(K)`` makes the state, and ``update(gram, state)``
       takes ``J1.gram(J2)``, of shape (K, K), and returns the weights, (K,), and the
-      next state. The paper weighs the gradients of a further batch with them.
+      next state. The paper applies the weights to the gradients of a further batch.
 
     Raises:
       TypeError: a number is not a real scalar; from ``update``, ``gram`` does not hold
@@ -72,7 +72,8 @@ def sdmgrad(
     Returns:
       A ``StatefulWeighting``: ``init(K)`` makes the state, and ``update(gram, state)``
       takes ``J1.gram(J2)``, of shape (K, K), and returns the weights w + λc, (K,), and
-      the next state, which is w. The paper weighs the gradients of a further batch.
+      the next state, which is w. The paper applies the weights to the gradients of a
+      further batch.
 
     Raises:
       TypeError: a number is not a real scalar; from ``update``, ``gram`` does not hold
