@@ -15,6 +15,8 @@ from pytree_grads import (
     per_example_grad,
 )
 
+pytestmark = pytest.mark.any_release
+
 N = 7
 KEY = jax.random.key(4)
 CHUNKS = [None, 1, 3, N - 1, N + 5]

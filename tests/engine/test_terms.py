@@ -128,7 +128,7 @@ def check_products(leaf):
     assert norm_route(leaf).flops >= 0 <= sum_flops(leaf)
 
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.any_release]
 
 
 def test_rows_of_a_new_kind():

@@ -12,6 +12,8 @@ from routes import factors_kept, few_at_once, leaves_of, with_thresholds
 from pytree_grads import jacobian
 from pytree_grads._engine.products.tiles import Tiles
 
+pytestmark = pytest.mark.any_release
+
 N, T = 6, 9
 
 
@@ -113,7 +115,6 @@ def test_gramians_by_parts(case, few_entries):
     assert_close(both.reshape(len(rows), -1), rows.conj() @ others.T)
 
 
-@pytest.mark.any_release
 def test_a_gramian_by_parts_has_derivatives(case, few_entries):
     fun, p, x, _, _ = case
 

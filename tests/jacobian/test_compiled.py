@@ -8,6 +8,8 @@ from helpers import CompilationCounter, tree_allclose
 
 from pytree_grads import jacobian, value_and_jacobian
 
+pytestmark = pytest.mark.any_release
+
 N = 6
 P = {"r": jnp.eye(3) / 5, "w": jnp.ones((4, 3)) / 3}
 X = jnp.sin(jnp.arange(N * 12.0)).reshape(N, 12)

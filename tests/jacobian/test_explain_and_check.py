@@ -14,6 +14,8 @@ from pytree_grads import Vector, jacobian, value_and_jacobian
 from pytree_grads._engine.leaf import Leaf
 from pytree_grads._jax.compat import all_equations
 
+pytestmark = pytest.mark.any_release
+
 N = 5
 KEYS = jax.random.split(jax.random.key(3), 6)
 

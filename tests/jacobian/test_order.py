@@ -9,6 +9,8 @@ from jax.extend.core import primitives as p
 
 from pytree_grads import jacobian
 
+pytestmark = pytest.mark.any_release
+
 N = 6
 
 

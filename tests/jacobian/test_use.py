@@ -13,6 +13,8 @@ from helpers import CompilationCounter, TraceCounter, tree_allclose
 
 from pytree_grads import Vector, jacobian, value_and_jacobian
 
+pytestmark = pytest.mark.any_release
+
 N = 5
 KEY = jax.random.key(7)
 MODES = {"kept": {}, "recomputed": {"recompute": True}, "chunks": {"chunk_size": 2}}
@@ -71,7 +73,6 @@ def clipped(stacked, bound):
     return jax.tree.map(lambda r: jnp.tensordot(factors, r, 1), stacked)
 
 
-@pytest.mark.any_release
 class TestTransformations:
     @modes
     def test_vmap(self, mode, x64):
