@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-# The site runs them all, on the older release of JAX in CI.
 pytestmark = pytest.mark.any_release
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
