@@ -48,10 +48,11 @@ types: $(VENV)/.dev
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 # The site, in docs/_build, from nothing. GALLERY=full runs the examples as long as their
-# readers would; without it they are short.
+# readers would; without it they are short. GALLERY=none does not run them.
 docs: $(VENV)/.docs
 	rm -rf $(SITE)
-	$(VENV)/bin/python -m sphinx -W --keep-going --quiet docs docs/_build
+	$(VENV)/bin/python -m sphinx -W --keep-going --quiet \
+		$(if $(filter none,$(GALLERY)),-D plot_gallery=0) docs docs/_build
 
 # What is uploaded: sdist and wheel, each installed where there is nothing else, pass their
 # doctests and run the code of the README.
