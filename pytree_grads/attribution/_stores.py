@@ -117,8 +117,9 @@ def open_blocks(path: str, header: dict[str, Any]) -> tuple[dict[str, Any], Bloc
     files = tensorstore.KvStore.open(root).result()
     found = files.read("header.json").result()
     if found.state == "missing":
-        keys = {key.split(b"/")[0] for key in files.list().result()}
-        if keys - {b"features", b"written"}:
+        # Another process may be making the same index: its parts are no strangers.
+        own_keys = b"features/", b"written/", b"header.json"
+        if not all(key.startswith(own_keys) for key in files.list().result()):
             raise ValueError(f"{path} exists and is no index: give a path that is free")
 
     def opened(name: str, dtype: Any, shape: list[int]) -> Any:
