@@ -4,7 +4,6 @@ A rule is a function `fun(folding, equation, index)`. It gives the pieces of out
 number `index`, or None if the equation does not fold.
 """
 
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -25,11 +24,16 @@ Sum: TypeAlias = dict[Piece, Number]  # pieces that add up, each with a number
 
 
 def multiplied(x: Number, y: Number) -> Number:
-    return operator.mul(*_alike(x, y))
+    x, y = _alike(x, y)
+    return x * y
 
 
-def added(x: Number, y: Number) -> Number:
-    return operator.add(*_alike(x, y))
+def add_to(total: Sum, piece: Piece, number: Number) -> None:
+    """Add a piece with a number to a sum, which may have the piece already."""
+    if piece in total:
+        before, number = _alike(total[piece], number)
+        number = before + number
+    total[piece] = number
 
 
 def _alike(x: Number, y: Number) -> tuple[Any, Any]:
@@ -109,7 +113,7 @@ class Folding:
                 made = replace(piece, after=piece.after + moves)
             if made is None:
                 return None
-            found[made] = added(found[made], factor) if made in found else factor
+            add_to(found, made, factor)
         return found
 
 

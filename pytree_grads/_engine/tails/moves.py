@@ -15,7 +15,7 @@ from ..graph import Equation
 from ..rules.structural import pad
 from ..views import Pad, Reshape, Slice, Transpose, part_of, simplified
 from .axes import Axis, Piece, in_order, oriented, reshaped, wide
-from .folding import Folding, Sum, added, multiplied, rule
+from .folding import Folding, Sum, add_to, multiplied, rule
 
 Map: TypeAlias = Callable[[jax.Array, int], jax.Array]  # along an axis of an array
 
@@ -42,8 +42,7 @@ def _total(folding: Folding, equation: Equation, signs: Sequence[float]) -> Sum 
         if value is None or atom.aval.shape != equation.outputs[0].aval.shape:
             return None
         for piece, factor in value.items():
-            own = multiplied(sign, factor)
-            found[piece] = added(found[piece], own) if piece in found else own
+            add_to(found, piece, multiplied(sign, factor))
     return found
 
 
