@@ -2,7 +2,8 @@
 
 XLA's own count takes the body of a loop once, so that a program that moves work out of
 a scan seems to do more. Counted are products of matrices and convolutions, and what
-else computes a number if it is asked for, of equations whose result is used.
+else computes a number if it is asked for, of equations whose result is used. XLA drops
+the others, in the body of a loop as well.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 from math import log2, prod
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.extend.core import primitives as p
+from jax.interpreters.partial_eval import dce_jaxpr
 
 MOVES = {
     p.bitcast_convert_type_p,
@@ -39,13 +41,8 @@ def count(jaxpr: Jaxpr, *, everything: bool = False) -> float:
     With `everything`, also one for each entry that is reduced, scattered or computed by
     itself.
     """
-    total, needed = 0.0, {x for x in jaxpr.outvars if not isinstance(x, Literal)}
-    for equation in reversed(jaxpr.eqns):
-        if needed.isdisjoint(equation.outvars) and not equation.effects:
-            continue
-        needed.update(x for x in equation.invars if not isinstance(x, Literal))
-        total += _count_equation(equation, everything)
-    return total
+    used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return sum(_count_equation(equation, everything) for equation in used.eqns)
 
 
 def _count_equation(equation: Any, everything: bool) -> float:

@@ -11,14 +11,18 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec
 
+from .._jax.compat import varying_zeros
 from .._jax.sharding import in_auto
 from .._trees.algebra import common_dtype
 from .graph import Atom, Equation, Graph, Known, Value
 from .layout import Frame
+from .leaf import Leaf, Summand
 from .products.norms import norm
-from .sites import AtNorm, AtRow, AtScan, AtTerm, Site, is_dense
+from .products.sums import weighted_sum
+from .sites import AtNorm, AtRow, AtScan, AtSum, AtTerm, Site, is_dense
 from .terms import Dense, Term
 
 
@@ -52,7 +56,14 @@ class Row:
     site: Site
 
 
-Key: TypeAlias = Value | Known | Stacked | Total | Norm | Row
+@dataclass(frozen=True)
+class Sum:
+    """The sum of the rows of the term at a site, over all examples."""
+
+    site: AtTerm
+
+
+Key: TypeAlias = Value | Known | Stacked | Total | Norm | Row | Sum
 
 
 def keys_of(site: Site) -> tuple[Key, ...]:
@@ -62,6 +73,8 @@ def keys_of(site: Site) -> tuple[Key, ...]:
             return (Norm(inner),)
         case AtRow(inner):
             return (Row(inner),)
+        case AtSum(inner):
+            return (Sum(inner),)
         case AtScan(equation, inner, stacked):
             make = Stacked if stacked or not is_dense(inner) else Total
             return tuple(make(equation, key) for key in keys_of(inner))
@@ -173,7 +186,7 @@ def _seeds(keys: Iterable[Key]) -> tuple[set[Atom], dict[Equation, _Asked]]:
             atoms.add(atom)
             continue
         match key:
-            case Norm(site) | Row(site):
+            case Norm(site) | Row(site) | Sum(site):
                 todo += keys_of(site)
             case Stacked(equation, inner):
                 asked.setdefault(equation, _Asked()).stacks[inner] = None
@@ -200,33 +213,33 @@ def _scan_needs(
         carries |= used
 
 
-def run(graph: Graph, inputs: Sequence[Any], keys: Sequence[Key]) -> list[Any]:
-    """Evaluate the arrays that some keys name."""
+def run(
+    graph: Graph, inputs: Sequence[Any], keys: Sequence[Key], example: Any = None
+) -> list[Any]:
+    """Evaluate the arrays that some keys name, for one example.
+
+    A key `Sum` needs `example`: any array that has an axis of examples if this is
+    mapped over them.
+    """
     env: dict[Key, Any] = dict(zip(graph.inputs, inputs, strict=True))
-    return _run(graph, env, keys, needs_of(graph, keys))
+    return _run(graph, env, keys, needs_of(graph, keys), example)
 
 
 def _run(
-    graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: Needs
+    graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: Needs, example: Any
 ) -> list[Any]:
     def read(key: Key) -> Any:
         atom = _went_in(key)
         match key if atom is None else atom:
             case Known(value):
                 return jnp.asarray(value)
-            case Norm(site) | Row(site):
-                is_norm = isinstance(key, Norm)
-
-                def made(arrays: list[jax.Array]) -> jax.Array:
-                    term, _ = assemble(site, arrays, [0] * len(arrays))
-                    return norm(term) if is_norm else term.materialize()
-
-                return in_auto(made, PartitionSpec())([read(x) for x in keys_of(site)])
+            case Norm(site) | Row(site) | Sum(site):
+                return _made(key, [read(x) for x in keys_of(site)], example)
         return env[key if atom is None else atom]
 
     for equation in graph.equations:
         if equation in needs.scans:
-            env.update(_run_scan(equation, needs.scans[equation], env))
+            env.update(_run_scan(equation, needs.scans[equation], env, example))
         elif any(output in needs.atoms for output in equation.outputs):
             operands = [
                 a.value if isinstance(a, Known) else env[a] for a in equation.inputs
@@ -236,7 +249,7 @@ def _run(
 
 
 def _run_scan(
-    equation: Equation, needs: ScanNeeds, env: dict[Key, Any]
+    equation: Equation, needs: ScanNeeds, env: dict[Key, Any], example: Any
 ) -> dict[Key, Any]:
     """Run a scan: the outputs that are read, and the keys inside its body.
 
@@ -268,18 +281,19 @@ def _run_scan(
         inner = dict(consts)
         inner.update(zip([body.inputs[i] for i in carries_at], state, strict=True))
         inner.update(zip([body.inputs[i] for i in steps_at], xs, strict=True))
-        values = _run(body, inner, asked, needs.body)
+        values = _run(body, inner, asked, needs.body, example)
         state, steps = values[: ends[0]], values[ends[0] : ends[1]]
         added, stacks = values[ends[1] : ends[2]], values[ends[2] :]
         totals = [total + x for total, x in zip(totals, added, strict=True)]
         return (state, totals), (steps, stacks)
 
-    start = [read(i) for i in carries_at]
-    zeros = [jnp.zeros(*_shape_dtype(key)) for key in needs.totals]
+    start, over_steps = ([read(i) for i in own] for own in (carries_at, steps_at))
+    reached = [*start, *over_steps, *consts.values(), example]
+    zeros = [varying_zeros(*_shape_dtype(key), *reached) for key in needs.totals]
     (state, totals), (steps, stacks) = jax.lax.scan(
         step,
         (start, zeros),
-        [read(i) for i in steps_at],
+        over_steps,
         length=None if steps_at else params["length"],  # which may be symbolic
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -288,6 +302,58 @@ def _run_scan(
     names += [Total(equation, key) for key in needs.totals]
     names += [Stacked(equation, key) for key in needs.stacks]
     return dict(zip(names, [*state, *steps, *totals, *stacks], strict=True))
+
+
+def _made(key: Any, arrays: Sequence[jax.Array], example: Any) -> jax.Array:
+    """What a key says of the term at a site, from the arrays of one example."""
+    if isinstance(key, Sum):
+        return _sum_of_rows(key.site, arrays, example)
+
+    def of_one(arrays: Sequence[jax.Array]) -> jax.Array:
+        term, _ = assemble(key.site, arrays, [0] * len(arrays))
+        return norm(term) if isinstance(key, Norm) else term.materialize()
+
+    return in_auto(of_one, PartitionSpec())(arrays)
+
+
+def _sum_of_rows(
+    site: AtTerm, arrays: Sequence[jax.Array], example: jax.Array
+) -> jax.Array:
+    """The sum over all examples of the rows of a term, whose arrays are those of one.
+
+    `jax.vmap` calls the rule below, which sums over the examples: their axis is one of
+    `example`, even if no array of the term has it. So a scan need not stack factors.
+    """
+
+    def total(
+        size: int, row_axes: Sequence[int], arrays: Sequence[jax.Array]
+    ) -> jax.Array:
+        term, own = assemble(site, arrays, row_axes)
+        summand = Summand(term, site.shape, rows_axis(site), (), 1.0, own, "")
+        leaf = Leaf((summand,), site.shape, term.dtype, size, None)
+        return in_auto(weighted_sum, PartitionSpec())(leaf, None)
+
+    @custom_vmap
+    def of_one(example: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return total(1, [0] * len(arrays), arrays)
+
+    @of_one.def_vmap
+    def of_all(
+        size: int, batched: Sequence[bool], example: jax.Array, *arrays: jax.Array
+    ) -> tuple[jax.Array, bool]:
+        return total(size, list(map(int, batched[1:])), arrays), False
+
+    return of_one(example, *arrays)
+
+
+def _dtype_of(site: AtTerm) -> Any:
+    """The accumulation dtype of the term at a site."""
+
+    def row(arrays: Sequence[jax.Array]) -> jax.Array:
+        return assemble(site, arrays, [0] * len(arrays))[0].materialize()
+
+    arrays = [jax.ShapeDtypeStruct(*_shape_dtype(key)) for key in keys_of(site)]
+    return jax.eval_shape(row, arrays).dtype
 
 
 def _shape_dtype(key: Key) -> tuple[tuple[int, ...], Any]:
@@ -300,6 +366,8 @@ def _shape_dtype(key: Key) -> tuple[tuple[int, ...], Any]:
         case Row(site):
             kinds = [_shape_dtype(own)[1] for own in keys_of(site)]
             return site.shape, common_dtype(*kinds)
+        case Sum(site):
+            return site.shape, _dtype_of(site)
         case Norm():
             raise AssertionError("norms of the steps of a scan are not added up")
     return tuple(key.aval.shape), key.aval.dtype
@@ -322,6 +390,8 @@ def _depends(key: Key, reached: set[Atom]) -> bool:
     match key:
         case Stacked(equation, inner) | Total(equation, inner):
             return _depends(inner, equation.reached_inside(reached))
+        case Sum():
+            return False  # all examples share it
         case Norm(site) | Row(site):
             return any(_depends(own, reached) for own in keys_of(site))
     return key in reached

@@ -24,7 +24,16 @@ from .weighing import times
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["term"],
-    meta_fields=["shape", "axis", "view", "factor", "row_axes", "reason", "folding"],
+    meta_fields=[
+        "shape",
+        "axis",
+        "view",
+        "factor",
+        "row_axes",
+        "reason",
+        "folding",
+        "is_total",
+    ],
 )
 @dataclass(frozen=True)
 class Summand:
@@ -44,6 +53,7 @@ class Summand:
     row_axes: tuple[int, ...]
     reason: str  # why the term is dense, if it is
     folding: int = 0  # multiplications and additions to fold a tail into one row
+    is_total: bool = False  # whether the term is the sum of all rows, in their place
 
     @property
     def of_one_row(self) -> Term:

@@ -14,10 +14,12 @@ from . import thresholds
 from .graph import Atom
 from .rules import decompose
 from .rules.convolutions import PatchesLayout
+from .rules.scatters import ScatterLayout
 from .sites import (
     AtNorm,
     AtRow,
     AtScan,
+    AtSum,
     AtTerm,
     AtValue,
     Cut,
@@ -55,6 +57,15 @@ class LeafPlan:
     for_rows: Cuts
     for_sums: Cuts
     terms: Cuts = ()
+
+    def for_plain_sums(self, size: int) -> Cuts:
+        """The cuts for a sum over `size` examples without weights.
+
+        What a scan would stack is summed over the examples in its body, as an ordinary
+        backward pass does.
+        """
+        summed = tuple(_summed(cut, size) for cut in self.terms)
+        return self.for_sums if summed == self.terms else summed
 
 
 def plan_leaf(
@@ -138,9 +149,8 @@ def _as_rows(terms: Cuts, leaf: Atom, varying: Container[Atom]) -> Cuts:
     stops = dict.fromkeys(x.reason for x in differ)
     reason = ", ".join(stops) or "factors are larger than the row"
     if all(_is_convolution(cut.site) for cut in terms):
-        return tuple(
-            replace(cut, site=_row_at(cut.site), reason=reason) for cut in terms
-        )
+        rows = [_with_innermost(cut, AtRow(innermost(cut.site))) for cut in terms]
+        return tuple(replace(cut, reason=reason) for cut in rows)
     return (Cut(AtValue(leaf), reason=reason),)
 
 
@@ -149,11 +159,33 @@ def _is_convolution(site: Site) -> bool:
     return isinstance(inner, AtTerm) and isinstance(inner.layout, PatchesLayout)
 
 
-def _row_at(site: Site) -> Site:
-    """A site for the row as an array, in the same scans."""
-    if isinstance(site, AtScan):
-        return replace(site, site=_row_at(site.site))
-    return AtRow(site)
+def _summed(cut: Cut, size: int) -> Cut:
+    """The cut in a scan whose term is summed over the examples, if that is better.
+
+    A table that is read in the body is larger than all that is read from it, mostly.
+    The entries are stacked then, and added to the table once.
+    """
+    inner = innermost(cut.site)
+    if not isinstance(cut.site, AtScan) or not isinstance(inner, AtTerm):
+        return cut
+    if isinstance(inner.layout, ScatterLayout):
+        stacked = size * sum(inner.sizes)
+        if not thresholds.exceeds(stacked, prod(inner.shape)):
+            return cut
+    return _with_innermost(cut, AtSum(inner))
+
+
+def _with_innermost(cut: Cut, inner: Site) -> Cut:
+    """The cut with another site in the same scans; its stack may have other axes."""
+
+    def within(site: Site) -> Site:
+        if isinstance(site, AtScan):
+            return replace(site, site=within(site.site))
+        return inner
+
+    site, shape = within(cut.site), cut.site.shape
+    view = cut.view if site.shape == shape else (Reshape(shape), *cut.view)
+    return replace(cut, site=site, view=view)
 
 
 # --------------------------------------------------------------------------------------

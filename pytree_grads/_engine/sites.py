@@ -111,7 +111,25 @@ class AtRow:
         return (prod(self.shape),)
 
 
-Site: TypeAlias = AtValue | AtTerm | AtScan | AtNorm | AtRow
+@dataclass(frozen=True)
+class AtSum:
+    """A dense term: the sum of another term's rows over all examples.
+
+    It stands for these rows in a sum without weights, and nowhere else.
+    """
+
+    site: AtTerm
+
+    @property
+    def shape(self) -> Shape:
+        return self.site.shape
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (prod(self.shape),)
+
+
+Site: TypeAlias = AtValue | AtTerm | AtScan | AtNorm | AtRow | AtSum
 
 
 @dataclass(frozen=True)
@@ -126,7 +144,7 @@ class Cut:
 
 def is_dense(site: Site) -> bool:
     """Whether the term of a site is dense."""
-    return isinstance(innermost(site), AtValue | AtNorm | AtRow)
+    return not isinstance(innermost(site), AtTerm)
 
 
 def size(site: Site) -> int:
@@ -146,7 +164,7 @@ def origin(site: Site) -> str:
     match site:
         case AtScan(_, inner):
             return f"scan/{origin(inner)}"
-        case AtNorm(inner) | AtRow(inner):
+        case AtNorm(inner) | AtRow(inner) | AtSum(inner):
             return origin(inner)
         case AtValue():
             equation = site.producer

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from math import prod
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -21,7 +21,7 @@ from . import graph as _graph
 from . import plan as _plan
 from . import thresholds
 from .leaf import Leaf, Summand
-from .sites import AtScan, AtTerm, AtValue, Site, is_dense, size
+from .sites import AtScan, AtSum, AtTerm, AtValue, Site, innermost, is_dense, size
 from .tails.part import Found
 from .tails.search import search
 from .tails.tail import Program, Tail
@@ -211,38 +211,63 @@ class Factors(NamedTuple):
 
 
 @dataclass(frozen=True)
+class SumForm:
+    """The leaves in the cheapest form for a single sum of unscaled rows.
+
+    A row may be smaller than its factors: the kernel of a convolution, say. Norms take
+    rows then, and so does a sum that is computed many times. One sum of unscaled rows
+    takes the factors, as an ordinary backward pass does, and needs no rows.
+
+    The leaves are put together when they are asked for. XLA drops what nothing asks
+    for.
+    """
+
+    make: Callable[[], Factors]
+    pulls_back: bool  # whether one vector-Jacobian product costs less, if it is allowed
+
+
+@dataclass(frozen=True)
+class SumForms:
+    """The forms for a sum: with a weight for each row, and without weights."""
+
+    weighted: SumForm
+    plain: SumForm
+
+
+@dataclass(frozen=True)
 class Factored:
     """What one forward and one backward pass over a batch give."""
 
     outputs: PyTree  # leaves (N, *k)
     aux: PyTree  # leaves (N, ...)
     rows: Factors
-    # Builds the rows in the form "sum". None if that form is the same.
-    for_sum: Callable[[], Factors] | None
-    # Whether a single sum costs less as one vector-Jacobian product of the batch.
-    pulls_back: bool = False
+    sums: SumForms | None = None
 
 
 def factor(
-    trace: Trace, batch: Batch, form: Form = "auto", *, with_sum: bool = False
+    trace: Trace, batch: Batch, form: Form = "auto", *, with_sums: bool = False
 ) -> Factored:
     """The outputs, aux and all rows of J, with each leaf in the form asked for.
 
-    `with_sum` also asks for the leaves in the form "sum". It acts only inside a trace,
-    since XLA then drops the form that nothing uses.
+    `with_sums` also asks for the forms for sums. It acts only inside a trace, since XLA
+    then drops the forms that nothing uses.
     """
     varying = trace.graph.downstream(trace.of_one_example)
     route = "auto" if form == "sum" else form
     count = _count(trace.output_avals)
     of_outputs = _outputs(trace, count)
     plans = [_plan.plan_leaf(x, varying, route, of_outputs) for x in trace.leaves]
+
     own = _form(trace, varying, plans, _for_sums if form == "sum" else _for_rows, route)
-    alone = own
-    if with_sum and any(isinstance(x, Tracer) for x in batch.leaves):
-        alone = _form(trace, varying, plans, _for_sums, route)
-        if alone.is_like(own):
-            alone = own
-    asked = [own] if alone is own else [own, alone]
+    with_sums = with_sums and any(isinstance(x, Tracer) for x in batch.leaves)
+    weighted = plain = own
+    if with_sums:
+        weighted = own.unless_like(_form(trace, varying, plans, _for_sums, route))
+        plain = weighted
+    if with_sums and count is None:
+        choice = partial(_plan.LeafPlan.for_plain_sums, size=batch.size)
+        plain = weighted.unless_like(_form(trace, varying, plans, choice, route))
+    asked = list({id(x): x for x in (own, weighted, plain)}.values())
 
     cuts = [cut for form in asked for cuts in form.cuts for cut in cuts]
     sites = list(dict.fromkeys(cut.site for cut in cuts))
@@ -275,13 +300,14 @@ def factor(
         program = Program.of(form.found, avals)
         return Factors(tuple(leaves), Tail(program, tuple(values)))
 
-    return Factored(
-        outputs,
-        aux,
-        rows(own),
-        for_sum=None if alone is own else lambda: rows(alone),
-        pulls_back=_pulls_back(alone, varying),
+    if not with_sums:
+        return Factored(outputs, aux, rows(own))
+    dense = _are_matrices(weighted, varying)
+    sums = SumForms(
+        SumForm(partial(rows, weighted), dense or _stacks_anew(weighted)),
+        SumForm(partial(rows, plain), dense),
     )
+    return Factored(outputs, aux, rows(own), sums)
 
 
 def _outputs(trace: Trace, count: int | None) -> _plan.Outputs | None:
@@ -296,14 +322,22 @@ def _outputs(trace: Trace, count: int | None) -> _plan.Outputs | None:
     return _plan.Outputs(count, differ)
 
 
-def _pulls_back(form: "_Form", varying: set[_graph.Atom]) -> bool:
-    """Whether a sum costs less without these cuts, as one vector-Jacobian product.
+def _stacks_anew(form: "_Form") -> bool:
+    """Whether a scan with rematerialisation stacks factors.
 
-    That is so if most of what is kept are matrices that are materialised for each
-    example, or if a scan with rematerialisation stacks factors, which an ordinary
-    backward pass need not keep. So it is, too, if a scan adds up such matrices behind
-    arrays that all examples share, as the covariances of a filter: it would multiply
-    by these arrays once for each example.
+    An ordinary backward pass need not keep them, so a sum with weights costs less as
+    one vector-Jacobian product of the batch.
+    """
+    sites = [cut.site for terms in form.terms for cut in terms]
+    return any(_rematerializes(site) for site in sites if not is_dense(site))
+
+
+def _are_matrices(form: "_Form", varying: set[_graph.Atom]) -> bool:
+    """Whether most of what is kept are matrices that each example materialises.
+
+    A matrix counts, too, if a scan adds it up behind arrays that all examples share, as
+    the covariances of a filter: the scan would multiply by these arrays once for each
+    example. Any sum costs less as one vector-Jacobian product then.
     """
     dense = kept = 0
     for terms, cuts in zip(form.terms, form.cuts, strict=True):
@@ -311,8 +345,6 @@ def _pulls_back(form: "_Form", varying: set[_graph.Atom]) -> bool:
         for site in [cut.site for cut in terms]:
             if isinstance(site, AtValue) and site.value not in varying:
                 continue  # all examples share it
-            if not is_dense(site) and _rematerializes(site):
-                return True
             if _is_matrix(site) or (is_row and _has_shared_factor(site, varying)):
                 dense += size(site)
             else:
@@ -352,6 +384,10 @@ def _for_sums(plan: _plan.LeafPlan) -> _plan.Cuts:
     return plan.for_sums
 
 
+def _terms(plan: _plan.LeafPlan) -> _plan.Cuts:
+    return plan.terms or plan.for_sums
+
+
 @dataclass(frozen=True)
 class _Form:
     """What is kept of all leaves: the cuts of plain leaves, and those of a tail."""
@@ -368,8 +404,11 @@ class _Form:
         """The coefficients of the tail."""
         return [] if self.found is None else self.found.shared
 
-    def is_like(self, other: "_Form") -> bool:
-        """Whether the rows are the same."""
+    def unless_like(self, other: "_Form") -> "_Form":
+        """Another form; this one, if the rows are the same."""
+        return self if self._is_like(other) else other
+
+    def _is_like(self, other: "_Form") -> bool:
         if self.found is None and other.found is None:
             return all(x is y for x, y in zip(self.cuts, other.cuts, strict=True))
         if self.found is None or other.found is None:
@@ -394,7 +433,7 @@ def _form(
             trace.results,
             varying,
             plans,
-            choice,
+            choice if choice in (_for_rows, _for_sums) else _terms,
         )
     tailed = set() if found is None else set(found.leaves)
     plain = [i for i in range(len(plans)) if i not in tailed]
@@ -403,9 +442,9 @@ def _form(
     avals = [trace.leaves[i].aval for i in plain] + list(sources)
     return _Form(
         avals=avals,
-        terms=[x.terms or x.for_sums for x in own],
+        terms=list(map(_terms, own)),
         cuts=[choice(x) for x in own],
-        joins=[choice is _for_rows or x.for_sums is x.for_rows for x in own],
+        joins=[choice is _for_rows or choice(x) is x.for_rows for x in own],
         plain=len(plain),
         found=found,
     )
@@ -451,11 +490,14 @@ def _run(
     def example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         flat = jax.tree.leaves((args, kwargs))
         values = [flat[i] for i in values_at]
+        an_example = flat[values_at[-1]]  # mapped, if there is any such value
 
         def backward(cotangents: Sequence[jax.Array]) -> Any:
             # Laid out, and varying over mesh axes, as the outputs are.
             inputs = [*values, *placed_like(cotangents, outputs if cotangents else [])]
-            found = _evaluate.run(trace.graph, inputs, [*keys, *trace.results])
+            found = _evaluate.run(
+                trace.graph, inputs, [*keys, *trace.results], an_example
+            )
             return found[: len(keys)], found[len(keys) :]
 
         if basis is None:
@@ -486,6 +528,7 @@ def _leaf(
             factor=cut.factor,
             row_axes=term(cut.site)[1],
             reason=cut.reason,
+            is_total=isinstance(innermost(cut.site), AtSum),
         )
         for cut in cuts
     )

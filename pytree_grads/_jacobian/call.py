@@ -15,7 +15,7 @@ from .._jax.sharding import AxisName
 from .._trees.checks import check_bool, check_callable, check_chunk_size, like
 from .compiled import compiled_once
 from .jacobian import Jacobian
-from .kept import Kept, SumForm
+from .kept import Kept
 from .origin import Origin
 from .outputs import Outputs
 from .source import Source
@@ -313,11 +313,10 @@ def _make(
             )
             values, aux = _outputs(source) if with_outputs or has_aux else (None, None)
         else:
-            factored = source.factor(trace, batch.localized(), with_sum=True)
-            sum_form = SumForm.of(factored)
+            factored = source.factor(trace, batch.localized(), with_sums=True)
             sources, tail = factored.rows
             rows = Kept(
-                origin, sources, tail=tail, made_in=trace_state(), sum_form=sum_form
+                origin, sources, tail=tail, made_in=trace_state(), sums=factored.sums
             )
             values, aux = factored.outputs, factored.aux
         if not batched:

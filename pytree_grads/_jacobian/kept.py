@@ -14,7 +14,7 @@ from .._engine.matrix import Matrix, times_diagonal
 from .._engine.products.metric import Diagonal
 from .._engine.products.scaled_norms import Norms
 from .._engine.tails.tail import Tail
-from .._engine.trace import Factored, Factors
+from .._engine.trace import Factors, SumForms
 from .._jax.compat import is_outside_traces, trace_state
 from .._jax.sharding import in_auto, layout, sum_over
 from .._trees.checks import PyTree
@@ -24,42 +24,18 @@ from .groups import Members, norms
 from .origin import Origin, options
 
 
-@dataclass(frozen=True)
-class SumForm:
-    """The leaves in the cheapest form for a single sum of unscaled rows.
-
-    A row may be smaller than its factors: the kernel of a convolution, say. Norms take
-    rows then, and so does a sum that is computed many times. One sum of unscaled rows
-    takes the factors, as an ordinary backward pass does, and needs no rows.
-
-    The leaves are put together when they are asked for. XLA drops what nothing asks
-    for.
-    """
-
-    make: Callable[[], Factors]
-    pulls_back: bool  # whether one vector-Jacobian product costs less, if it is allowed
-
-    @classmethod
-    def of(cls, factored: Factored) -> "SumForm | None":
-        """The form that differs from the rows, if one does."""
-        if factored.for_sum is None and not factored.pulls_back:
-            return None
-        return cls(factored.for_sum or (lambda: factored.rows), factored.pulls_back)
-
-
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["origin", "sources", "weights", "valid", "tail", "diagonal"],
     meta_fields=["weight_of"],
-    drop_fields=["made_in", "sum_form"],
+    drop_fields=["made_in", "sums"],
 )
 @dataclass(frozen=True)
 class Kept:
     """The rows of J as factors, each row with a weight of its own.
 
-    `sum_form` is there if J was made inside a trace and some leaf has such a form. It
-    is lost when J leaves its trace, for it may be larger than the rows: a J outside
-    `jit` holds the rows alone.
+    `sums` is there if J was made inside a trace. It is lost when J leaves its trace,
+    for its leaves may be larger than the rows: a J outside `jit` holds the rows alone.
     """
 
     origin: Origin
@@ -69,14 +45,14 @@ class Kept:
     tail: Tail | None = None
     weight_of: tuple[int, ...] = ()  # the weights of each leaf, by their position
     made_in: Any = None  # the trace in which J was made
-    sum_form: SumForm | None = None
+    sums: SumForms | None = None
     diagonal: Diagonal | None = None  # in parameter space
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle holds: the rows, but nothing of a trace or of a program."""
         fields = {k: v for k, v in self.__dict__.items() if k != "_norms_once"}
         sources = self.matrix.without_tail().sources
-        dropped = dict.fromkeys(("tail", "made_in", "sum_form"))
+        dropped = dict.fromkeys(("tail", "made_in", "sums"))
         return {**fields, **dropped, "sources": sources}
 
     @property
@@ -104,15 +80,16 @@ class Kept:
         """The rows of some of the examples."""
         origin = self.origin.chosen(rows)
         cut = self.matrix.chosen(rows)
-        sums = self.sum_form
+        sums = self.sums
         if sums is not None:
-            whole = sums.make
+            whole = sums.weighted.make
 
             def part() -> Factors:
                 sources, tail = whole()
                 return Factors(tuple(chosen(x, rows) for x in sources), tail)
 
-            sums = replace(sums, make=part)
+            form = replace(sums.weighted, make=part)
+            sums = SumForms(form, form)
         return replace(self, origin=origin)._weighted(cut, sums)
 
     def in_metric(self, diagonal: Diagonal) -> "Kept":
@@ -142,7 +119,7 @@ class Kept:
         clipped, norms = self.clipped_with_norms(clip)
         return clipped.sum(c), norms
 
-    def _weighted(self, matrix: Matrix, sum_form: SumForm | None = None) -> "Kept":
+    def _weighted(self, matrix: Matrix, sums: SumForms | None = None) -> "Kept":
         """The rows of a matrix; weights that leaves share are stored once."""
         own: dict[int, int] = {}
         weights = matrix.weights or ()
@@ -154,7 +131,7 @@ class Kept:
             weights=None if matrix.weights is None else once,
             valid=matrix.valid,
             weight_of=weight_of,
-            sum_form=sum_form,
+            sums=sums,
         )
 
     def map(
@@ -192,17 +169,17 @@ class Kept:
 
         What it takes depends on the rows alone, and on where it is called: rows that
         are neither scaled nor clipped, and are used in the trace in which J was made,
-        are summed from their `sum_form`. All others are summed from what norms take.
+        are summed from their own form. All others are summed from what norms take.
         """
-        rows, sums = self, self.sum_form
-        if sums is not None and self._is_at_hand:
-            is_bare = self.valid is None and self.diagonal is None
-            if sums.pulls_back and is_bare and self.origin.may_pull_back:
-                found = self.origin.pulled_back(c)
-                if found is not None:
-                    return found
-            sources, tail = sums.make()
-            rows = replace(self, sources=sources, tail=tail, sum_form=None)
+        if self.sums is None or not self._is_at_hand:
+            return self.fold(Matrix.weighted_sum, c)
+        form = self.sums.plain if c is None else self.sums.weighted
+        if form.pulls_back and self.diagonal is None and self.origin.may_pull_back:
+            found = self.origin.pulled_back(c)
+            if found is not None:
+                return found
+        sources, tail = form.make()
+        rows = replace(self, sources=sources, tail=tail, sums=None)
         return rows.fold(Matrix.weighted_sum, c)
 
     def norms(self, members: Members) -> tuple[jax.Array, ...]:

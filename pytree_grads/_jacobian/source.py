@@ -133,11 +133,16 @@ class Source:
         return replace(self, fun=_not_needed, batch=replace(self.batch, leaves=leaves))
 
     def factor(
-        self, trace: Trace, batch: Batch, form: Form = "auto", *, with_sum: bool = False
+        self,
+        trace: Trace,
+        batch: Batch,
+        form: Form = "auto",
+        *,
+        with_sums: bool = False,
     ) -> Factored:
         """Outputs, aux and rows of the examples of a batch."""
         with self.note:
-            return _trace.factor(trace, batch, form, with_sum=with_sum)
+            return _trace.factor(trace, batch, form, with_sums=with_sums)
 
     def map(
         self,

@@ -137,6 +137,10 @@ def _added(
     summand: Summand, leaf: Leaf, weights: jax.Array | None, onto: jax.Array | None
 ) -> jax.Array:
     """`onto` plus the weighted sum of the rows of a summand, before its view."""
+    if summand.is_total:
+        assert weights is None
+        total = times(summand.term.materialize(), summand.factor)
+        return total if onto is None else onto + total
     treedef = jax.tree.structure(summand.term)
     found = _with_one_axis(summand, leaf, weights)
     own = [i for i, differs in enumerate(found.differs) if differs]

@@ -132,7 +132,7 @@ class _Level:
         return self.kind(leaf) == "linear"
 
     def is_worth_it(self, leaf: Atom) -> bool:
-        """Whether the arrays at which a leaf's tail begins are smaller than the leaf.
+        """Whether the arrays at which a leaf's tail begins are no larger than the leaf.
 
         A smaller leaf is kept as it is: the arrays are evaluated in any case, and an
         ordinary backward pass also adds the terms to them.
@@ -142,7 +142,7 @@ class _Level:
             sites = [cut.site for cut in self.choice(source.plan)]
             if any(is_dense(x) and self._differs(x) for x in sites):
                 size += prod(source.shape)
-        return not size or thresholds.exceeds(prod(leaf.aval.shape), size)
+        return not thresholds.exceeds(size, prod(leaf.aval.shape))
 
     def _materializes(self, level: "_Level", site: Site) -> bool:
         match site:
