@@ -61,13 +61,13 @@ class _Part:
     def of(cls, matrix: Matrix) -> "_Part":
         diagonal = matrix.diagonal
         matrix = replace(matrix, diagonal=None).selected()
-        if len(matrix._tailed) > 1:
+        if len(matrix.tailed) > 1:
             matrix = replace(matrix, sources=matrix.leaves, tail=None)
         return cls(replace(matrix, diagonal=diagonal))
 
     @property
     def count(self) -> int:
-        return self.matrix._count
+        return self.matrix.count
 
     @property
     def tailed(self) -> tuple[int, ...]:
@@ -77,7 +77,7 @@ class _Part:
 
     @cached_property
     def _plain(self) -> dict[int, Leaf]:
-        pairs = zip(self.matrix._plain, self.matrix.sources, strict=False)
+        pairs = zip(self.matrix.plain, self.matrix.sources, strict=False)
         return dict(pairs)
 
     def dtype(self, i: int) -> Any:
@@ -89,8 +89,8 @@ class _Part:
 
     def leaf(self, i: int) -> Leaf:
         """A leaf without a tail, with weights and diagonal in its terms."""
-        leaf, diagonal = self._plain[i], self.matrix._entries(i)
-        weight = self.matrix._weight(i, None, leaf)
+        leaf, diagonal = self._plain[i], self.matrix.diagonal_of(i)
+        weight = self.matrix.weight(i, None, leaf)
         if diagonal is not None:
             leaf, diagonal = _metric.absorbed(leaf, diagonal)
         if diagonal is not None:  # no term can hold it
@@ -101,8 +101,8 @@ class _Part:
         """The leaves where the tail begins, and those of `tailed` that have none."""
         found = []
         if self.matrix.tail is not None:
-            for leaf in self.matrix._tail_sources:
-                weight = self.matrix._weight(self.tailed[0], None, leaf)
+            for leaf in self.matrix.tail_sources:
+                weight = self.matrix.weight(self.tailed[0], None, leaf)
                 found.append(absorbed(leaf, weight))
         return found + [self.leaf(i) for i in tailed if i in self._plain]
 
@@ -112,7 +112,7 @@ class _Part:
         tail = self.matrix.tail
         return (
             () if tail is None else tail.shared,
-            [self.matrix._entries(i) for i in self.tailed],
+            [self.matrix.diagonal_of(i) for i in self.tailed],
         )
 
     def run(self, tailed: Sequence[int], sources: Any, shared: Any) -> list[jax.Array]:

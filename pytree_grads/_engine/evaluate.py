@@ -7,6 +7,7 @@ steps that the keys need. So it no longer carries the gradients that factors rep
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -17,94 +18,28 @@ from jax.sharding import PartitionSpec
 from .._jax.compat import varying_zeros
 from .._jax.sharding import in_auto
 from .._trees.algebra import common_dtype
+from . import lookups as _lookups
 from .graph import Atom, Equation, Graph, Known, Value
+from .keys import (
+    Key,
+    Looked,
+    Norm,
+    Places,
+    Rest,
+    Row,
+    Stacked,
+    Sum,
+    Total,
+    keys_of,
+    rows_axis,
+    went_in,
+)
 from .layout import Frame
 from .leaf import Leaf, Summand
 from .products.norms import norm
 from .products.sums import weighted_sum
-from .sites import AtNorm, AtRow, AtScan, AtSum, AtTerm, Site, is_dense
+from .sites import AtScan, AtTerm, Lookups, Site, is_dense
 from .terms import Dense, Term
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """An array in the body of a scan, stacked over the steps."""
-
-    equation: Equation
-    key: "Key"
-
-
-@dataclass(frozen=True)
-class Total:
-    """An array in the body of a scan, added up over the steps."""
-
-    equation: Equation
-    key: "Key"
-
-
-@dataclass(frozen=True)
-class Norm:
-    """The norm of a row of the term at a site."""
-
-    site: Site
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the term at a site, as an array."""
-
-    site: Site
-
-
-@dataclass(frozen=True)
-class Sum:
-    """The sum of the rows of the term at a site, over all examples."""
-
-    site: AtTerm
-
-
-Key: TypeAlias = Value | Known | Stacked | Total | Norm | Row | Sum
-
-
-def keys_of(site: Site) -> tuple[Key, ...]:
-    """The keys of the arrays from which the term at a site is assembled."""
-    match site:
-        case AtNorm(inner):
-            return (Norm(inner),)
-        case AtRow(inner):
-            return (Row(inner),)
-        case AtSum(inner):
-            return (Sum(inner),)
-        case AtScan(equation, inner, stacked):
-            make = Stacked if stacked or not is_dense(inner) else Total
-            return tuple(make(equation, key) for key in keys_of(inner))
-    return site.operands
-
-
-def _went_in(key: Key) -> Atom | None:
-    """The atom that holds what a key names, if one does.
-
-    A stack of what a scan reads step by step is an operand of the scan.
-    """
-    match key:
-        case Stacked(equation, inner):
-            value, (_, steps_from) = _went_in(inner), equation.splits
-            if value in equation.body.inputs[steps_from:]:
-                return equation.inputs[equation.body.inputs.index(value)]
-            return None
-        case Value() | Known():
-            return key
-    return None
-
-
-def depth(key: Key) -> int:
-    """How many axes of scan steps the array of a key has in front."""
-    return 1 + depth(key.key) if isinstance(key, Stacked) else 0
-
-
-def rows_axis(site: Site) -> int:
-    """The first row axis of a term's arrays: behind the steps, or behind the blocks."""
-    return depth(keys_of(site)[0]) if is_dense(site) else 1
 
 
 def assemble(
@@ -181,18 +116,34 @@ def _seeds(keys: Iterable[Key]) -> tuple[set[Atom], dict[Equation, _Asked]]:
     todo = list(keys)
     while todo:
         key = todo.pop()
-        atom = _went_in(key)
+        atom = went_in(key)
         if atom is not None:
             atoms.add(atom)
             continue
         match key:
-            case Norm(site) | Row(site) | Sum(site):
-                todo += keys_of(site)
-            case Stacked(equation, inner):
-                asked.setdefault(equation, _Asked()).stacks[inner] = None
-            case Total(equation, inner):
-                asked.setdefault(equation, _Asked()).totals[inner] = None
+            case Places(lookups):
+                todo += _outside(lookups)
+            case Stacked(equation, inner) | Total(equation, inner):
+                own = asked.setdefault(equation, _Asked())
+                into = own.stacks if isinstance(key, Stacked) else own.totals
+                into[inner] = None
+                looked_up = _looks_up(inner)
+                todo += [] if looked_up is None else _outside(looked_up)
+            case Value() | Known():
+                raise AssertionError("atoms were taken above")
+            case _:
+                todo += keys_of(key.site)
     return atoms, asked
+
+
+def _outside(lookups: Lookups) -> list[Atom]:
+    """The atoms from which the indices of look-ups are made."""
+    return [x for own in lookups.indices for x in own]
+
+
+def _looks_up(key: Key) -> Lookups | None:
+    """The look-ups whose lines a key in the body of a scan needs."""
+    return key.lookups if isinstance(key, Rest | Looked) else None
 
 
 def _scan_needs(
@@ -213,6 +164,10 @@ def _scan_needs(
         carries |= used
 
 
+# The values of atoms, and in the body of a scan the lines that look-ups name there.
+_Env: TypeAlias = dict[Any, Any]
+
+
 def run(
     graph: Graph, inputs: Sequence[Any], keys: Sequence[Key], example: Any = None
 ) -> list[Any]:
@@ -221,20 +176,23 @@ def run(
     A key `Sum` needs `example`: any array that has an axis of examples if this is
     mapped over them.
     """
-    env: dict[Key, Any] = dict(zip(graph.inputs, inputs, strict=True))
+    env: _Env = dict(zip(graph.inputs, inputs, strict=True))
     return _run(graph, env, keys, needs_of(graph, keys), example)
 
 
 def _run(
-    graph: Graph, env: dict[Key, Any], keys: Sequence[Key], needs: Needs, example: Any
+    graph: Graph, env: _Env, keys: Sequence[Key], needs: Needs, example: Any
 ) -> list[Any]:
     def read(key: Key) -> Any:
-        atom = _went_in(key)
+        atom = went_in(key)
         match key if atom is None else atom:
             case Known(value):
                 return jnp.asarray(value)
-            case Norm(site) | Row(site) | Sum(site):
-                return _made(key, [read(x) for x in keys_of(site)], example)
+            case Places(lookups, number):
+                return _placed(lookups, env)[1][number]
+            case Norm(site) | Row(site) | Sum(site) | Rest(site) | Looked(site):
+                arrays = [read(x) for x in keys_of(site)]
+                return _made(key, arrays, example, env.get(_looks_up(key)))
         return env[key if atom is None else atom]
 
     for equation in graph.equations:
@@ -249,7 +207,7 @@ def _run(
 
 
 def _run_scan(
-    equation: Equation, needs: ScanNeeds, env: dict[Key, Any], example: Any
+    equation: Equation, needs: ScanNeeds, env: _Env, example: Any
 ) -> dict[Key, Any]:
     """Run a scan: the outputs that are read, and the keys inside its body.
 
@@ -274,13 +232,14 @@ def _run_scan(
     asked = [*carried, *per_step, *needs.totals, *needs.stacks]
     counts = [len(carried), len(per_step), len(needs.totals)]
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    consts: dict[Key, Any] = {body.inputs[i]: read(i) for i in consts_at}
+    consts: _Env = {body.inputs[i]: read(i) for i in consts_at}
+    lines = _lines_by_step(equation, needs, env)
 
     def step(carry: Any, xs: Any) -> Any:
-        state, totals = carry
-        inner = dict(consts)
+        (state, totals), (values, named) = carry, xs
+        inner = {**consts, **dict(zip(lines, named, strict=True))}
         inner.update(zip([body.inputs[i] for i in carries_at], state, strict=True))
-        inner.update(zip([body.inputs[i] for i in steps_at], xs, strict=True))
+        inner.update(zip([body.inputs[i] for i in steps_at], values, strict=True))
         values = _run(body, inner, asked, needs.body, example)
         state, steps = values[: ends[0]], values[ends[0] : ends[1]]
         added, stacks = values[ends[1] : ends[2]], values[ends[2] :]
@@ -293,8 +252,8 @@ def _run_scan(
     (state, totals), (steps, stacks) = jax.lax.scan(
         step,
         (start, zeros),
-        over_steps,
-        length=None if steps_at else params["length"],  # which may be symbolic
+        (over_steps, list(lines.values())),
+        length=None if steps_at or lines else params["length"],  # which may be symbolic
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
@@ -304,16 +263,58 @@ def _run_scan(
     return dict(zip(names, [*state, *steps, *totals, *stacks], strict=True))
 
 
-def _made(key: Any, arrays: Sequence[jax.Array], example: Any) -> jax.Array:
-    """What a key says of the term at a site, from the arrays of one example."""
+def _made(
+    key: Any, arrays: Sequence[jax.Array], example: Any = None, lines: Any = None
+) -> jax.Array:
+    """What a key says of the term at a site, from the arrays of one example.
+
+    `lines` are those that look-ups name in the part of a table that a step reads.
+    """
     if isinstance(key, Sum):
         return _sum_of_rows(key.site, arrays, example)
 
-    def of_one(arrays: Sequence[jax.Array]) -> jax.Array:
+    def of_one(arrays: Sequence[jax.Array], lines: Any) -> jax.Array:
         term, _ = assemble(key.site, arrays, [0] * len(arrays))
-        return norm(term) if isinstance(key, Norm) else term.materialize()
+        match key:
+            case Norm():
+                return norm(term)
+            case Rest():
+                return _lookups.norm_of_rest(term, lines)
+            case Looked():
+                return _lookups.left_at(term, lines)
+        return term.materialize()
 
-    return in_auto(of_one, PartitionSpec())(arrays)
+    return in_auto(of_one, PartitionSpec())(arrays, lines)
+
+
+def _placed(lookups: Lookups, env: _Env) -> tuple[jax.Array, list[jax.Array]]:
+    """The lines of a small table, and the places of the look-ups in it."""
+
+    def value(atom: Atom) -> Any:
+        """The value of an atom, which is computed now if its turn has not come."""
+        if isinstance(atom, Known):
+            return jnp.asarray(atom.value)
+        made = atom.producer
+        if atom not in env and made is not None:
+            found = made.evaluate([value(x) for x in made.inputs])
+            env.update(zip(made.outputs, found, strict=True))
+        return env[atom]
+
+    pairs = zip(lookups.sites, lookups.indices, strict=True)
+    return _lookups.places_of(
+        [_lookups.index_of(site, [value(x) for x in own]) for site, own in pairs]
+    )
+
+
+def _lines_by_step(equation: Equation, needs: ScanNeeds, env: _Env) -> _Env:
+    """The lines that look-ups name, for each step of a scan."""
+    found = {}
+    for key in (*needs.stacks, *needs.totals):
+        if isinstance(key, Rest | Looked) and key.lookups not in found:
+            line, _ = _placed(key.lookups, env)
+            length, m = equation.params["length"], key.site.shape[1]
+            found[key.lookups] = _lookups.lines_by_step(line, length, m)
+    return found
 
 
 def _sum_of_rows(
@@ -346,14 +347,13 @@ def _sum_of_rows(
     return of_one(example, *arrays)
 
 
-def _dtype_of(site: AtTerm) -> Any:
-    """The accumulation dtype of the term at a site."""
-
-    def row(arrays: Sequence[jax.Array]) -> jax.Array:
-        return assemble(site, arrays, [0] * len(arrays))[0].materialize()
-
-    arrays = [jax.ShapeDtypeStruct(*_shape_dtype(key)) for key in keys_of(site)]
-    return jax.eval_shape(row, arrays).dtype
+def _type_of(key: Row | Looked) -> Any:
+    """The shape and dtype of what a key makes of a term."""
+    arrays = [jax.ShapeDtypeStruct(*_shape_dtype(x)) for x in keys_of(key.site)]
+    lines = None
+    if isinstance(key, Looked):
+        lines = jax.ShapeDtypeStruct((key.lookups.count,), jnp.int32)
+    return jax.eval_shape(partial(_made, key), arrays, lines=lines)
 
 
 def _shape_dtype(key: Key) -> tuple[tuple[int, ...], Any]:
@@ -367,31 +367,10 @@ def _shape_dtype(key: Key) -> tuple[tuple[int, ...], Any]:
             kinds = [_shape_dtype(own)[1] for own in keys_of(site)]
             return site.shape, common_dtype(*kinds)
         case Sum(site):
-            return site.shape, _dtype_of(site)
-        case Norm():
-            raise AssertionError("norms of the steps of a scan are not added up")
+            return site.shape, _type_of(Row(site)).dtype
+        case Looked():
+            made = _type_of(key)
+            return made.shape, made.dtype
+        case Norm() | Rest() | Places():
+            raise AssertionError(f"{key} is not added up over the steps of a scan")
     return tuple(key.aval.shape), key.aval.dtype
-
-
-# --------------------------------------------------------------------------------------
-
-
-def depends(keys: Sequence[Key], graph: Graph, seeds: Iterable[Atom]) -> list[bool]:
-    """For each key, whether its array may depend on one of the seeds."""
-    return depends_on(keys, graph.downstream(seeds))
-
-
-def depends_on(keys: Sequence[Key], reached: set[Atom]) -> list[bool]:
-    """For each key, whether its array may depend on atoms that were reached."""
-    return [_depends(key, reached) for key in keys]
-
-
-def _depends(key: Key, reached: set[Atom]) -> bool:
-    match key:
-        case Stacked(equation, inner) | Total(equation, inner):
-            return _depends(inner, equation.reached_inside(reached))
-        case Sum():
-            return False  # all examples share it
-        case Norm(site) | Row(site):
-            return any(_depends(own, reached) for own in keys_of(site))
-    return key in reached

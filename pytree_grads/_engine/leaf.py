@@ -15,9 +15,17 @@ from .._trees.algebra import carried_dtype
 from . import thresholds
 from .einsum import times_rows
 from .scaling import inverse, power
-from .terms import Dense, pairs
+from .terms import Dense, Outer, Scatter, pairs
 from .terms.protocol import Term
-from .views import Shape, View, apply, disjoint, isometric, transposed
+from .views import (
+    Shape,
+    View,
+    apply,
+    disjoint,
+    isometric,
+    only_reshapes,
+    transposed,
+)
 from .weighing import times
 
 
@@ -334,7 +342,7 @@ def inner_of_summands(a: Summand, x: Term, b: Summand, y: Term) -> jax.Array:
         return y.apply(_pulled(b, y, _block(a, x).conj()))
     if y.is_dense and b.is_shared:
         return x.apply(_pulled(a, x, _block(b, y).conj())).conj()
-    if are_alike(a, b):
+    if are_alike(a, b) or _share_lines(a, b):
         return pairs.inner(x, y)
     if x.is_dense:
         return y.apply_own(_pulled(b, y, _block(a, x).conj()))
@@ -352,7 +360,7 @@ def inner_cost(a: Summand, b: Summand) -> int:
         return y.shared_apply_cost
     if y.is_dense and b.is_shared:
         return x.shared_apply_cost
-    if are_alike(a, b):
+    if are_alike(a, b) or _share_lines(a, b):
         return pairs.inner_cost(x, y)
     if x.is_dense:
         return y.apply_cost
@@ -366,11 +374,23 @@ def are_alike(x: Summand, y: Summand) -> bool:
     return x.shape == y.shape and x.view == y.view and isometric(x.view)
 
 
+def _share_lines(x: Summand, y: Summand) -> bool:
+    """Whether one is a stack of outer products, the other look-ups of its lines."""
+    stack, table = (x, y) if isinstance(y.term, Scatter) else (y, x)
+    if not (isinstance(stack.term, Outer) and isinstance(table.term, Scatter)):
+        return False
+    blocks, m, n = stack.shape
+    in_order = only_reshapes(x.view) and only_reshapes(y.view)
+    return in_order and table.shape == (1, blocks * m, n)
+
+
 def needs_rows(one: Leaf, other: Leaf) -> bool:
     """Whether inner products of rows of two leaves need rows that must be built."""
 
     def needs(a: Summand, b: Summand) -> bool:
         if a.term.is_dense or b.term.is_dense or disjoint(a.view, b.view):
+            return False
+        if _share_lines(a, b):
             return False
         return not are_alike(a, b) or pairs.needs_rows(a.term, b.term)
 

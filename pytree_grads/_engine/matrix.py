@@ -52,7 +52,7 @@ class Matrix:
         """All leaves; those with a tail have it folded into their terms."""
         if self.tail is None:
             return self.sources
-        return self._with_tailed(fold(self.tail, self._tail_sources))
+        return self._with_tailed(fold(self.tail, self.tail_sources))
 
     @property
     def _unfolded(self) -> tuple[Leaf, ...]:
@@ -62,18 +62,18 @@ class Matrix:
             return self.sources
         count = len(tail.leaves)
         return self._with_tailed(
-            [through(tail, k, self._tail_sources) for k in range(count)]
+            [through(tail, k, self.tail_sources) for k in range(count)]
         )
 
     def _with_tailed(self, leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
         """All leaves, in order: those without a tail, and these, which have one."""
         assert self.tail is not None
-        found = dict(zip(self._plain, self.sources, strict=False))
+        found = dict(zip(self.plain, self.sources, strict=False))
         found |= zip(self.tail.leaves, leaves, strict=True)
-        return tuple(found[i] for i in range(self._count))
+        return tuple(found[i] for i in range(self.count))
 
     @property
-    def _count(self) -> int:
+    def count(self) -> int:
         """How many leaves there are."""
         count = len(self.sources)
         if self.tail is not None:
@@ -81,15 +81,15 @@ class Matrix:
         return count
 
     @property
-    def _plain(self) -> list[int]:
+    def plain(self) -> list[int]:
         """The positions of the leaves without a tail."""
         tailed = () if self.tail is None else self.tail.leaves
-        return [i for i in range(self._count) if i not in tailed]
+        return [i for i in range(self.count) if i not in tailed]
 
     @property
-    def _tail_sources(self) -> tuple[Leaf, ...]:
+    def tail_sources(self) -> tuple[Leaf, ...]:
         """The values where the tail begins."""
-        return self.sources[len(self._plain) :]
+        return self.sources[len(self.plain) :]
 
     @property
     def dtype(self) -> Any:
@@ -125,7 +125,7 @@ class Matrix:
     def _with_zeros(self, valid: jax.Array) -> "Matrix":
         """The rows, with zero factors and weight 0 for those that are not valid."""
         sources = tuple(_select(leaf, valid) for leaf in self.sources)
-        ones = (jnp.ones(valid.shape, self.dtype),) * self._count
+        ones = (jnp.ones(valid.shape, self.dtype),) * self.count
         weights = _for_each(
             lambda w: jnp.where(valid, w, jnp.zeros_like(w)), self.weights or ones
         )
@@ -136,12 +136,14 @@ class Matrix:
         own = None if self.diagonal is None else self.diagonal[i]
         return None if own is None else own.astype(self.leaves[i].carried)
 
-    def weight(self, i: int, extra: jax.Array | None = None) -> jax.Array | None:
-        """The weights of the rows of leaf i, multiplied by `extra`."""
-        return self._weight(i, extra, self.leaves[i])
+    def weight(
+        self, i: int, extra: jax.Array | None = None, leaf: Leaf | None = None
+    ) -> jax.Array | None:
+        """The weights of the rows of leaf i, multiplied by `extra`.
 
-    def _weight(self, i: int, extra: jax.Array | None, leaf: Leaf) -> jax.Array | None:
-        """The weights of leaf i, multiplied by `extra`, in the dtype of some leaf."""
+        They have the dtype of norms of some leaf: leaf i, unless another is given.
+        """
+        leaf = leaf or self.leaves[i]
         own = None if self.weights is None else self.weights[i].astype(leaf.real)
         if extra is None:
             return own
@@ -159,9 +161,9 @@ class Matrix:
 
     def by_leaf(self, number: Callable[[Leaf], float]) -> list[float]:
         """A cost of each leaf; that of a source counts for the first leaf behind it."""
-        found = dict(zip(self._plain, map(number, self.sources), strict=False))
+        found = dict(zip(self.plain, map(number, self.sources), strict=False))
         for i, own in [] if self.tail is None else self.tail.first_needed:
-            costs = zip(own, self._tail_sources, strict=True)
+            costs = zip(own, self.tail_sources, strict=True)
             found[i] = sum(number(leaf) for is_first, leaf in costs if is_first)
         return [found[i] for i in range(len(found))]
 
@@ -170,7 +172,7 @@ class Matrix:
         tail = self.tail
         return [
             tail.program.words(i) if tail and i in tail.leaves else []
-            for i in range(self._count)
+            for i in range(self.count)
         ]
 
     def leaf_norms(self) -> list[Norms]:
@@ -183,19 +185,19 @@ class Matrix:
         """The weighted sum of rows: one array per leaf, in its accumulation dtype."""
         rows = replace(self, diagonal=None).selected()
         found = {
-            i: _sums.weighted_sum(leaf, rows._weight(i, weights, leaf))
-            for i, leaf in zip(rows._plain, rows.sources, strict=False)
+            i: _sums.weighted_sum(leaf, rows.weight(i, weights, leaf))
+            for i, leaf in zip(rows.plain, rows.sources, strict=False)
         }
-        for positions in rows._tailed:
+        for positions in rows.tailed:
             found |= rows._sum_through(positions, weights)
-        return [_times(found[i], self._entries(i)) for i in range(len(found))]
+        return [_times(found[i], self.diagonal_of(i)) for i in range(len(found))]
 
-    def _entries(self, i: int) -> jax.Array | None:
+    def diagonal_of(self, i: int) -> jax.Array | None:
         """The diagonal for leaf i."""
         return None if self.diagonal is None else self.diagonal[i]
 
     @property
-    def _tailed(self) -> list[list[int]]:
+    def tailed(self) -> list[list[int]]:
         """The positions of the leaves with a tail, by the weights that they share."""
         groups: dict[int, list[int]] = {}
         for i in () if self.tail is None else self.tail.leaves:
@@ -211,10 +213,10 @@ class Matrix:
         tail = self.tail.of(positions)
         needed = tail.program.needed
         totals = [
-            _sums.weighted_sum(leaf, self._weight(positions[0], weights, leaf))
+            _sums.weighted_sum(leaf, self.weight(positions[0], weights, leaf))
             if own
             else jnp.zeros(leaf.shape, leaf.carried)
-            for leaf, own in zip(self._tail_sources, needed, strict=True)
+            for leaf, own in zip(self.tail_sources, needed, strict=True)
         ]
         return dict(zip(positions, tail(totals), strict=True))
 
@@ -232,20 +234,20 @@ class Matrix:
 
     def apply(self, vectors: Sequence[jax.Array]) -> jax.Array:
         rows = replace(self, diagonal=None).selected()
-        vectors = [_times(v, self._entries(i)) for i, v in enumerate(vectors)]
+        vectors = [_times(v, self.diagonal_of(i)) for i, v in enumerate(vectors)]
         total = jnp.zeros(rows.sources[0].rows, self.dtype)
 
         def plus(total: jax.Array, i: int, leaf: Leaf, v: jax.Array) -> jax.Array:
-            product, weight = _sums.applied(leaf, v), rows._weight(i, None, leaf)
+            product, weight = _sums.applied(leaf, v), rows.weight(i, None, leaf)
             return total + (product if weight is None else product * weight).astype(
                 self.dtype
             )
 
-        for i, leaf in zip(rows._plain, rows.sources, strict=False):
+        for i, leaf in zip(rows.plain, rows.sources, strict=False):
             total = plus(total, i, leaf, vectors[i])
-        for positions in rows._tailed:
+        for positions in rows.tailed:
             pulled = rows._pulled(positions, vectors)
-            for leaf, v in zip(rows._tail_sources, pulled, strict=True):
+            for leaf, v in zip(rows.tail_sources, pulled, strict=True):
                 total = plus(total, positions[0], leaf, v)
         return total
 
@@ -260,7 +262,7 @@ class Matrix:
             vectors[i].astype(carried_dtype(aval.dtype))
             for i, aval in zip(positions, avals, strict=True)
         ]
-        shapes = [(x.shape, x.dtype) for x in self._tail_sources]
+        shapes = [(x.shape, x.dtype) for x in self.tail_sources]
         return tail.transposed(own, shapes)
 
     def gram(
@@ -283,7 +285,7 @@ class Matrix:
         """The stacked rows: one array per leaf, in the leaf's dtype."""
         stacks, rows = [], replace(self, diagonal=None).selected()
         for i, leaf in enumerate(rows._unfolded):
-            weight, entries = rows._weight(i, None, leaf), self._entries(i)
+            weight, entries = rows.weight(i, None, leaf), self.diagonal_of(i)
             carried = weight is not None or entries is not None
             stacked = _sums.rows(leaf, carried=carried)
             if weight is not None:

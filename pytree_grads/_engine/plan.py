@@ -12,11 +12,13 @@ from typing import Literal, TypeAlias
 
 from . import thresholds
 from .graph import Atom
+from .lookups import apart
 from .rules import decompose
 from .rules.convolutions import PatchesLayout
 from .rules.scatters import ScatterLayout
 from .sites import (
     AtNorm,
+    AtRest,
     AtRow,
     AtScan,
     AtSum,
@@ -196,21 +198,31 @@ def _norms_of(cuts: Cuts) -> Cuts:
     """Cuts whose rows have the same norms but hold only the norms of terms.
 
     These norms stand side by side in one vector. That is right if the given views
-    preserve inner products and write to separate parts of the leaf. Otherwise, the
-    given cuts are returned.
+    preserve inner products and write to separate parts of the leaf. Terms of a table
+    that is also looked up do not; the norms of most of its lines stand beside the
+    others, see `lookups`. Otherwise, the given cuts are returned.
     """
     views = [cut.view for cut in cuts]
-    are_apart = all(disjoint(x, y) for x, y in combinations(views, 2))
-    if not are_apart or not all(map(isometric, views)):
+    if not all(map(isometric, views)):
         return cuts
-    sites = [_norm_at(cut.site) for cut in cuts]
-    total = sum(map(size, sites))
+    if all(disjoint(x, y) for x, y in combinations(views, 2)):
+        return _side_by_side([[replace(x, site=_norm_at(x.site))] for x in cuts])
+    found = apart(cuts)
+    if found is None:
+        return cuts
+    rest, small_table = found
+    return _side_by_side([[rest], small_table])
+
+
+def _side_by_side(groups: Sequence[Sequence[Cut]]) -> Cuts:
+    """Cuts that write to one vector; those of a group write to the same part of it."""
+    lengths = [prod(group[0].site.shape) for group in groups]
     start, found = 0, []
-    for site, cut in zip(sites, cuts, strict=True):
-        padded = Pad((start,), (start + size(site),), (total,), (1,))
-        view = (Reshape((size(site),)), padded)
-        found.append(Cut(site, view, cut.factor))
-        start += size(site)
+    for group, length in zip(groups, lengths, strict=True):
+        padded = Pad((start,), (start + length,), (sum(lengths),), (1,))
+        view = (Reshape((length,)), padded)
+        found += [Cut(cut.site, view, cut.factor) for cut in group]
+        start += length
     return tuple(found)
 
 
@@ -224,7 +236,7 @@ def _norm_at(site: Site) -> Site:
 def shape_of(cuts: Sequence[Cut], leaf_shape: Shape) -> Shape:
     """The shape that the cuts add up to: the leaf's, unless only norms are kept."""
     for cut in cuts:
-        if isinstance(innermost(cut.site), AtNorm):
+        if isinstance(innermost(cut.site), AtNorm | AtRest):
             padded = cut.view[-1]
             assert isinstance(padded, Pad)
             return padded.shape

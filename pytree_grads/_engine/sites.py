@@ -8,7 +8,7 @@ row.
 
 from dataclasses import dataclass
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .graph import Atom, Equation, Value
 from .layout import Layout
@@ -44,7 +44,7 @@ class AtTerm:
 
     equation: Equation
     layout: Layout
-    operands: tuple[Atom, ...]
+    operands: tuple[Any, ...]  # atoms, or keys of arrays that are made of some
 
     @property
     def shape(self) -> Shape:
@@ -129,7 +129,34 @@ class AtSum:
         return (prod(self.shape),)
 
 
-Site: TypeAlias = AtValue | AtTerm | AtScan | AtNorm | AtRow | AtSum
+@dataclass(frozen=True)
+class Lookups:
+    """Scatter terms that add to lines of one table; see `lookups`."""
+
+    sites: tuple[AtTerm, ...]
+
+    @property
+    def indices(self) -> list[tuple[Any, ...]]:
+        """The operands of each term from which its indices are made."""
+        return [site.operands[:-1] for site in self.sites]
+
+    @property
+    def count(self) -> int:
+        """S: how many look-ups there are."""
+        return sum(site.sizes[0] for site in self.sites)
+
+
+@dataclass(frozen=True)
+class AtRest:
+    """A dense term: the norm of another term's lines, but for those looked up."""
+
+    site: AtTerm
+    lookups: Lookups
+    shape: Shape = ()
+    sizes: tuple[int, ...] = (1,)
+
+
+Site: TypeAlias = AtValue | AtTerm | AtScan | AtNorm | AtRow | AtSum | AtRest
 
 
 @dataclass(frozen=True)
@@ -164,7 +191,7 @@ def origin(site: Site) -> str:
     match site:
         case AtScan(_, inner):
             return f"scan/{origin(inner)}"
-        case AtNorm(inner) | AtRow(inner) | AtSum(inner):
+        case AtNorm(inner) | AtRow(inner) | AtSum(inner) | AtRest(inner):
             return origin(inner)
         case AtValue():
             equation = site.producer

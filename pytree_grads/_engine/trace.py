@@ -18,6 +18,7 @@ from .._jax.sharding import placed_like
 from .._trees.checks import check_arrays, describe
 from . import evaluate as _evaluate
 from . import graph as _graph
+from . import keys as _keys
 from . import plan as _plan
 from . import thresholds
 from .leaf import Leaf, Summand
@@ -278,7 +279,7 @@ def factor(
 
     @cache
     def term(site: _plan.Site) -> tuple[Term, tuple[int, ...]]:
-        keys = _evaluate.keys_of(site)
+        keys = _keys.keys_of(site)
         row_axes = [places[key].row_axes for key in keys]
         return _evaluate.assemble(site, [arrays[key] for key in keys], row_axes)
 
@@ -316,7 +317,7 @@ def _outputs(trace: Trace, count: int | None) -> _plan.Outputs | None:
         return None
 
     def differ(site: _plan.Site) -> list[bool]:
-        return _evaluate.depends_on(_evaluate.keys_of(site), reached)
+        return _keys.depends_on(_keys.keys_of(site), reached)
 
     reached = trace.graph.downstream(trace.cotangents)
     return _plan.Outputs(count, differ)
@@ -400,7 +401,7 @@ class _Form:
     found: Found | None
 
     @property
-    def shared(self) -> list[_evaluate.Key]:
+    def shared(self) -> list[_keys.Key]:
         """The coefficients of the tail."""
         return [] if self.found is None else self.found.shared
 
@@ -460,25 +461,25 @@ class _Place(NamedTuple):
 
 
 def _places(
-    trace: Trace, sites: Sequence[_plan.Site], others: Sequence[_evaluate.Key]
-) -> dict[_evaluate.Key, _Place]:
+    trace: Trace, sites: Sequence[_plan.Site], others: Sequence[_keys.Key]
+) -> dict[_keys.Key, _Place]:
     """The arrays from which the terms at some sites are assembled, with their axes.
 
     `others` are the keys of more arrays.
     """
-    keys = [key for site in sites for key in _evaluate.keys_of(site)]
+    keys = [key for site in sites for key in _keys.keys_of(site)]
     keys = list(dict.fromkeys([*keys, *others]))
-    by_output = _evaluate.depends(keys, trace.graph, trace.cotangents)
-    by_example = _evaluate.depends(keys, trace.graph, trace.of_one_example)
+    by_output = _keys.depends(keys, trace.graph, trace.cotangents)
+    by_example = _keys.depends(keys, trace.graph, trace.of_one_example)
     return {
-        key: _Place(2 if own else int(differs), _evaluate.depth(key))
+        key: _Place(2 if own else int(differs), _keys.depth(key))
         for key, own, differs in zip(keys, by_output, by_example, strict=True)
     }
 
 
 def _run(
-    trace: Trace, batch: Batch, places: dict[_evaluate.Key, _Place]
-) -> tuple[dict[_evaluate.Key, jax.Array], list[jax.Array]]:
+    trace: Trace, batch: Batch, places: dict[_keys.Key, _Place]
+) -> tuple[dict[_keys.Key, jax.Array], list[jax.Array]]:
     """The arrays that the keys name, and the outputs and aux, for all examples.
 
     An array has its axes of steps first, then of examples, then of outputs.
@@ -523,7 +524,7 @@ def _leaf(
         Summand(
             term=term(cut.site)[0],
             shape=cut.site.shape,
-            axis=_evaluate.rows_axis(cut.site),
+            axis=_keys.rows_axis(cut.site),
             view=cut.view,
             factor=cut.factor,
             row_axes=term(cut.site)[1],

@@ -156,6 +156,11 @@ def transposed(view: View, shape: Sequence[int], v: jax.Array) -> jax.Array:
     return x
 
 
+def only_reshapes(view: View) -> bool:
+    """Whether a view keeps all entries in their order."""
+    return all(isinstance(step, Reshape) for step in view)
+
+
 def isometric(view: View) -> bool:
     """Whether the view preserves inner products."""
     return not any(isinstance(step, Slice) for step in view)

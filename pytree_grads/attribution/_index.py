@@ -92,7 +92,7 @@ def open_index(
       An ``Index``, with the rows that were written before.
 
     Raises:
-      TypeError: ``size`` or ``dim`` is not an int.
+      TypeError: ``size`` or ``dim`` is not an int, or ``made_of`` is no fingerprint.
       ValueError: one is less than 1; ``store`` is another word; ``path`` is not an
         index, or has another size, dim, store, model, order of parameters, key or kind.
       ImportError: tensorstore is asked for and not installed.
@@ -110,6 +110,7 @@ def open_index(
     dim = _checks.whole("dim", dim, low=1)
     if store not in STORES:
         raise ValueError(f"store must be one of {[*STORES]}, got {store!r}")
+    _check_fingerprint(made_of)
     path = str(path)
     header = {"size": size, "dim": dim, "store": store, "made_of": made_of}
     found, kept = STORES[store](path, header)
@@ -123,8 +124,17 @@ def open_index(
     return Index(path, size, dim, found["made_of"], kept)
 
 
+def _check_fingerprint(given: Any) -> None:
+    """Raise unless this has the parts of a fingerprint."""
+    if not isinstance(given, dict) or not given.keys() >= MEANINGS.keys():
+        raise TypeError(
+            f"made_of must be what fingerprint(params, key) returns, got {given!r}"
+        )
+
+
 def _check_made_of(found: dict[str, Any], given: dict[str, Any], what: str) -> None:
     """Raise if two fingerprints differ, and say what that means."""
+    _check_fingerprint(given)
     given = json.loads(json.dumps(given))
     for name, meaning in MEANINGS.items():
         if found.get(name) != given.get(name):

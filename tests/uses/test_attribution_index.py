@@ -254,3 +254,11 @@ def test_errors(tmp_path, name, store):
     call, kind, words = ERRORS[name]
     with pytest.raises(kind, match=words):
         call(index, partial(open_small, store=store))
+
+
+@pytest.mark.parametrize("made_of", [None, "abc", {}, {"leaves": []}])
+def test_what_is_no_fingerprint_makes_no_index(tmp_path, made_of):
+    path = tmp_path / "index"
+    with pytest.raises(TypeError, match="fingerprint"):
+        open_small(path, made_of=made_of)
+    assert not path.exists()

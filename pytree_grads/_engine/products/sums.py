@@ -13,7 +13,7 @@ from jax import lax
 from .. import thresholds
 from ..leaf import Leaf, Summand, over_rows, row, zeros_of
 from ..terms.protocol import Term
-from ..views import apply, transposed
+from ..views import apply, only_reshapes, transposed
 from ..weighing import times, weighted_total
 from .tiles import over_blocks
 
@@ -108,12 +108,18 @@ def _squared(leaf: Leaf) -> Summand:
 
 def weighted_sum(leaf: Leaf, weights: jax.Array | None) -> jax.Array:
     """The sum of weight times row, in the accumulation dtype; None means ones."""
-    # Summands that share a view are added up before it. Those that add in place come
-    # last.
+    # Summands that share a view, but for reshapes, are added up before it. Those that
+    # add in place come last.
     totals: dict[Any, jax.Array] = {}
     for summand in sorted(leaf.summands, key=lambda x: x.term.adds_in_place):
-        key = summand.view, summand.shape, summand.term.dtype
-        totals[key] = _added(summand, leaf, weights, totals.get(key))
+        view, shape = summand.view, summand.shape
+        if only_reshapes(view):
+            view, shape = (), leaf.shape
+        key = view, shape, summand.term.dtype
+        onto = totals.get(key)
+        if onto is not None:
+            onto = lax.reshape(onto, summand.shape)
+        totals[key] = lax.reshape(_added(summand, leaf, weights, onto), shape)
     parts = [
         lax.convert_element_type(apply(view, total), leaf.carried)
         for (view, *_), total in totals.items()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .. import thresholds
 from ..facts import is_zero
 from ..graph import Atom, Equation, Value
-from ..sites import AtNorm, AtRow, AtScan, AtTerm, AtValue, Cut, Site
+from ..sites import AtNorm, AtRest, AtRow, AtScan, AtSum, AtTerm, AtValue, Cut, Site
 from ..views import View, shape_after, simplified
 from .table import RULES
 
@@ -71,9 +71,9 @@ def _shape_and_kind(cut: Cut) -> tuple[tuple[int, ...], str]:
 def _kind(site: Site) -> Literal["complex", "real", "other"]:
     """The kind of numbers in a term; the indices of a scatter term do not count."""
     match site:
-        case AtScan(_, inner) | AtRow(inner):
+        case AtScan(_, inner) | AtRow(inner) | AtSum(inner):
             return _kind(inner)
-        case AtNorm():
+        case AtNorm() | AtRest():
             return "real"
         case AtValue() | AtTerm():
             dtypes = [atom.aval.dtype for atom in site.operands]

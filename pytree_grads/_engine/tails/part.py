@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .. import evaluate
 from ..facts import is_zero
 from ..graph import Atom, Equation, Known, Value
+from ..keys import Key, Stacked
 from ..plan import LeafPlan
 
 
@@ -111,13 +111,13 @@ class Part:
         return found
 
     @cached_property
-    def all_shared(self) -> list[evaluate.Key]:
+    def all_shared(self) -> list[Key]:
         """The keys of the coefficients, in the order of `run`."""
-        found: list[evaluate.Key] = list(self.shared)
+        found: list[Key] = list(self.shared)
         for equation in self.equations:
             if equation in self.scans:
                 keys = self.scans[equation].all_shared
-                found += [evaluate.Stacked(equation, key) for key in keys]
+                found += [Stacked(equation, key) for key in keys]
         return found
 
 
@@ -161,7 +161,7 @@ class Found:
     sources: tuple[Source, ...]
 
     @property
-    def shared(self) -> list[evaluate.Key]:
+    def shared(self) -> list[Key]:
         return self.part.all_shared
 
     def run(self, sources: Sequence[Any], shared: Sequence[Any]) -> list[jax.Array]:

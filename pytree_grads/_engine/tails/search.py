@@ -22,6 +22,7 @@ from .. import evaluate, thresholds
 from .. import plan as _plan
 from ..facts import is_zero
 from ..graph import Atom, Equation, Graph, Value
+from ..keys import Key, keys_of
 from ..plan import Cuts, LeafPlan
 from ..rules.scans import stacked
 from ..sites import AtRow, AtScan, AtTerm, AtValue, Site, is_dense
@@ -114,13 +115,13 @@ class _Level:
                 return level.is_linear(equation)
         return False
 
-    def sound(self, cuts: Cuts) -> list[tuple[evaluate.Key, ...]]:
+    def sound(self, cuts: Cuts) -> list[tuple[Key, ...]]:
         """The keys of the cuts at which two values of the example meet."""
         found = []
         for cut in cuts:
             level, site = self._inside(cut.site)
             if isinstance(site, AtTerm) and not level.is_linear(site.equation):
-                found.append(evaluate.keys_of(cut.site))
+                found.append(keys_of(cut.site))
         return found
 
     def has_tail(self, cuts: Cuts, leaf: Atom) -> bool:

@@ -15,7 +15,7 @@ from jax import lax
 
 from ..einsum import dot, times_counts
 from . import weighed
-from .outer import Outer, left_products, outer_cost, right_products
+from .outer import Outer, conjugated, left_products, outer_cost, right_products
 from .protocol import Term
 from .scatter import (
     Scatter,
@@ -29,7 +29,10 @@ from .weighed import Weighed
 
 
 def inner(x: Term, y: Term) -> jax.Array:
-    """<x, y> for two rows of one shape; x is conjugated."""
+    """<x, y> for two rows of one shape; x is conjugated.
+
+    One may be a stack of outer products, the other look-ups of its lines.
+    """
     if x.is_dense:
         return y.apply_own(x.materialize().conj())
     if y.is_dense:
@@ -75,10 +78,25 @@ def _outer_outer(x: Outer, y: Outer) -> jax.Array:
 
 
 def _outer_scatter(x: Outer, y: Scatter) -> jax.Array:
+    if len(x.left) != len(y.index):
+        return _stack_scatter(x, y)
     return jnp.sum(columns_at(x.left, y.index).conj() * right_products(x, y))
 
 
+def _stack_scatter(x: Outer, y: Scatter) -> jax.Array:
+    """The same for blocks (B, m, n), and look-ups of their lines (1, B*m, n)."""
+    rights = dot("btn,sn->bts", conjugated(x.right), y.right[0])
+    index = y.index[0]  # (S,)
+    m = x.shape[1]
+    columns = jnp.arange(len(index)) if rights.shape[-1] > 1 else jnp.zeros_like(index)
+    at_lines = x.left.at[index // m, :, index % m].get(mode="fill", fill_value=0)
+    own = rights.at[index // m, :, columns].get(mode="fill", fill_value=0)  # (S, T)
+    return jnp.sum(conjugated(at_lines) * own)
+
+
 def _scatter_outer(x: Scatter, y: Outer) -> jax.Array:
+    if len(x.index) != len(y.left):
+        return _stack_scatter(y, x).conj()
     lefts = jnp.swapaxes(columns_at(y.left, x.index), 1, 2)
     return jnp.sum(lefts * right_products(x, y))
 
@@ -105,7 +123,7 @@ def _scatter_cost(x: Scatter, y: Scatter) -> int:
 
 def _mixed_cost(x: Term, y: Term) -> int:
     """The cost of pairs whose left products take no multiplications."""
-    blocks, _, n = x.shape
+    blocks, n = max(x.shape[0], y.shape[0]), x.shape[2]
     return 2 * blocks * x.pair_count * y.pair_count * (1 + n)
 
 
