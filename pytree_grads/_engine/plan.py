@@ -60,14 +60,20 @@ class LeafPlan:
     for_sums: Cuts
     terms: Cuts = ()
 
-    def for_plain_sums(self, size: int) -> Cuts:
-        """The cuts for a sum over `size` examples without weights.
+    def for_plain_sums(self, count: int, varying: Container[Atom]) -> Cuts:
+        """The cuts for a sum over `count` examples without weights.
 
         What a scan would stack is summed over the examples in its body, as an ordinary
-        backward pass does.
+        backward pass does. Other terms stay as they are. If several of them are dense,
+        rows may take less memory.
         """
-        summed = tuple(_summed(cut, size) for cut in self.terms)
-        return self.for_sums if summed == self.terms else summed
+        summed = tuple(_summed(cut, count) for cut in self.terms)
+        if summed == self.terms:
+            return self.for_sums
+        kept = [x.site for x in summed if is_dense(x.site) and _differs(x, varying)]
+        dense = sum(size(x) for x in kept if not isinstance(innermost(x), AtSum))
+        rows = sum(size(cut.site) for cut in self.for_sums)
+        return self.for_sums if thresholds.exceeds(dense, rows) else summed
 
 
 def plan_leaf(
@@ -161,7 +167,7 @@ def _is_convolution(site: Site) -> bool:
     return isinstance(inner, AtTerm) and isinstance(inner.layout, PatchesLayout)
 
 
-def _summed(cut: Cut, size: int) -> Cut:
+def _summed(cut: Cut, count: int) -> Cut:
     """The cut in a scan whose term is summed over the examples, if that is better.
 
     A table that is read in the body is larger than all that is read from it, mostly.
@@ -171,7 +177,7 @@ def _summed(cut: Cut, size: int) -> Cut:
     if not isinstance(cut.site, AtScan) or not isinstance(inner, AtTerm):
         return cut
     if isinstance(inner.layout, ScatterLayout):
-        stacked = size * sum(inner.sizes)
+        stacked = count * size(inner)
         if not thresholds.exceeds(stacked, prod(inner.shape)):
             return cut
     return _with_innermost(cut, AtSum(inner))

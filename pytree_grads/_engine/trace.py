@@ -266,7 +266,9 @@ def factor(
         weighted = own.unless_like(_form(trace, varying, plans, _for_sums, route))
         plain = weighted
     if with_sums and count is None:
-        choice = partial(_plan.LeafPlan.for_plain_sums, size=batch.size)
+        choice = partial(
+            _plan.LeafPlan.for_plain_sums, count=batch.size, varying=varying
+        )
         plain = weighted.unless_like(_form(trace, varying, plans, choice, route))
     asked = list({id(x): x for x in (own, weighted, plain)}.values())
 

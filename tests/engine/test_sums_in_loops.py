@@ -99,6 +99,18 @@ def masked_rnn(p, x):
     return tanh_rnn({**p, "w": jnp.tril(p["w"]) * jnp.exp(p["b"])[None]}, x)
 
 
+def masked_layers(p, x):
+    """Layers of sequences: of what a scan inside a scan adds up, one part has a tail."""
+
+    def layer(h, own):
+        def step(h, x):
+            return jnp.tanh(x + h @ (own["w"] * own["mask"]) + own["b"]), None
+
+        return jax.lax.scan(step, h, x)
+
+    return jnp.sum(jax.lax.scan(layer, jnp.zeros_like(x[0]), p)[0] ** 2)
+
+
 CASES = {
     "tanh_rnn": (
         tanh_rnn,
@@ -150,6 +162,11 @@ CASES = {
         masked_rnn,
         lambda: {"in": draw(64, 64), "w": draw(64, 64), "b": draw(64)},
         lambda: draw(32, 64, 64),
+    ),
+    "masked_layers": (
+        masked_layers,
+        lambda: {"w": draw(2, 16, 16), "mask": draw(2, 16, 16), "b": draw(2, 16)},
+        lambda: draw(8, 5, 16),
     ),
 }
 

@@ -74,13 +74,7 @@ class Part:
         sources: Iterator[jax.Array],
         shared: Iterator[jax.Array],
     ) -> dict[Atom, jax.Array]:
-        part = self.scans[equation]
-        body = equation.body.outputs
-        wanted = [
-            (outer, inner)
-            for outer, inner in zip(equation.outputs, body, strict=True)
-            if inner in part.made
-        ]
+        part, wanted = self.scans[equation], self._from_scan(equation)
 
         def step(sources: list[jax.Array], shared: list[jax.Array]) -> list[jax.Array]:
             env = part.run(iter(sources), iter(shared))
@@ -95,7 +89,21 @@ class Part:
     @cached_property
     def made(self) -> set[Atom]:
         """The linear values, and the sources."""
-        return {x for e in self.equations for x in e.outputs} | set(self.sources)
+        made = set[Atom](self.sources)
+        for equation in self.equations:
+            if equation in self.totals:
+                made |= self.totals[equation].addends.keys()
+            elif equation not in self.scans:
+                made.update(equation.outputs)
+            if equation in self.scans:
+                made.update(outer for outer, _ in self._from_scan(equation))
+        return made
+
+    def _from_scan(self, equation: Equation) -> list[tuple[Value, Atom]]:
+        """The outputs of a scan that are linear, each with the body's output."""
+        made = self.scans[equation].made
+        pairs = zip(equation.outputs, equation.body.outputs, strict=True)
+        return [(outer, inner) for outer, inner in pairs if inner in made]
 
     @cached_property
     def all_sources(self) -> list[tuple[tuple[Loop, ...], Atom]]:
