@@ -12,6 +12,7 @@ The norm of the row is that of the small table and of these norms, side by side.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import jax
@@ -221,12 +222,13 @@ def places_of(indices: Sequence[jax.Array]) -> tuple[jax.Array, list[jax.Array]]
     order = jnp.argsort(index)
     ordered = index[order]
     begins = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
-    numbers = jnp.arange(len(index), dtype=jnp.int32)
+    numbers = lax.iota(jnp.int32, index.shape[0])
     first = lax.cummax(jnp.where(begins, numbers, 0))
     places = jnp.zeros_like(index).at[order].set(order[first].astype(jnp.int32))
     line = jnp.where(places == numbers, index, -1)
-    ends = [sum(len(x) for x in indices[: i + 1]) for i in range(len(indices))]
-    return line, jnp.split(places, ends[:-1])
+    ends = [0, *accumulate(x.shape[0] for x in indices)]  # which may be symbolic
+    parts = [lax.slice_in_dim(places, *x) for x in pairwise(ends)]
+    return line, parts
 
 
 def lines_by_step(line: jax.Array, steps: int, m: int) -> jax.Array:

@@ -38,6 +38,10 @@ def look_up(p, x):
     return jnp.sum(jnp.tanh(p["e"][x]) @ p["e"].T)
 
 
+def embed(p, x):
+    return jnp.sum(jnp.tanh(p["e"][x]))
+
+
 def recurrent(p, x):
     def step(h, line):
         return jnp.tanh(h @ p["w"] + line), None
@@ -57,6 +61,7 @@ FUNCTIONS = {
     "sequences": (mlp, DENSE, ("t", 4), F32),
     "look-ups": (look_up, {"e": (9, 5)}, (7,), INT),
     "look-ups of sequences": (look_up, {"e": (9, 5)}, ("t",), INT),
+    "embedded sequences": (embed, {"e": (9, 5)}, ("t",), INT),
     "recurrent": (recurrent, {"w": (4, 4)}, ("t", 4), F32),
     "outputs": (outputs, {"w": (4, 5)}, (4,), F32),
 }

@@ -15,7 +15,14 @@ from jax import lax
 
 from ..einsum import dot, times_counts
 from . import weighed
-from .outer import Outer, conjugated, left_products, outer_cost, right_products
+from .outer import (
+    Outer,
+    conjugated,
+    has_many,
+    left_products,
+    outer_cost,
+    right_products,
+)
 from .protocol import Term
 from .scatter import (
     Scatter,
@@ -88,7 +95,9 @@ def _stack_scatter(x: Outer, y: Scatter) -> jax.Array:
     rights = dot("btn,sn->bts", conjugated(x.right), y.right[0])
     index = y.index[0]  # (S,)
     m = x.shape[1]
-    columns = jnp.arange(len(index)) if rights.shape[-1] > 1 else jnp.zeros_like(index)
+    columns = lax.iota(index.dtype, index.shape[0])
+    if not has_many(y.right.shape[1]):  # one vector for all look-ups
+        columns = jnp.zeros_like(index)
     at_lines = x.left.at[index // m, :, index % m].get(mode="fill", fill_value=0)
     own = rights.at[index // m, :, columns].get(mode="fill", fill_value=0)  # (S, T)
     return jnp.sum(conjugated(at_lines) * own)

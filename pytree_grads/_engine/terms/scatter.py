@@ -84,7 +84,7 @@ class Scatter(ByRow):
         return self.index.shape[0] == 1 and not has_many(self.pair_count)
 
     def squared_norm(self) -> Squared:
-        if self.right.shape[1] > 1:
+        if has_many(self.right.shape[1]):
             return scales.squared_norm(self.merged().right)
         # Each index adds the same vector: count the pairs of equal indices.
         scale = scales.rough_scale(self.right)
