@@ -16,6 +16,8 @@ From a function to its factors, in the order of the work:
 ``layout``      how the operands of an equation become the factors of a term
 ``plan``        for each leaf, which cuts are kept, and in which form
 ``tails``       the linear maps that all examples share, between a cut and its leaf
+``keys``        the names of the arrays that terms are made from
+``lookups``     norms of a table that a scan reads by parts, and that is looked up
 ``evaluate``    the cut graph runs, and nothing is evaluated that no term needs
 ==============  ========================================================================
 

@@ -134,6 +134,11 @@ class Graph:
             counts[atom] = counts.get(atom, 0) + 1
         return counts
 
+    @property
+    def has_scans(self) -> bool:
+        """Whether there is a scan, outside of the bodies of others."""
+        return any(equation.primitive is p.scan_p for equation in self.equations)
+
     @cached_property
     def position(self) -> dict[Equation, int]:
         """The number of each equation, in the order of evaluation."""

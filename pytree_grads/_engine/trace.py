@@ -259,17 +259,16 @@ def factor(
     of_outputs = _outputs(trace, count)
     plans = [_plan.plan_leaf(x, varying, route, of_outputs) for x in trace.leaves]
 
-    own = _form(trace, varying, plans, _for_sums if form == "sum" else _for_rows, route)
+    make = partial(_form, trace, varying, plans, route)
+    own = weighted = plain = make(_for_sums if form == "sum" else _for_rows)
     with_sums = with_sums and any(isinstance(x, Tracer) for x in batch.leaves)
-    weighted = plain = own
     if with_sums:
-        weighted = own.unless_like(_form(trace, varying, plans, _for_sums, route))
-        plain = weighted
-    if with_sums and count is None:
-        choice = partial(
+        weighted = plain = own.unless_like(make(_for_sums))
+    if with_sums and count is None and trace.graph.has_scans:
+        in_scans = partial(
             _plan.LeafPlan.for_plain_sums, count=batch.size, varying=varying
         )
-        plain = weighted.unless_like(_form(trace, varying, plans, choice, route))
+        plain = weighted.unless_like(make(in_scans))
     asked = list({id(x): x for x in (own, weighted, plain)}.values())
 
     cuts = [cut for form in asked for cuts in form.cuts for cut in cuts]
@@ -424,8 +423,8 @@ def _form(
     trace: Trace,
     varying: set[_graph.Atom],
     plans: Sequence[_plan.LeafPlan],
-    choice: Any,
     route: _plan.Route,
+    choice: Callable[[_plan.LeafPlan], _plan.Cuts],
 ) -> _Form:
     """The cuts of all leaves in one form."""
     found = None

@@ -100,7 +100,7 @@ def masked_rnn(p, x):
 
 
 def masked_layers(p, x):
-    """Layers of sequences: of what a scan inside a scan adds up, one part has a tail."""
+    """A scan inside a scan adds up both what has a tail and what has none."""
 
     def layer(h, own):
         def step(h, x):
@@ -258,6 +258,24 @@ def test_what_is_not_asked_for_is_not_computed(name):
     rows = len(jax.tree.leaves(p)) - (name == "tanh_rnn")  # a bias needs no product
     assert products(both) == products(norms) + rows
     assert cost(norms, p, x)[0] < cost(both, p, x)[0]
+
+
+def test_dense_terms_beside_a_scan_take_no_more_than_rows():
+    """Sums of bfloat16 rows are carried in float32, not left to the backward pass."""
+
+    def fun(p, x):
+        total = tanh_rnn(p, x)
+        for i, own in enumerate((jnp.sin, jnp.cos, jnp.tanh, jnp.exp)):
+            total += jnp.sum(own(p["w"] * x[i]))
+        return total
+
+    _, p, x = built("tanh_rnn")
+    p, x = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (p, x[:, :4]))
+
+    def with_ones(p, x):
+        return jacobian(fun)(p, x).weighted_sum(jnp.ones(len(x)))
+
+    assert cost(summed(fun), p, x)[1] <= 1.05 * cost(with_ones, p, x)[1]
 
 
 def test_bfloat16_and_empty_batches_and_nan():
