@@ -30,9 +30,9 @@ from .keys import (
     Stacked,
     Sum,
     Total,
+    atom_of,
     keys_of,
     rows_axis,
-    went_in,
 )
 from .layout import Frame
 from .leaf import Leaf, Summand
@@ -116,7 +116,7 @@ def _seeds(keys: Iterable[Key]) -> tuple[set[Atom], dict[Equation, _Asked]]:
     todo = list(keys)
     while todo:
         key = todo.pop()
-        atom = went_in(key)
+        atom = atom_of(key)
         if atom is not None:
             atoms.add(atom)
             continue
@@ -173,8 +173,8 @@ def run(
 ) -> list[Any]:
     """Evaluate the arrays that some keys name, for one example.
 
-    A key `Sum` needs `example`: any array that has an axis of examples if this is
-    mapped over them.
+    A key `Sum` needs `example`: any array over which `jax.vmap` maps, if it maps over
+    the examples.
     """
     env: _Env = dict(zip(graph.inputs, inputs, strict=True))
     return _run(graph, env, keys, needs_of(graph, keys), example)
@@ -184,7 +184,7 @@ def _run(
     graph: Graph, env: _Env, keys: Sequence[Key], needs: Needs, example: Any
 ) -> list[Any]:
     def read(key: Key) -> Any:
-        atom = went_in(key)
+        atom = atom_of(key)
         match key if atom is None else atom:
             case Known(value):
                 return jnp.asarray(value)
@@ -266,9 +266,10 @@ def _run_scan(
 def _made(
     key: Any, arrays: Sequence[jax.Array], example: Any = None, lines: Any = None
 ) -> jax.Array:
-    """What a key says of the term at a site, from the arrays of one example.
+    """What a key names of the term at its site: its norm, say.
 
-    `lines` are those that look-ups name in the part of a table that a step reads.
+    The arrays are those of one example. `lines` are the lines that look-ups name, in
+    the part of a table that a step of a scan reads.
     """
     if isinstance(key, Sum):
         return _sum_of_rows(key.site, arrays, example)
@@ -320,10 +321,11 @@ def _lines_by_step(equation: Equation, needs: ScanNeeds, env: _Env) -> _Env:
 def _sum_of_rows(
     site: AtTerm, arrays: Sequence[jax.Array], example: jax.Array
 ) -> jax.Array:
-    """The sum over all examples of the rows of a term, whose arrays are those of one.
+    """The sum of a term's rows over all examples, from the arrays of one example.
 
-    `jax.vmap` calls the rule below, which sums over the examples: their axis is one of
-    `example`, even if no array of the term has it. So a scan need not stack factors.
+    `jax.vmap` over the examples calls `of_all`, which adds up their rows. So a scan
+    need not stack factors. `of_all` has to run also if the examples share all arrays of
+    the term, since the row then counts N times. So `example` is an operand, too.
     """
 
     def total(

@@ -1,8 +1,10 @@
 """Keys: the names of the arrays of a backward pass from which terms are made.
 
-A key is an atom of the graph, or says what is made of other arrays: of those in the
-body of a scan, stacked or added up over the steps; of those of a term, its norm, its
-row, or the sum of all rows; and what norms of tables take (see `lookups`).
+A key is an atom of the graph, or says how an array is made from others:
+
+- from an array in the body of a scan: stacked, or added up over the steps;
+- from the arrays of a term: its norm, its row, or the sum of all rows;
+- from a table that is read by parts and looked up: what its norm takes, see `lookups`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -96,14 +98,14 @@ def keys_of(site: Site) -> tuple[Key, ...]:
     return site.operands
 
 
-def went_in(key: Key) -> Atom | None:
+def atom_of(key: Key) -> Atom | None:
     """The atom that holds what a key names, if one does.
 
     A stack of what a scan reads step by step is an operand of the scan.
     """
     match key:
         case Stacked(equation, inner):
-            value, (_, steps_from) = went_in(inner), equation.splits
+            value, (_, steps_from) = atom_of(inner), equation.splits
             if value in equation.body.inputs[steps_from:]:
                 return equation.inputs[equation.body.inputs.index(value)]
             return None

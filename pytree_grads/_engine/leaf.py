@@ -61,7 +61,7 @@ class Summand:
     row_axes: tuple[int, ...]
     reason: str  # why the term is dense, if it is
     folding: int = 0  # multiplications and additions to fold a tail into one row
-    is_total: bool = False  # whether the term is the sum of all rows, in their place
+    is_total: bool = False  # whether the term is the sum over all rows, not a row
 
     @property
     def of_one_row(self) -> Term:

@@ -6,8 +6,9 @@ over the steps of the scan, and lines at a few indices: those of an embedding, o
 targets' scores. The stack would keep the cotangents of all scores.
 
 Norms need less. The lines that some index names are put together in a small table,
-which has a line for each look-up. Of the others, each step of the scan takes the norm.
-The norm of the row is that of the small table and of these norms, side by side.
+which has a line for each look-up. Each step of the scan takes the norm of the other
+lines of its part. The norm of the row is that of the small table and of these norms,
+put into one vector.
 """
 
 from collections.abc import Sequence
@@ -37,10 +38,11 @@ from .views import Shape, only_reshapes
 
 
 def apart(cuts: Sequence[Cut]) -> tuple[Cut, list[Cut]] | None:
-    """The cut of the norms, and the cuts that add up to the small table (1, S, n).
+    """The cut of the steps' norms, and the cuts that add up to the small table.
 
-    They have no views yet. None if the given cuts are not a stack of outer products and
-    look-ups of its lines, or if the small table takes more memory than the stack.
+    The small table has the shape (1, S, n). The cuts have no views yet. None if the
+    given cuts are not a stack of outer products and look-ups of its lines, or if the
+    small table takes more memory than the stack.
     """
     stacks = [cut for cut in cuts if isinstance(cut.site, AtScan)]
     others = [cut for cut in cuts if not isinstance(cut.site, AtScan)]

@@ -170,8 +170,8 @@ def _is_convolution(site: Site) -> bool:
 def _summed(cut: Cut, count: int) -> Cut:
     """The cut in a scan whose term is summed over the examples, if that is better.
 
-    A table that is read in the body is larger than all that is read from it, mostly.
-    The entries are stacked then, and added to the table once.
+    A table that is looked up in the body may be larger than the lines of all examples.
+    These are stacked then, and added to the table once.
     """
     inner = innermost(cut.site)
     if not isinstance(cut.site, AtScan) or not isinstance(inner, AtTerm):
@@ -204,9 +204,9 @@ def _norms_of(cuts: Cuts) -> Cuts:
     """Cuts whose rows have the same norms but hold only the norms of terms.
 
     These norms stand side by side in one vector. That is right if the given views
-    preserve inner products and write to separate parts of the leaf. Terms of a table
-    that is also looked up do not; the norms of most of its lines stand beside the
-    others, see `lookups`. Otherwise, the given cuts are returned.
+    preserve inner products and write to separate parts of the leaf. The terms of a
+    table that a scan reads by parts and that is also looked up overlap; `lookups` takes
+    them apart. Otherwise, the given cuts are returned.
     """
     views = [cut.view for cut in cuts]
     if not all(map(isometric, views)):

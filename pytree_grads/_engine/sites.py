@@ -148,7 +148,7 @@ class Lookups:
 
 @dataclass(frozen=True)
 class AtRest:
-    """A dense term: the norm of another term's lines, but for those looked up."""
+    """A dense term: the norm of another term without the lines that are looked up."""
 
     site: AtTerm
     lookups: Lookups

@@ -407,7 +407,7 @@ class _Form:
         return [] if self.found is None else self.found.shared
 
     def unless_like(self, other: "_Form") -> "_Form":
-        """Another form; this one, if the rows are the same."""
+        """The other form, or this one if both have the same rows."""
         return self if self._is_like(other) else other
 
     def _is_like(self, other: "_Form") -> bool:
@@ -492,7 +492,8 @@ def _run(
     def example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         flat = jax.tree.leaves((args, kwargs))
         values = [flat[i] for i in values_at]
-        an_example = flat[values_at[-1]]  # mapped, if there is any such value
+        # The last value is mapped over the examples, if any is: those come last.
+        an_example = flat[values_at[-1]]
 
         def backward(cotangents: Sequence[jax.Array]) -> Any:
             # Laid out, and varying over mesh axes, as the outputs are.

@@ -169,7 +169,8 @@ class Kept:
 
         What it takes depends on the rows alone, and on where it is called: rows that
         are neither scaled nor clipped, and are used in the trace in which J was made,
-        are summed from their own form. All others are summed from what norms take.
+        are summed from a form of their own, `sums`. All others are summed from the
+        factors that norms take.
         """
         if self.sums is None or not self._is_at_hand:
             return self.fold(Matrix.weighted_sum, c)

@@ -91,7 +91,7 @@ def _outer_scatter(x: Outer, y: Scatter) -> jax.Array:
 
 
 def _stack_scatter(x: Outer, y: Scatter) -> jax.Array:
-    """The same for blocks (B, m, n), and look-ups of their lines (1, B*m, n)."""
+    """<x, y> for outer products (B, m, n) and look-ups of their lines (1, B*m, n)."""
     rights = dot("btn,sn->bts", conjugated(x.right), y.right[0])
     index = y.index[0]  # (S,)
     m = x.shape[1]
