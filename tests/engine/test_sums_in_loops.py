@@ -266,7 +266,7 @@ def test_dense_terms_beside_a_scan_take_no_more_than_rows():
     def fun(p, x):
         total = tanh_rnn(p, x)
         for i, own in enumerate((jnp.sin, jnp.cos, jnp.tanh, jnp.exp)):
-            total += jnp.sum(own(p["w"] * x[i]))
+            total += jnp.sum(own(p["w"] * x[i][None]))
         return total
 
     _, p, x = built("tanh_rnn")
