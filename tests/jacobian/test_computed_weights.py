@@ -41,7 +41,7 @@ CASES = {
     "vmapped_embedding": (models.vmapped_embedding, (64, 32), CLOSED),
     "hash_grid": (models.hash_grid, (64, 64), CLOSED),
     "learned_step": (models.learned_step, (256, 64), COUPLED),
-    "masked_sequence": (models.masked_sequence, (128, 32), TILED),
+    "masked_sequence": (models.masked_sequence, (256, 64), TILED),
 }
 
 

@@ -59,16 +59,17 @@ def _pieces(source: Leaf) -> Sum | None:
 def _leaf(value: dict[Piece, float], rows: Leaf) -> Leaf | None:
     """A leaf that is a sum of pieces, unless rows take less than half the operations.
 
-    Rows are as large as arrays get, and steps entry by entry do not count in theirs.
+    Rows are as large as arrays get, and steps entry by entry do not count in theirs. If
+    the norms of the pieces build rows as well, the way with fewer operations is taken.
     """
     if len(value) > MOST_PIECES:
         return None
     aligned = _aligned(list(value))
     summands = tuple(map(summand_of, aligned, value.values()))
     leaf = replace(rows, summands=summands)
-    if thresholds.exceeds(norm_route(leaf).flops, 2 * norm_route(rows).flops):
-        return None
-    return leaf
+    route, by_rows = norm_route(leaf), norm_route(rows)
+    times = 1 if route.kind == "rows" else 2
+    return None if thresholds.exceeds(route.flops, times * by_rows.flops) else leaf
 
 
 def _joined(value: Sum, folding: Folding) -> dict[Piece, float]:
