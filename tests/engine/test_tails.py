@@ -97,6 +97,11 @@ ROWS = [
         lambda w: mask(w.astype(jnp.float32).astype(w.dtype)),
     ),
     Row("triangular_solve", solved, folds=False),
+    Row(
+        "custom_linear_solve",
+        lambda w: jnp.linalg.solve(LOWER.astype(w.dtype).T + 1, w),
+        folds=False,
+    ),
     Row("conv_general_dilated", convolved, folds=False),
     Row("cumsum", lambda w: jnp.cumsum(mask(w), axis=0)),
     Row("optimization_barrier", lambda w: jax.checkpoint(mask)(w)),
@@ -333,3 +338,79 @@ def test_quantised_weights(scheme, x64):
     terms = [s.term for leaf in leaves_of(J) for s in leaf.summands]
     assert not any(isinstance(x, Through) for x in terms)
     assert len(terms) <= 2  # both gradients of a step are one number
+
+
+def adapters_in_a_scan(p, x):
+    """A merged adapter for each layer."""
+
+    def layer(h, own):
+        return jnp.tanh(h @ (own["w"] + own["u"] @ own["v"])), None
+
+    return jnp.sum(lax.scan(layer, x, p)[0] ** 2)
+
+
+def a_matrix_for_each_head(p, x):
+    """Two axes of blocks, and both sides of a weight."""
+    weights = jnp.einsum("hgij,hgjk->hgik", p["u"], p["w"])
+    weights = jnp.einsum("hgik,hgkl->hgil", weights, p["v"])
+    return jnp.sum(jnp.sin(jnp.einsum("...i,hgij->...hgj", x, weights)) ** 2)
+
+
+def heads_in_another_order(p, x):
+    """Blocks whose axes are not in the order of the matrices."""
+    weights = jnp.einsum("hgij,ghjk->ghik", p["u"], p["w"])
+    return jnp.sum(jnp.sin(jnp.einsum("...i,ghij->...hgj", x, weights)) ** 2)
+
+
+def blocks(*shape):
+    def draw(seed, *own):
+        numbers = np.random.default_rng(seed).normal(size=own)
+        return jnp.asarray(numbers) / own[-1] ** 0.5
+
+    return {
+        "u": draw(0, *shape, 24, 3),
+        "v": draw(1, *shape, 3, 24),
+        "w": draw(2, *shape, 24, 24),
+    }
+
+
+def heads(h, g):
+    p = blocks(h, g)
+    u, v = (jnp.concatenate([p[k]] * 8, -1 if k == "u" else -2) for k in "uv")
+    return {"u": u, "w": p["w"], "v": v}
+
+
+@pytest.mark.any_release
+@pytest.mark.parametrize("positions", [None, 3])
+@pytest.mark.parametrize(
+    ("fun", "p"),
+    [
+        (adapters_in_a_scan, lambda: blocks(4)),
+        (a_matrix_for_each_head, lambda: heads(2, 3)),
+        (heads_in_another_order, lambda: {**heads(2, 3), "w": blocks(3, 2)["w"]}),
+    ],
+)
+def test_a_matrix_for_each_block(fun, p, positions, x64):
+    p = {k: x for k, x in p().items() if fun is not heads_in_another_order or k != "v"}
+    shape = (N, 24) if positions is None else (N, positions, 24)
+    x = jnp.asarray(np.random.default_rng(3).normal(size=shape))
+
+    @jax.jit
+    def found(p, x):
+        J = jacobian(fun)(p, x)
+        return products_as_arrays(J), J @ jax.tree.map(jnp.cos, p)
+
+    products, applied = found(p, x)
+    assert tree_allclose(products, exact(fun, p, x), 1e-10)
+    rows = jax.vmap(jax.grad(fun), (None, 0))(p, x)
+    images = [
+        jnp.tensordot(r, jnp.cos(w), w.ndim)
+        for r, w in zip(*map(jax.tree.leaves, (rows, p)), strict=True)
+    ]
+    assert tree_allclose(applied, sum(images), 1e-10)
+
+
+def test_adapters_in_a_scan_fold(x64):
+    x = jnp.ones((N, 24))
+    for leaf in leaves_of(jacobian(adapters_in_a_scan)(blocks(4), x)):
+        assert not any(isinstance(s.term, Through) for s in leaf.summands)

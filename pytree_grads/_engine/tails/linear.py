@@ -32,6 +32,10 @@ def _only(*positions: int) -> _Test:
     return test
 
 
+def _last(varies: Varying) -> bool:
+    return not any(varies[:-1])
+
+
 def _all_but_first(varies: Varying) -> bool:
     return not varies[0]
 
@@ -46,6 +50,7 @@ _LINEAR: dict[Primitive, _Test] = {
     p.dynamic_update_slice_p: _only(0, 1),
     p.scatter_add_p: _only(0, 2),
     p.triangular_solve_p: _only(1),
+    p.linear_solve_p: _last,  # the right-hand side, if it is one array
     p.select_n_p: _all_but_first,
     p.pad_p: _only(0),
 } | dict.fromkeys(
@@ -66,6 +71,8 @@ def is_linear(equation: Equation, varying: Container[Atom]) -> bool:
     """
     if equation.primitive is None:  # the barrier before a remat body: the identity
         return True
+    if equation.primitive is p.linear_solve_p and len(equation.outputs) > 1:
+        return False  # several arrays on the right-hand side, some of them shared
     test = _LINEAR.get(equation.primitive)
     if test is None or not test([x in varying for x in equation.inputs]):
         return False

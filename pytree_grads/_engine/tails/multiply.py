@@ -356,6 +356,13 @@ def _times_matrix(
     """
     if not own[0] and not own[1] and piece.left_rows == 0 and not piece.is_scatter:
         return _outer_with(piece, matrix, own_first=own_first)
+    blocks = [piece.axes[i] for i in own[1]]
+    if blocks and blocks == piece.of("B"):
+        # A matrix for each block: one for each layer of a scan, say.
+        matrix = jnp.moveaxis(matrix, other[1], range(len(blocks)))
+        by_block = matrix.reshape(-1, *matrix.shape[len(blocks) :])
+        at = [i - sum(j < i for j in other[1]) for i in other[0]]
+        return _times_matrices(piece, by_block, own[0], at, own_first=own_first)
     involved = [piece.axes[i] for i in (*own[0], *own[1])]
     groups = {x.group for x in involved if x.size != 1}
     if len(groups) > 1 or piece.weight is not None or "B" in groups:
@@ -393,6 +400,50 @@ def _times_matrix(
     )
     count = prod(matrix.shape[i] for i in other[0])
     flops = 2 * count * lead[0] * lead[-1] * prod(x.size for x in [*batch, *kept, *new])
+    return changed.with_factor(group, made.reshape(*lead, -1), flops)
+
+
+def _times_matrices(
+    piece: Piece,
+    matrices: jax.Array,
+    own: Sequence[int],
+    other: Sequence[int],
+    *,
+    own_first: bool,
+) -> Piece | None:
+    """The contraction of each block of a piece with an array of its own.
+
+    `matrices` has the blocks first. `other` are its contracted axes behind these, `own`
+    those of the value. The result has the axes of blocks first.
+    """
+    involved = [piece.axes[i] for i in own]
+    groups = {x.group for x in involved}
+    is_open = piece.weight is None and not piece.is_scatter
+    if len(groups) != 1 or groups <= {"B"} or not is_open:
+        return None
+    (group,) = groups
+    members, factor = piece.of(group), wide(piece, group)
+    lead = factor.shape[:-1]  # (B, *rows, T)
+    if lead[0] != matrices.shape[0]:
+        return None
+    tensor = factor.reshape(*lead, *(x.size for x in members))
+    places = [len(lead) + members.index(x) for x in involved]
+    made = lax.dot_general(
+        tensor,
+        matrices,
+        ((places, [1 + i for i in other]), ((0,), (0,))),
+        precision=lax.Precision.HIGHEST,
+    )  # (B, *rows, T, *kept, *new)
+    kept = [x for x in members if x not in involved]
+    sizes = enumerate(matrices.shape[1:])
+    new = [Axis(size, group) for i, size in sizes if i not in other]
+    batch = piece.of("B")
+    free = [x for x in piece.axes if x not in (*involved, *batch)]
+    order = [*batch, *free, *new] if own_first else [*batch, *new, *free]
+    others = [x for x in piece.groups if x not in members]
+    changed = replace(piece, axes=tuple(order), groups=in_order([*others, *kept, *new]))
+    count = prod(matrices.shape[1 + i] for i in other)
+    flops = 2 * count * lead[0] * lead[-1] * prod(x.size for x in [*kept, *new])
     return changed.with_factor(group, made.reshape(*lead, -1), flops)
 
 

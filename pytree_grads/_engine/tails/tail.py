@@ -144,6 +144,7 @@ _WORDS: dict[Primitive | None, str] = {
     p.gather_p: "at shared indices",
     p.scatter_add_p: "at shared indices",
     p.triangular_solve_p: "solved with a shared matrix",
+    p.linear_solve_p: "solved with a shared matrix",
     p.conv_general_dilated_p: "through a shared convolution",
     p.scan_p: "through a shared loop",
 }
