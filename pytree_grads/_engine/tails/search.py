@@ -399,6 +399,7 @@ class _Level:
                 replace(x, site=AtScan(equation, x.site, stacked=False)) for x in cuts
             )
 
-        plan = LeafPlan(outside(inner.plan.for_rows), outside(inner.plan.for_sums))
+        own = inner.plan
+        plan = LeafPlan(*map(outside, (own.for_rows, own.for_sums, own.terms)))
         steps = (equation.params["length"],) if stacks else ()
         return Source(plan, (*steps, *inner.shape), dtype)
