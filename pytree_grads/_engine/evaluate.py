@@ -164,7 +164,8 @@ def _scan_needs(
         carries |= used
 
 
-# The values of atoms, and in the body of a scan the lines that look-ups name there.
+# The values of atoms; and for look-ups what `_placed` returns, or in the body of a scan
+# the lines that they name there.
 _Env: TypeAlias = dict[Any, Any]
 
 
@@ -301,10 +302,12 @@ def _placed(lookups: Lookups, env: _Env) -> tuple[jax.Array, list[jax.Array]]:
             env.update(zip(made.outputs, found, strict=True))
         return env[atom]
 
-    pairs = zip(lookups.sites, lookups.indices, strict=True)
-    return _lookups.places_of(
-        [_lookups.index_of(site, [value(x) for x in own]) for site, own in pairs]
-    )
+    if lookups not in env:
+        pairs = zip(lookups.sites, lookups.indices, strict=True)
+        env[lookups] = _lookups.places_of(
+            [_lookups.index_of(site, [value(x) for x in own]) for site, own in pairs]
+        )
+    return env[lookups]
 
 
 def _lines_by_step(equation: Equation, needs: ScanNeeds, env: _Env) -> _Env:

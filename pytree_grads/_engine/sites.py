@@ -97,8 +97,8 @@ class AtNorm:
 
 
 @dataclass(frozen=True)
-class AtRow:
-    """A dense term: a row of another term, as an array."""
+class _LikeRow:
+    """A dense term with the shape of another term's rows."""
 
     site: "Site"
 
@@ -112,21 +112,18 @@ class AtRow:
 
 
 @dataclass(frozen=True)
-class AtSum:
+class AtRow(_LikeRow):
+    """A dense term: a row of another term, as an array."""
+
+
+@dataclass(frozen=True)
+class AtSum(_LikeRow):
     """A dense term: the sum of another term's rows over all examples.
 
     It stands for these rows in a sum without weights, and nowhere else.
     """
 
     site: AtTerm
-
-    @property
-    def shape(self) -> Shape:
-        return self.site.shape
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return (prod(self.shape),)
 
 
 @dataclass(frozen=True)

@@ -435,6 +435,7 @@ def _form(
             trace.results,
             varying,
             plans,
+            # What a scan sums over the examples stands for the terms that it sums.
             choice if choice in (_for_rows, _for_sums) else _terms,
         )
     tailed = set() if found is None else set(found.leaves)
